@@ -1,0 +1,42 @@
+# Every target sets itself up in .venv from a fresh clone, and does nothing twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+OUT ?= runs/demo
+
+.PHONY: help demo test lint bench notebooks clean
+help:
+	@echo "make demo       train FM, OT, C2OT and W-CFM on 8 gaussians -> moons; table, picture, JSON in $(OUT)"
+	@echo "make test       the whole test-suite"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      side-by-side timings against the peers; results in benchmarks/results"
+	@echo "make notebooks  execute the notebooks in examples/notebooks"
+
+demo: $(VENV)/.test
+	$(BIN)/python examples/demo.py --out $(OUT)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/run.py
+
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python examples/notebooks/execute.py
+
+# One stamp a set of extras: installed again only when the project's requirements change.
+$(VENV)/.%: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch by its constraint first: whatever resolves a newer one pulls gigabytes of CUDA packages
+	$(PIP) torch
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,50 @@
+"""Shared by the tests and the doctests."""
+
+import os
+
+import pytest
+import torch
+
+import flows
+import mbot
+import setenc
+
+# pytest imports every module for its doctests; numba kernels compile once and are cached on disk.
+collect_ignore = ["examples", "benchmarks", "docs"]
+
+
+@pytest.fixture(autouse=True)
+def doctest_names(doctest_namespace):
+    """Names that every docstring example may use."""
+    doctest_namespace.update(torch=torch, mbot=mbot, flows=flows, setenc=setenc)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same default generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Each device that is there."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip GPU tests without a GPU, with a reason."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """Folder of real data sets, from the environment; tests that want it skip without it."""
+    root = os.environ.get("MBT_DATA_ROOT")
+    if not root or not os.path.isdir(root):
+        pytest.skip("no real data: set MBT_DATA_ROOT to a folder that holds it")
+    return root

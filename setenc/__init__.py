@@ -1,0 +1,3 @@
+"""Set encoders that stream."""
+
+__all__: list[str] = []
