@@ -1,0 +1,41 @@
+"""Mini-batch optimal transport on CPU and GPU, as losses and as couplings for generative training."""
+
+from mbot.checks import ConvergenceWarning
+from mbot.cost import pairwise_cost
+from mbot.couplings import (
+    ConditionalOTCoupling,
+    Coupling,
+    IndependentCoupling,
+    OTCoupling,
+    Pairs,
+    WeightedCoupling,
+)
+from mbot.diagnostics import condition_ratio, effective_sample_size
+from mbot.losses import BoMbOT, MiniBatchLoss, MiniBatchOT
+from mbot.plan import Plan
+from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, UnbalancedOT
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BoMbOT",
+    "ConditionalOTCoupling",
+    "ConvergenceWarning",
+    "Coupling",
+    "EntropicOT",
+    "ExactOT",
+    "IndependentCoupling",
+    "MiniBatchLoss",
+    "MiniBatchOT",
+    "OTCoupling",
+    "Pairs",
+    "PartialOT",
+    "Plan",
+    "SlicedOT",
+    "Transport",
+    "UnbalancedOT",
+    "WeightedCoupling",
+    "condition_ratio",
+    "effective_sample_size",
+    "pairwise_cost",
+]

@@ -1,0 +1,190 @@
+"""Checks of user input: every error text of the package is written here, once.
+
+Each function returns its input in the form the caller computes with, or raises a ``TypeError`` (wrong kind of object)
+or a ``ValueError`` (wrong shape, size or value) that says what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mbot.plan import Plan
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped before its tolerance: how many problems, how far, and the setting to change."""
+
+
+def warn_unconverged(solver: str, plan: Plan, advice: str) -> None:
+    """Warn once for a whole batch of problems, if any of them did not converge."""
+    failed = ~plan.converged
+    if bool(failed.any()):
+        worst = float(plan.error[failed].max())
+        warnings.warn(
+            f"{solver}: {int(failed.sum())} of {failed.numel()} problems did not converge (worst error {worst:.3g}). "
+            f"{advice}",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+
+
+def floating(tensor: Any, name: str) -> Tensor:
+    """A real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} must be a floating-point tensor; got {tensor.dtype}. Convert it, for example {name}.float()"
+        )
+    return tensor
+
+
+def finite(tensor: Tensor, name: str) -> Tensor:
+    """No NaN and no infinity."""
+    good = torch.isfinite(tensor)
+    if not bool(good.all()):
+        bad = int(tensor.numel() - good.sum())
+        raise ValueError(f"{name} must be finite; {bad} of its {tensor.numel()} entries are NaN or infinite")
+    return tensor
+
+
+def together(x: Tensor, y: Tensor, x_name: str, y_name: str) -> None:
+    """Two tensors of one dtype on one device."""
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"{x_name} and {y_name} must have the same dtype; got {x.dtype} and {y.dtype}. Convert one of them"
+        )
+    if x.device != y.device:
+        raise ValueError(
+            f"{x_name} and {y_name} must be on the same device; got {x.device} and {y.device}. Move one of them"
+        )
+
+
+def clouds(x: Any, y: Any, x_name: str = "x", y_name: str = "y", *, feature_ndim: int = 1) -> tuple[Tensor, Tensor]:
+    """Two batches of point clouds, ``(…, n, d)`` and ``(…, m, d)``, finite, with at least one point each."""
+    x, y = floating(x, x_name), floating(y, y_name)
+    together(x, y, x_name, y_name)
+    if feature_ndim < 1:
+        raise ValueError(f"feature_ndim must be at least 1; got {feature_ndim}")
+    for tensor, name in ((x, x_name), (y, y_name)):
+        if tensor.ndim < feature_ndim + 1:
+            raise ValueError(
+                f"{name} must have shape (…, points, features), at least {feature_ndim + 1} axes; got "
+                f"{tuple(tensor.shape)}. For scalar points use {name}[:, None]"
+            )
+    if x.shape[-feature_ndim:] != y.shape[-feature_ndim:]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have equal features; got {tuple(x.shape[-feature_ndim:])} and "
+            f"{tuple(y.shape[-feature_ndim:])} (shapes {tuple(x.shape)} and {tuple(y.shape)})"
+        )
+    x, y = x.flatten(-feature_ndim), y.flatten(-feature_ndim)
+    for tensor, name in ((x, x_name), (y, y_name)):
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must hold at least one point with one feature; got shape {tuple(tensor.shape)}")
+    try:
+        torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    except RuntimeError:
+        raise ValueError(
+            f"the batch axes of {x_name} and {y_name} must match; got {tuple(x.shape)} and {tuple(y.shape)}"
+        ) from None
+    return finite(x, x_name), finite(y, y_name)
+
+
+def samples(x: Any, y: Any, x_name: str = "x0", y_name: str = "x1") -> tuple[Tensor, Tensor]:
+    """Two batches of samples ``(n, d…)``, ``(m, d…)`` (vectors, images, …), flattened to ``(n, d)``, ``(m, d)``."""
+    for tensor, name in ((x, x_name), (y, y_name)):
+        if isinstance(tensor, Tensor) and tensor.ndim < 2:
+            raise ValueError(
+                f"{name} must have shape (samples, features…); got {tuple(tensor.shape)}. "
+                f"For scalars use {name}[:, None]"
+            )
+    floating(x, x_name)
+    floating(y, y_name)
+    if x.shape[1:] != y.shape[1:]:
+        raise ValueError(
+            f"{x_name} and {y_name} must have equal features; got {tuple(x.shape[1:])} and {tuple(y.shape[1:])} "
+            f"(shapes {tuple(x.shape)} and {tuple(y.shape)})"
+        )
+    for tensor, name in ((x, x_name), (y, y_name)):
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} must hold at least one sample with one feature; got shape {tuple(tensor.shape)}")
+    return clouds(x.flatten(1), y.flatten(1), x_name, y_name)
+
+
+def cost_matrix(cost: Any) -> Tensor:
+    """A batch of cost matrices ``(…, n, m)`` in float32 or better; ``+inf`` marks a forbidden pair."""
+    cost = floating(cost, "cost")
+    if cost.ndim < 2 or cost.shape[-1] == 0 or cost.shape[-2] == 0:
+        raise ValueError(f"cost must have shape (…, n, m) with n, m >= 1; got {tuple(cost.shape)}")
+    # One pass decides the usual case: a finite sum of magnitudes means that every entry is finite.
+    if not bool(torch.isfinite(cost.detach().abs().amax())) and bool((cost.isnan() | (cost == -torch.inf)).any()):
+        raise ValueError("cost must not hold NaN or -inf (+inf is allowed and forbids the pair)")
+    return cost.float() if cost.dtype in (torch.float16, torch.bfloat16) else cost
+
+
+def weights(weight: Any, size: int, like: Tensor, name: str) -> Tensor | None:
+    """Point weights ``(…, size)``: non-negative, finite, of positive total; in float64. None means uniform."""
+    if weight is None:
+        return None
+    weight = floating(weight, name)
+    if weight.device != like.device:
+        raise ValueError(f"{name} must be on the cost's device {like.device}; got {weight.device}")
+    if weight.ndim == 0 or weight.shape[-1] != size:
+        raise ValueError(f"{name} must have shape (…, {size}), one weight a point; got {tuple(weight.shape)}")
+    weight = finite(weight.detach(), name).double()
+    if bool((weight < 0).any()):
+        raise ValueError(f"{name} must be non-negative; its smallest entry is {float(weight.min()):.4g}")
+    if bool((weight.sum(-1) <= 0).any()):
+        raise ValueError(f"{name} must have a positive total in every problem")
+    try:
+        return weight.expand(*like.shape[:-2], size)
+    except RuntimeError:
+        raise ValueError(
+            f"{name} of shape {tuple(weight.shape)} does not fit the cost's batch axes {tuple(like.shape[:-2])}"
+        ) from None
+
+
+def equal_totals(a: Tensor, b: Tensor) -> Tensor:
+    """``b`` rescaled (in float64) to ``a``'s total, after a check that the two totals agree up to float32 rounding."""
+    total_a, total_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+    gap = ((total_a - total_b).abs() / total_a).amax()
+    if float(gap) > 1e-4:
+        raise ValueError(
+            f"a and b must have equal totals (balanced transport); got {float(total_a.flatten()[0]):.6g} and "
+            f"{float(total_b.flatten()[0]):.6g}, a relative difference of {float(gap):.2g}. "
+            "Normalise them, or use PartialOT or UnbalancedOT"
+        )
+    return b * (total_a / total_b)
+
+
+def positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
+    """A finite positive (or non-negative) number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number; got {value!r}") from None
+    if not math.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
+        raise ValueError(f"{name} must be a finite number {'>=' if allow_zero else '>'} 0; got {value!r}")
+    return number
+
+
+def count(value: Any, name: str, *, at_least: int = 1) -> int:
+    """A whole number of at least ``at_least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    return value
+
+
+def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:
+    """One of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    return str(value)

@@ -1,0 +1,123 @@
+"""Couplings: which noise goes with which sample. The product is indices (and weights), never tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.plan import Plan
+from mbot.random import draw
+
+Labels = Tensor | Sequence[Any] | Any
+"""Conditions, one a sample: a tensor ``(n,)`` or ``(n, c…)``, a NumPy array, or a sequence (strings included)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Matched samples: pair ``i`` is ``x0[source[i]]`` with ``x1[target[i]]``.
+
+    Attributes:
+        source: ``(k,)`` int64 indices into x0.
+        target: ``(k,)`` int64 indices into x1; ``arange(k)`` in couplings that keep x1's order.
+        weight: ``(k,)`` weights of the pairs with mean 1, or None for equal weights.
+        info: facts about the coupling (adaptive weight, ratio, effective sample size, …).
+    """
+
+    source: Tensor
+    target: Tensor
+    weight: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def apply(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """The paired samples ``x0[source], x1[target]``, differentiable in both."""
+        return x0[self.source.to(x0.device)], x1[self.target.to(x1.device)]
+
+
+@dataclass(frozen=True)
+class Coupling(ABC):
+    """A rule that pairs a batch of source samples (noise) with a batch of target samples (data).
+
+    Immutable settings, no memory between calls: the same inputs and generator state give the same pairs.
+    A subclass implements ``_pair`` and is done.
+    """
+
+    def __call__(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        y0: Labels | None = None,
+        y1: Labels | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Pairs:
+        """Pair two batches.
+
+        Args:
+            x0: ``(n, d…)`` source samples (vectors, images, …), floating point.
+            x1: ``(m, d…)`` target samples, same features, dtype and device.
+            y0: conditions of the source, one a sample; used by conditional couplings only.
+            y1: conditions of the target, one a sample; used by conditional couplings only.
+            generator: source of randomness, on any device (None: torch's default generator).
+
+        Returns:
+            The pairs, on the device of ``x1``.
+
+        Raises:
+            TypeError: not floating-point tensors, or two dtypes.
+            ValueError: empty batches, unequal features, non-finite samples, wrong numbers of conditions, two devices.
+        """
+        x0, x1 = checks.samples(x0, x1)
+        for labels, samples, name in ((y0, x0, "y0"), (y1, x1, "y1")):
+            if labels is not None and not hasattr(labels, "__len__"):
+                raise TypeError(f"{name} must be a tensor, array or sequence; got {type(labels).__name__}")
+            if labels is not None and len(labels) != len(samples):
+                raise ValueError(
+                    f"{name} must hold one condition for each of the {len(samples)} samples of x{name[1]}; "
+                    f"got {len(labels)}"
+                )
+        with torch.no_grad():
+            return self._pair(x0, x1, y0, y1, generator)
+
+    @abstractmethod
+    def _pair(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        y0: Labels | None,
+        y1: Labels | None,
+        generator: torch.Generator | None,
+    ) -> Pairs:
+        """Pair checked samples ``(n, d)`` and ``(m, d)``."""
+
+
+def in_order(x0: Tensor, x1: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Row i with row i; for unequal sizes every x1 once, with sources drawn as evenly as possible."""
+    n, m = len(x0), len(x1)
+    target = torch.arange(m, device=x1.device)
+    if n == m:
+        return target, target
+    rounds = [draw(torch.randperm, n, generator=generator, device=x1.device) for _ in range(-(-m // n))]
+    return torch.cat(rounds)[:m], target
+
+
+def pairs_of_plan(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Every target with mass once, in order: with its match if the plan is a matching, else a source of its column."""
+    source = plan.matching()
+    if source is not None:
+        return source, torch.arange(len(source), device=source.device)
+    mass = plan.to_dense().T.double()
+    cumulative = mass.cumsum(-1)
+    uniform = draw(torch.rand, len(mass), 1, generator=generator, device=mass.device, dtype=torch.float64)
+    last = mass.shape[1] - 1 - (mass > 0).flip(-1).int().argmax(-1)
+    source = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].minimum(last)
+    target = torch.nonzero(cumulative[:, -1] > 0)[:, 0]
+    return source[target], target

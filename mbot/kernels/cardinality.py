@@ -1,0 +1,285 @@
+"""Exact minimum-cost matchings of a given cardinality, for a batch of problems.
+
+A matching with k pairs of n rows and columns is an assignment in which q = n - k rows go to a sink D at no cost and q
+columns are filled from a source R at no cost. Two stages a problem, as for the full assignment:
+
+1. the epsilon-scaled auction on the matrix with q copies of D and of R, in float32, for prices that are nearly optimal;
+2. an exact finish in float64 in which D and R are single nodes with capacity q: their copies are identical, and a
+   shortest-path search would visit every one of them at the same distance.
+
+Each result is certified by its dual variables, like the assignments of `mbot.kernels.assignment`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from mbot.kernels.assignment import _OPTIONS, _auction, _two_smallest, assign
+from mbot.kernels.threads import run_slices
+
+
+@njit(**_OPTIONS)
+def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
+    """Column prices and the price of D from an auction on the augmented matrix; in units of the cost."""
+    n = cost.shape[0]
+    size = n + q
+    scaled = work[: size * size].reshape(size, size)
+    # The cost of going to D is free to choose; near the cost of a marginal pair few rows fight over it.
+    smallest = np.empty(n)
+    top = 0.0
+    for i in range(n):
+        least = np.inf
+        for j in range(n):
+            s = (cost[i, j] - low) * scale
+            scaled[i, j] = s
+            least = min(least, s)
+            top = max(top, s)
+        smallest[i] = least
+    smallest.sort()
+    outside = 1.5 * smallest[n - q - 1] if n > q else 0.0
+    scaled[:n, n:] = outside
+    scaled[n:, :n] = outside
+    scaled[n:, n:] = 2 * top + 1
+    price = np.zeros(size, np.float32)
+    _auction(scaled, price, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
+    return price
+
+
+@njit(**_OPTIONS)
+def _group_minimum(cost, col_of, group_cost, group_row, only):  # type: ignore[no-untyped-def]
+    """Cheapest member of D for every column (``only`` < 0), or for the columns whose cheapest member was ``only``."""
+    n = cost.shape[0]
+    if only < 0:
+        group_cost[:] = np.inf
+        group_row[:] = -1
+    else:
+        for j in range(n):
+            if group_row[j] == only:
+                group_cost[j] = np.inf
+                group_row[j] = -2
+    for i in range(n):
+        if col_of[i] == n:
+            for j in range(n):
+                if (only < 0 or group_row[j] == -2 or group_row[j] >= 0) and cost[i, j] < group_cost[j]:
+                    group_cost[j] = cost[i, j]
+                    group_row[j] = i
+
+
+@njit(**_OPTIONS)
+def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
+    """Exact matching with n - q pairs from any prices. Returns the levels of D and R: ``theta`` and ``tau``."""
+    n = cost.shape[0]
+    # R fills columns of the highest price: give the q highest one common price.
+    tau = np.sort(price)[n - q]
+    for j in range(n):
+        price[j] = min(price[j], tau)
+        row_of[j] = -1
+    best, want = dist, taker
+    for i in range(n):
+        first, _, j = _two_smallest(cost[i], price, n)
+        best[i] = first
+        want[i] = j
+    # D takes the q rows whose best pair is the most expensive.
+    order = np.argsort(best[:n])
+    theta = best[order[n - q]]
+    for t in range(n - q, n):
+        col_of[order[t]] = n
+    unmatched = 0
+    for t in range(n - q):
+        i = order[t]
+        if row_of[want[i]] < 0:
+            row_of[want[i]] = i
+            col_of[i] = want[i]
+        else:
+            col_of[i] = -1
+            free[unmatched] = i
+            unmatched += 1
+    supply = q
+    for j in range(n):
+        if row_of[j] < 0 and price[j] == tau and supply > 0:
+            row_of[j] = n
+            supply -= 1
+
+    for _ in range(2):  # augmenting row reduction, with D as one more place to go
+        todo, unmatched, k, steps = unmatched, 0, 0, 0
+        while k < todo:
+            i = free[k]
+            k += 1
+            first, second, j = _two_smallest(cost[i], price, n)
+            if theta <= first:
+                free[unmatched] = i
+                unmatched += 1
+                continue
+            second = min(second, theta)
+            loser = row_of[j]
+            lowered = price[j] - (second - first)
+            strict = lowered < price[j]
+            if strict:
+                price[j] = lowered
+            elif loser == n:
+                free[unmatched] = i
+                unmatched += 1
+                continue
+            row_of[j] = i
+            col_of[i] = j
+            if loser == n:
+                supply += 1
+            elif loser >= 0:
+                col_of[loser] = -1
+                steps += 1
+                if strict and steps < 20 * n:
+                    k -= 1
+                    free[k] = loser
+                else:
+                    free[unmatched] = loser
+                    unmatched += 1
+
+    _group_minimum(cost, col_of, group_cost, group_row, -1)
+    for f in range(unmatched + supply):  # shortest augmenting paths from the free rows, then from R
+        start = free[f] if f < unmatched else n
+        for j in range(n):
+            h = cost[start, j] - price[j] if start < n else -price[j]
+            dist[j] = h
+            open_dist[j] = h
+            taker[j] = start
+        sink, sink_open, sink_taker = np.inf, False, -1  # distance of D, and the row that would enter it
+        if start < n:
+            sink, sink_open, sink_taker = theta, True, start
+        source_at = -2 if start == n else -1  # the column through which R was reached
+        while True:
+            least, _, end = _two_smallest(open_dist, zero, n)
+            if sink_open and sink < least:
+                sink_open = False
+                shift = theta - sink
+                for j in range(n):
+                    h = group_cost[j] - price[j] - shift
+                    better = (h < dist[j]) & (open_dist[j] < np.inf)
+                    dist[j] = h if better else dist[j]
+                    open_dist[j] = h if better else open_dist[j]
+                    taker[j] = group_row[j] if better else taker[j]
+                continue
+            i = row_of[end]
+            if i < 0:
+                break
+            open_dist[end] = np.inf  # settled
+            if i == n:
+                if source_at != -1:
+                    continue
+                source_at = end
+                shift = -price[end] - least
+                for j in range(n):
+                    h = -price[j] - shift
+                    better = (h < dist[j]) & (open_dist[j] < np.inf)
+                    dist[j] = h if better else dist[j]
+                    open_dist[j] = h if better else open_dist[j]
+                    taker[j] = n if better else taker[j]
+                continue
+            row = cost[i]
+            shift = row[end] - price[end] - least
+            for j in range(n):
+                h = row[j] - price[j] - shift
+                better = (h < dist[j]) & (open_dist[j] < np.inf)
+                dist[j] = h if better else dist[j]
+                open_dist[j] = h if better else open_dist[j]
+                taker[j] = i if better else taker[j]
+            if theta - shift < sink:
+                sink, sink_open, sink_taker = theta - shift, True, i
+        level = least
+        for j in range(n):
+            if dist[j] < level:
+                price[j] += dist[j] - level
+        if sink < level:
+            theta += level - sink
+        if source_at >= 0:
+            tau += min(dist[source_at] - level, 0.0)
+        elif source_at == -2:
+            tau = -level
+        while True:  # trace back
+            i = taker[end]
+            row_of[end] = i
+            if i == n:
+                if start == n:
+                    break
+                end = source_at
+                continue
+            previous = col_of[i]
+            col_of[i] = end
+            if previous == n:  # i leaves D; another row enters
+                entering = sink_taker
+                previous = col_of[entering]
+                col_of[entering] = n
+                _group_minimum(cost, col_of, group_cost, group_row, i)
+                for j in range(n):
+                    if cost[entering, j] < group_cost[j]:
+                        group_cost[j] = cost[entering, j]
+                        group_row[j] = entering
+                i = entering
+            if i == start:
+                break
+            end = previous
+    return theta, tau
+
+
+@njit(**_OPTIONS)
+def _solve(flat, size, q, begin, stop, column, row_dual, col_dual, gap):  # type: ignore[no-untyped-def]
+    n = size
+    work = np.empty((n + q) * (n + q), np.float32)
+    dist, open_dist, zero, group_cost = np.empty(n), np.empty(n), np.zeros(n), np.empty(n)
+    row_of, taker, free = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    group_row = np.empty(n, np.int64)
+    for p in range(begin, stop):
+        entries = flat[p * n * n : (p + 1) * n * n]
+        cost = entries.reshape(n, n)
+        col_of, u, v = column[p], row_dual[p], col_dual[p]
+        low, total = np.inf, 0.0
+        for e in range(n * n):
+            low = min(low, entries[e])
+            total += entries[e]
+        spread = total / (n * n) - low
+        v[:] = 0.0
+        if spread > 0:
+            start = _start(cost, low, 1.0 / spread, q, work)
+            for j in range(n):
+                v[j] = start[j] * spread
+        theta, tau = _finish(cost, q, v, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
+        # Certify: prices at most tau, row duals at most theta; unmatched ones count tau and theta.
+        primal, dual = 0.0, -q * (theta + tau)
+        for j in range(n):
+            v[j] = min(v[j], tau)
+            dual += v[j]
+        for i in range(n):
+            least, _, _ = _two_smallest(cost[i], v, n)
+            u[i] = min(least, theta)
+            dual += u[i]
+            if col_of[i] == n:
+                col_of[i] = -1
+            else:
+                primal += cost[i, col_of[i]]
+        gap[p] = primal - dual
+
+
+def match(flat: np.ndarray, size: int, cardinality: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Minimum-cost matchings with exactly ``cardinality`` pairs of square problems of one size.
+
+    Args:
+        flat: finite cost matrices one after another, row by row; float32 or float64, contiguous.
+        size: rows n of each problem.
+        cardinality: pairs k, ``0 < k <= n``.
+
+    Returns:
+        ``column`` ``(B, n)``, -1 for unmatched rows; dual variables ``f, g`` ``(B, n)`` with ``f + g <= cost``; and
+        the duality gap ``(B,)``, 0 up to rounding.
+    """
+    problems = len(flat) // (size * size)
+    if cardinality == size:
+        column, f, g, gap = assign(flat, np.full(problems, size))
+        return column.reshape(problems, size), f.reshape(problems, size), g.reshape(problems, size), gap
+    column = np.empty((problems, size), np.int64)
+    f, g, gap = np.empty((problems, size)), np.empty((problems, size)), np.zeros(problems)
+
+    def solve(begin: int, stop: int) -> None:
+        _solve(flat, size, size - cardinality, begin, stop, column, f, g, gap)
+
+    run_slices(solve, [1.0] * problems)
+    return column, f, g, gap

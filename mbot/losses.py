@@ -1,0 +1,331 @@
+"""Mini-batch transport losses: m-OT and its relatives, and BoMb-OT, over any transport.
+
+m-OT (Fatras et al. 2020, arXiv 1910.04091) averages the transport cost over pairs of mini-batches; BoMb-OT (Nguyen et
+al. 2022, arXiv 2102.05912) transports between the mini-batches themselves. With values ``D_ij`` of the inner problems,
+
+    m-OT     = sum_ij u_i v_j D_ij        (grid)   or   1/k sum_i D_ii   (aligned)
+    BoMb-OT  = min over couplings gamma of u and v of  sum_ij gamma_ij D_ij   (+ reg KL(gamma | u ⊗ v))
+
+All inner problems of a loss are solved in one batched call. Plans are constants in backward; gradients flow through
+the ground cost, and only through the pairs that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbot import checks
+from mbot.cost import Cost, check_cost
+from mbot.grid import Grid
+from mbot.minibatch import draw_batches
+from mbot.plan import Plan
+from mbot.transport import EntropicOT, ExactOT, Transport
+
+Inner = Transport | Callable[[Tensor, Tensor], Tensor]
+Batches = Tensor | Sequence[Tensor]
+
+
+class MiniBatchLoss(nn.Module):
+    """What the mini-batch losses share: drawing, solving the grid of inner problems, and low-memory backward."""
+
+    def __init__(
+        self,
+        transport: Inner,
+        *,
+        num_batches: int | tuple[int, int],
+        batch_size: int | tuple[int, int],
+        replacement: bool = False,
+        disjoint: bool = False,
+        cost: Cost = "sqeuclidean",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(transport):
+            raise TypeError(
+                f"transport must be an mbot transport or a callable (x, y) -> value; got {type(transport).__name__}"
+            )
+        self.transport = transport
+        self.num_batches = _both_sides(num_batches, "num_batches")
+        self.batch_size = _both_sides(batch_size, "batch_size")
+        if replacement and disjoint:
+            raise ValueError("disjoint batches are drawn without replacement: set replacement or disjoint, not both")
+        self.replacement, self.disjoint, self.generator = replacement, disjoint, generator
+        self.cost = check_cost(cost)
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        return f"{self.transport}, num_batches={self.num_batches}, batch_size={self.batch_size}, cost={self.cost!r}"
+
+    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Weights ``(k, k')`` of the inner problems, and what the outer problem adds to the value."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """The loss of freshly drawn mini-batches.
+
+        Args:
+            x: ``(n, d…)`` source points.
+            y: ``(n', d…)`` target points.
+            a: ``(n,)`` source weights with sum 1, or None for uniform.
+            b: ``(n',)`` target weights with sum 1, or None for uniform.
+
+        Returns:
+            A scalar, differentiable in ``x`` and ``y``.
+
+        Weights follow the two consistent rules of Fatras et al. 2021 (arXiv 2101.01792): with replacement, points are
+        drawn in proportion to their weights and count equally inside a batch; without, batches are uniform subsets,
+        points keep their renormalised weights inside, and a batch counts by its total weight.
+        """
+        x, y = checks.samples(x, y, "x", "y")
+        return self._value(self._draw(x, y, a, b))
+
+    def _draw(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Grid:
+        sides = []
+        for side, (points, weight, name) in enumerate(((x, a, "x"), (y, b, "y"))):
+            weight = checks.weights(weight, len(points), points[None, None], "ab"[side])
+            if weight is not None:
+                weight = weight.reshape(-1) / weight.sum()
+            index = draw_batches(
+                len(points), self.num_batches[side], self.batch_size[side], replacement=self.replacement,
+                disjoint=self.disjoint, weight=weight, generator=self.generator, device=points.device, name=name,
+            )  # fmt: skip
+            inside = share = None
+            if weight is not None and not self.replacement:
+                inside = weight[index]
+                live = int(weight.count_nonzero())
+                share = inside.sum(1) * (live / index.shape[1])  # expectation 1 over uniform subsets
+                inside = inside / inside.sum(1, keepdim=True)
+            sides.append((points[index], index, inside, share))
+        (xs, rows, a_in, u), (ys, cols, b_in, v) = sides
+        return self._grid(xs, ys, a_in, b_in, u, v, rows, cols)
+
+    def _grid(self, xs: Batches, ys: Batches, a: Any = None, b: Any = None, u: Any = None, v: Any = None,
+              rows: Any = None, cols: Any = None) -> Grid:  # fmt: skip
+        return Grid.solve(
+            self.transport, xs, ys, a, b, u, v, rows, cols, cost=self.cost, generator=self.generator, aligned=False
+        )
+
+    def _value(self, grid: Grid) -> Tensor:
+        weight, penalty = self._pair_weights(grid)
+        return grid.total(weight) + penalty
+
+    def from_batches(self, xs: Batches, ys: Batches) -> Tensor:
+        """The loss of given mini-batches, a scalar.
+
+        Args:
+            xs: ``(k, m, d…)``, or a sequence of ``(m_i, d…)`` batches; batches of unequal sizes count by their sizes.
+            ys: ``(k', m', d…)``, or such a sequence.
+        """
+        return self._value(self._grid(xs, ys))
+
+    def from_cost(self, cost: Tensor) -> Tensor:
+        """The loss of given ground costs ``(k, k', m, m')``: a scalar, differentiable in the costs."""
+        if not isinstance(self.transport, Transport):
+            raise TypeError("from_cost needs an mbot transport; a callable (x, y) -> value has no cost matrix")
+        cost = checks.cost_matrix(cost)
+        if cost.ndim != 4:
+            raise ValueError(f"cost must have shape (k, k', m, m'); got {tuple(cost.shape)}")
+        return self._value(Grid.of_values(self.transport.value(cost)))
+
+    def plan(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
+        """The plan of the full ``n × n'`` problem that freshly drawn mini-batches give: sparse, entries accumulated.
+
+        Its marginals are uniform only on average; points that no batch drew have no mass.
+        """
+        x, y = checks.samples(x, y, "x", "y")
+        with torch.no_grad():
+            grid = self._draw(x, y, a, b)
+            return grid.scatter(self._pair_weights(grid)[0], len(x), len(y))
+
+    def backward_by_pair(
+        self, embed: Callable[[Tensor], Tensor], xs: Batches, ys: Batches, weight: float = 1.0
+    ) -> Tensor:
+        """Value and gradients of ``(weight * from_batches(embed(xs), embed(ys))).backward()``, one batch in memory.
+
+        Each mini-batch is embedded once without gradients, all inner problems are solved on the embeddings, and each
+        is embedded again with gradients to pass its share on: 2 (k + k') embeddings and the activations of one.
+        Dropout draws the same masks in both passes; normalisation layers in train mode update their running
+        statistics once. Gradients accumulate in the parameters, as after ``backward``.
+
+        Args:
+            embed: maps a mini-batch ``(m, d…)`` to embeddings ``(m, e…)``.
+            xs: ``k`` mini-batches ``(m, d…)``.
+            ys: ``k'`` mini-batches.
+            weight: factor on the loss (a loss weight, or an AMP scaler's scale).
+
+        Returns:
+            The detached value, without ``weight``.
+        """
+        from mbot.low_memory import backward_by_batch
+
+        return backward_by_batch(self.from_batches, embed, xs, ys, weight)
+
+
+class MiniBatchOT(MiniBatchLoss):
+    """m-OT and its relatives: the average of a transport cost over pairs of mini-batches.
+
+    m-OT is ``MiniBatchOT(ExactOT())``, m-POT ``MiniBatchOT(PartialOT(mass=s))``, m-UOT
+    ``MiniBatchOT(UnbalancedOT(…))``, m-SW ``MiniBatchOT(SlicedOT())``; any callable ``(x, y) -> value`` (geomloss's
+    ``SamplesLoss``) works as well.
+    The loss of a measure with itself is positive; ``debiased=True`` subtracts the self terms (and may be negative).
+
+    Args:
+        transport: the inner transport, or a callable on two clouds ``(m, d)`` (called on batches of clouds if it
+            takes them).
+        num_batches: k, or ``(k, k')`` for the two sides.
+        batch_size: m, or ``(m, m')``.
+        pairing: ``"grid"`` averages all k · k' pairs (Nguyen et al. 2022), ``"aligned"`` the k pairs (X_i, Y_i)
+            (Fatras et al. 2020; the m-POT paper).
+        replacement: draw the points of a batch with replacement.
+        debiased: ``U(x, y) - (U(x, x') + U(y, y')) / 2`` with independent second batches x', y'.
+        cost: ground cost, see `mbot.pairwise_cost`.
+        generator: source of the mini-batches (and of SlicedOT's directions).
+        disjoint: draw batches that share no point.
+
+    >>> x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    >>> y = x + torch.tensor([1.0, 0.0], dtype=torch.float64)
+    >>> xs, ys = torch.stack((x[1:], x[:2])), torch.stack((y[1:], y[:2]))
+    >>> mbot.MiniBatchOT(mbot.ExactOT(), num_batches=2, batch_size=2).from_batches(xs, ys)
+    tensor(1.5000, dtype=torch.float64)
+    >>> mbot.BoMbOT(mbot.ExactOT(), num_batches=2, batch_size=2).from_batches(xs, ys)
+    tensor(1., dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        transport: Inner,
+        *,
+        num_batches: int | tuple[int, int],
+        batch_size: int | tuple[int, int],
+        pairing: str = "grid",
+        replacement: bool = False,
+        debiased: bool = False,
+        cost: Cost = "sqeuclidean",
+        generator: torch.Generator | None = None,
+        disjoint: bool = False,
+    ) -> None:
+        super().__init__(
+            transport, num_batches=num_batches, batch_size=batch_size, replacement=replacement, disjoint=disjoint,
+            cost=cost, generator=generator,
+        )  # fmt: skip
+        self.pairing = checks.choice(pairing, "pairing", ("grid", "aligned"))
+        self.debiased = debiased
+        if pairing == "aligned" and self.num_batches[0] != self.num_batches[1]:
+            raise ValueError(f"pairing='aligned' needs equally many batches on both sides; got {self.num_batches}")
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        return f"{super().extra_repr()}, pairing={self.pairing!r}, debiased={self.debiased}"
+
+    def _grid(self, xs: Batches, ys: Batches, a: Any = None, b: Any = None, u: Any = None, v: Any = None,
+              rows: Any = None, cols: Any = None) -> Grid:  # fmt: skip
+        return Grid.solve(
+            self.transport, xs, ys, a, b, u, v, rows, cols, cost=self.cost, generator=self.generator,
+            aligned=self.pairing == "aligned",
+        )  # fmt: skip
+
+    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        weight = grid.independent()
+        if self.pairing == "aligned" and grid.pairs is None:
+            if weight.shape[0] != weight.shape[1]:
+                raise ValueError(f"pairing='aligned' needs as many batches on both sides; got {tuple(weight.shape)}")
+            weight = torch.diag_embed(weight.diagonal()) * len(weight)
+        return weight, weight.new_zeros(())
+
+    def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """See `MiniBatchLoss.forward`; the debiased loss draws second batches for its self terms."""
+        value = super().forward(x, y, a, b)
+        if not self.debiased:
+            return value
+        k, m = self.num_batches, self.batch_size
+        try:
+            for side, (points, weight) in enumerate(((x, a), (y, b))):
+                self.num_batches, self.batch_size = (k[side],) * 2, (m[side],) * 2
+                value = value - super().forward(points, points, weight, weight) / 2
+        finally:
+            self.num_batches, self.batch_size = k, m
+        return value
+
+    def from_batches(self, xs: Batches, ys: Batches, xs2: Batches | None = None, ys2: Batches | None = None) -> Tensor:
+        """See `MiniBatchLoss.from_batches`; the debiased loss needs second batches ``xs2``, ``ys2``, drawn anew."""
+        value = super().from_batches(xs, ys)
+        if not self.debiased:
+            return value
+        if xs2 is None or ys2 is None:
+            raise ValueError(
+                "debiased=True needs second, independently drawn batches xs2 and ys2: comparing a batch with itself "
+                "gives 0 and removes no bias"
+            )
+        return value - (super().from_batches(xs, xs2) + super().from_batches(ys, ys2)) / 2
+
+    def from_cost(self, cost: Tensor) -> Tensor:
+        """See `MiniBatchLoss.from_cost`; not defined for the debiased loss."""
+        if self.debiased:
+            raise ValueError("the debiased loss needs self terms that a cost between xs and ys does not hold")
+        return super().from_cost(cost)
+
+    def plan(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
+        """See `MiniBatchLoss.plan`; not defined for the debiased loss."""
+        if self.debiased:
+            raise ValueError("the debiased loss is a difference of three transports and has no plan")
+        return super().plan(x, y, a, b)
+
+
+class BoMbOT(MiniBatchLoss):
+    """BoMb-OT: optimal transport between mini-batches, whose ground cost is a transport between their points.
+
+    e-BoMb-OT is ``reg > 0``: an entropic outer problem, between BoMb-OT (``reg -> 0``) and m-OT on the grid
+    (``reg -> inf``). ``reg`` is in units of the inner values; choose it relative to their spread. The value includes
+    the outer penalty ``reg KL(gamma | u ⊗ v)``, as its gradient does.
+
+    Args:
+        transport: the inner transport, or a callable on two clouds.
+        num_batches: k, or ``(k, k')`` for the two sides.
+        batch_size: m, or ``(m, m')``.
+        reg: entropic regularisation of the outer problem; 0 for exact.
+        replacement: draw the points of a batch with replacement.
+        cost: ground cost, see `mbot.pairwise_cost`.
+        generator: source of the mini-batches (and of SlicedOT's directions).
+        disjoint: draw batches that share no point.
+    """
+
+    def __init__(
+        self,
+        transport: Inner,
+        *,
+        num_batches: int | tuple[int, int],
+        batch_size: int | tuple[int, int],
+        reg: float = 0.0,
+        replacement: bool = False,
+        cost: Cost = "sqeuclidean",
+        generator: torch.Generator | None = None,
+        disjoint: bool = False,
+    ) -> None:
+        super().__init__(
+            transport, num_batches=num_batches, batch_size=batch_size, replacement=replacement, disjoint=disjoint,
+            cost=cost, generator=generator,
+        )  # fmt: skip
+        self.reg = checks.positive(reg, "reg", allow_zero=True)
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        return f"{super().extra_repr()}, reg={self.reg}"
+
+    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        u, v = grid.u / grid.u.sum(), grid.v / grid.v.sum()
+        outer: Transport = EntropicOT(self.reg) if self.reg > 0 else ExactOT()
+        uniform = bool((u == u[0]).all() and (v == v[0]).all())
+        plan = outer.plan(grid.values, None if uniform else u, None if uniform else v)
+        return plan.to_dense(), plan.penalty
+
+
+def _both_sides(value: int | tuple[int, int], name: str) -> tuple[int, int]:
+    if isinstance(value, tuple):
+        if len(value) != 2:
+            raise ValueError(f"{name} must be one number or a pair (source, target); got {value!r}")
+        return checks.count(value[0], f"{name}[0]"), checks.count(value[1], f"{name}[1]")
+    return (checks.count(value, name),) * 2

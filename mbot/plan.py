@@ -1,0 +1,221 @@
+"""Transport plans: who sends how much to whom, dense or sparse, for a whole batch of problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.random import draw
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan:
+    """Plans of a batch of problems between ``n`` source and ``m`` target points.
+
+    A dense plan holds ``mass`` of shape ``(…, n, m)``. A sparse one holds entries ``(row, col, mass)`` of shape
+    ``(…, e)``; entries of mass zero are padding, and repeated ``(row, col)`` add up. A plan is a constant: it never
+    requires gradients (the envelope theorem: costs and values differentiate through the ground cost alone).
+
+    Attributes:
+        mass: amounts moved, non-negative, in the dtype of the cost.
+        size: ``(n, m)``.
+        row, col: int64 indices of the entries; None for a dense plan.
+        converged: ``(…,)`` bool, whether each problem met its tolerance (always True of exact solvers that finished).
+        error: ``(…,)`` what the solver stopped on: the relative duality gap of exact solvers, the largest marginal
+            error of iterative ones.
+        iterations: ``(…,)`` int64 iterations spent (0 where the notion does not apply).
+        potentials: dual variables ``(f, g)`` of shapes ``(…, n)`` and ``(…, m)`` where the solver has them.
+        penalty: ``(…,)`` what the solver's objective adds to the transport cost (entropy, marginal terms); 0 if none.
+
+    >>> plan = Plan(torch.tensor([0.5, 0.5]), (2, 2), torch.tensor([0, 1]), torch.tensor([1, 0]))
+    >>> plan.to_dense()
+    tensor([[0.0000, 0.5000],
+            [0.5000, 0.0000]])
+    >>> plan.cost(torch.tensor([[9.0, 1.0], [3.0, 9.0]]))
+    tensor(2.)
+    """
+
+    mass: Tensor
+    size: tuple[int, int]
+    row: Tensor | None = None
+    col: Tensor | None = None
+    converged: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
+    error: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
+    iterations: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
+    potentials: tuple[Tensor, Tensor] | None = None
+    penalty: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mass", self.mass.detach())
+        batch, device = self.batch_shape, self.mass.device
+        defaults = {
+            "converged": torch.ones(batch, dtype=torch.bool, device=device),
+            "error": torch.zeros(batch, dtype=torch.float64, device=device),
+            "iterations": torch.zeros(batch, dtype=torch.int64, device=device),
+            "penalty": torch.zeros(batch, dtype=self.mass.dtype, device=device),
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        kind = "dense" if self.row is None else f"sparse, {self.mass.shape[-1]} entries"
+        return (
+            f"Plan({self.size[0]} x {self.size[1]}, batch {tuple(self.batch_shape)}, {kind}, {self.mass.dtype}, "
+            f"converged={bool(self.converged.all())})"
+        )
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the batch of problems."""
+        return self.mass.shape[: -2 if self.row is None else -1]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the plan is held as entries."""
+        return self.row is not None
+
+    def to_dense(self) -> Tensor:
+        """The plan as ``(…, n, m)``; repeated entries are added up."""
+        if self.row is None or self.col is None:
+            return self.mass
+        n, m = self.size
+        dense = self.mass.new_zeros(*self.batch_shape, n * m)
+        return dense.scatter_add_(-1, self.row * m + self.col, self.mass).unflatten(-1, (n, m))
+
+    def cost(self, cost: Tensor) -> Tensor:
+        """Transport cost ``<C, P>`` of the plan under ``cost`` ``(…, n, m)``: ``(…,)``, differentiable in ``cost``.
+
+        Entries without mass do not count, whatever their cost (``inf`` included).
+        """
+        if tuple(cost.shape[-2:]) != self.size:
+            raise ValueError(f"cost must have shape (…, {self.size[0]}, {self.size[1]}); got {tuple(cost.shape)}")
+        if self.row is not None and self.col is not None:
+            flat = cost.flatten(-2)
+            index = self.row * self.size[1] + self.col
+            batch = torch.broadcast_shapes(flat.shape[:-1], index.shape[:-1])
+            cost = flat.expand(*batch, -1).gather(-1, index.expand(*batch, -1))
+            return torch.where(self.mass > 0, cost * self.mass, 0).sum(-1)
+        return torch.where(self.mass > 0, cost, 0).mul(self.mass).sum((-2, -1))
+
+    def _marginal(self, index: Tensor | None, size: int, axis: int) -> Tensor:
+        if index is None:
+            return self.mass.sum(axis)
+        return self.mass.new_zeros(*self.batch_shape, size).scatter_add_(-1, index, self.mass)
+
+    def row_mass(self) -> Tensor:
+        """Mass that leaves each source point, ``(…, n)``."""
+        return self._marginal(self.row, self.size[0], -1)
+
+    def col_mass(self) -> Tensor:
+        """Mass that reaches each target point, ``(…, m)``."""
+        return self._marginal(self.col, self.size[1], -2)
+
+    def total_mass(self) -> Tensor:
+        """All mass that moves, ``(…,)``."""
+        return self.mass.sum(-1) if self.is_sparse else self.mass.sum((-2, -1))
+
+    def matching(self) -> Tensor | None:
+        """The source index of each target, ``(…, m)`` int64, if every plan is a one-to-one matching; None otherwise."""
+        n, m = self.size
+        if (
+            self.row is None
+            or self.col is None
+            or n != m
+            or self.mass.shape[-1] != n
+            or not bool((self.mass > 0).all())
+        ):
+            return None
+        source = torch.full_like(self.col, -1).scatter_(-1, self.col, self.row)
+        used = torch.zeros_like(source, dtype=torch.bool).scatter_(-1, source.clamp_min(0), True)
+        return source if bool((source >= 0).all() & used.all()) else None
+
+    def sample(
+        self, num: int, replacement: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw pairs with probability proportional to their mass.
+
+        Args:
+            num: pairs to draw from each problem.
+            replacement: False draws no cell of the plan twice, so that ``num = n`` pairs of a permutation plan are
+                its ``n`` matched pairs, in random order. True draws independently.
+            generator: source of randomness (None: torch's default generator).
+
+        Returns:
+            ``(row, col)`` of shape ``(…, num)`` int64.
+
+        Raises:
+            ValueError: a plan without mass, or fewer cells with mass than ``num`` without replacement.
+        """
+        checks.count(num, "num")
+        mass = self.mass if self.is_sparse else self.mass.flatten(-2)
+        if self.is_sparse and not replacement:
+            mass = self._merged(mass)
+        support = (mass > 0).sum(-1)
+        if bool((support == 0).any()):
+            raise ValueError("cannot sample from a plan without mass")
+        if not replacement and bool((support < num).any()):
+            raise ValueError(
+                f"num must be at most the number of cells with mass ({int(support.min())}) when replacement=False; "
+                f"got {num}"
+            )
+        if replacement:
+            # Inverse of the cumulative mass in float64: torch.multinomial is limited to 2^24 cells.
+            cumulative = mass.double().cumsum(-1)
+            uniform = draw(
+                torch.rand, *mass.shape[:-1], num, generator=generator, device=mass.device, dtype=torch.float64
+            )
+            last = mass.shape[-1] - 1 - (mass > 0).flip(-1).int().argmax(-1, keepdim=True)
+            cell = torch.searchsorted(cumulative, uniform * cumulative[..., -1:], right=True).minimum(last)
+        else:
+            # Exponential races: the num smallest arrival times are a draw without replacement.
+            uniform = draw(torch.rand, *mass.shape, generator=generator, device=mass.device, dtype=torch.float64)
+            arrival = -torch.log1p(-uniform) / mass
+            cell = arrival.masked_fill(mass <= 0, torch.inf).topk(num, largest=False).indices
+        if self.row is None or self.col is None:
+            return cell // self.size[1], cell % self.size[1]
+        return self.row.gather(-1, cell), self.col.gather(-1, cell)
+
+    def _merged(self, mass: Tensor) -> Tensor:
+        """Masses with repeated cells added up at their first entry and zero at the others."""
+        assert self.row is not None
+        assert self.col is not None
+        cell = self.row * self.size[1] + self.col
+        order = cell.argsort(dim=-1, stable=True)
+        ordered = cell.gather(-1, order)
+        first = torch.ones_like(ordered, dtype=torch.bool)
+        first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+        group = first.cumsum(-1) - 1
+        sums = torch.zeros_like(mass).scatter_add_(-1, group, mass.gather(-1, order))
+        merged = torch.where(first, sums.gather(-1, group), 0)
+        return torch.zeros_like(mass).scatter_(-1, order, merged)
+
+    def barycentric_map(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each source point goes on average: the mass-weighted mean of its targets.
+
+        Args:
+            y: ``(…, m, d)`` target points.
+
+        Returns:
+            ``mapped`` ``(…, n, d)``, zero in rows that send no mass, and ``reached`` ``(…, n)`` bool, False there.
+        """
+        y = checks.floating(y, "y")
+        if y.ndim < 2 or y.shape[-2] != self.size[1]:
+            raise ValueError(f"y must have shape (…, {self.size[1]}, d); got {tuple(y.shape)}")
+        mass = self.mass.to(y.dtype)
+        row_mass = self.row_mass().to(y.dtype)
+        if self.row is None or self.col is None:
+            moved = mass @ y
+        else:
+            y = y.expand(*self.batch_shape, *y.shape[-2:])
+            index = self.col[..., None].expand(*self.col.shape, y.shape[-1])
+            arriving = y.gather(-2, index) * mass[..., None]
+            target = self.row[..., None].expand_as(arriving)
+            moved = torch.zeros(
+                *self.batch_shape, self.size[0], y.shape[-1], dtype=y.dtype, device=y.device
+            ).scatter_add(-2, target, arriving)
+        reached = row_mass > 0
+        return moved / torch.where(reached, row_mass, 1)[..., None], reached

@@ -1,0 +1,104 @@
+"""What every transport shares: a frozen dataclass of settings that solves a batch of problems in one call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.cost import Cost, _pairwise
+from mbot.envelope import matched_values
+from mbot.plan import Plan
+
+
+@dataclass(frozen=True)
+class Transport(ABC):
+    """A transport problem with its settings; immutable, comparable, picklable.
+
+    ``transport.plan(cost)`` gives plans, ``transport(x, y)`` transport costs that differentiate in the points.
+    A subclass implements ``_solve`` and is done.
+    """
+
+    def plan(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
+        """Solve a batch of problems.
+
+        Args:
+            cost: ``(…, n, m)`` costs; ``+inf`` forbids a pair.
+            a: ``(…, n)`` source weights, or None for uniform ``1/n``. A point of weight 0 takes no part.
+            b: ``(…, m)`` target weights, or None for uniform ``1/m``.
+
+        Returns:
+            The plans, constants for autograd, in the cost's dtype (float32 for half precision) and on its device.
+
+        Raises:
+            TypeError: ``cost`` or a weight is not a floating-point tensor.
+            ValueError: empty or non-finite costs, wrong shapes, negative or unmatched weights, another device.
+        """
+        cost = checks.cost_matrix(cost).detach()
+        a = checks.weights(a, cost.shape[-2], cost, "a")
+        b = checks.weights(b, cost.shape[-1], cost, "b")
+        with torch.no_grad():
+            return self._solve(cost, a, b)
+
+    @abstractmethod
+    def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
+        """Plans of checked costs ``(…, n, m)``; weights are float64 ``(…, n)`` and ``(…, m)``, or None if uniform."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        cost: Cost = "sqeuclidean",
+    ) -> Tensor:
+        """Transport cost between point clouds.
+
+        Args:
+            x: ``(…, n, d)`` source points.
+            y: ``(…, m, d)`` target points.
+            a: ``(…, n)`` source weights, or None for uniform.
+            b: ``(…, m)`` target weights, or None for uniform.
+            cost: ground cost, see `mbot.pairwise_cost`.
+
+        Returns:
+            ``(…,)`` values of the objective in cost units (regularised transports include their penalty terms),
+            differentiable in ``x`` and ``y``: the plan is held constant, which by the envelope theorem gives the
+            gradient of the value.
+        """
+        x, y = checks.clouds(x, y)
+        matrix = _pairwise(x, y, cost) if not isinstance(cost, str) else None
+        with torch.no_grad():
+            costs = _pairwise(x, y, cost) if matrix is None else matrix.detach()
+            plan = self.plan(costs, a, b)
+        if matrix is None and plan.is_sparse:
+            return _sparse_values(plan, x, y, costs, str(cost)) + plan.penalty
+        return plan.cost(_pairwise(x, y, cost) if matrix is None else matrix) + plan.penalty
+
+    def value(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """Value of the objective for given costs ``(…, n, m)``: ``(…,)``, differentiable in the costs; see `plan`."""
+        plan = self.plan(cost, a, b)
+        return plan.cost(cost) + plan.penalty
+
+
+def _sparse_values(plan: Plan, x: Tensor, y: Tensor, costs: Tensor, cost: str) -> Tensor:
+    """``<C, P>`` of each problem from its matched pairs, so that backward never touches an n × m matrix."""
+    assert plan.row is not None
+    assert plan.col is not None
+    batch = plan.batch_shape
+    problems, entries = batch.numel(), plan.row.shape[-1]
+    x, y = (points.expand(*batch, *points.shape[-2:]).reshape(-1, points.shape[-1]) for points in (x, y))
+    problem = torch.arange(problems, device=x.device)[:, None].expand(-1, entries)
+    row, col = plan.row.reshape(problems, -1), plan.col.reshape(problems, -1)
+    n, m = plan.size
+    matched = costs.reshape(problems, -1).gather(-1, row * m + col)
+    mass = plan.mass.reshape(problems, -1)
+    values = matched_values(
+        x, y,
+        (problem * n + row).flatten(), (problem * m + col).flatten(),
+        mass.flatten(), torch.where(mass > 0, matched, 0).flatten(), problem.flatten(), problems, cost,
+    )  # fmt: skip
+    return values.reshape(batch)

@@ -1,0 +1,216 @@
+"""Exact optimal transport: linear assignment for uniform weights, network simplex for all others.
+
+``min <C, P>`` over ``P >= 0`` with row sums ``a`` and column sums ``b``. Every plan is certified: dual variables give
+a lower bound on the optimum, and the relative gap is in ``Plan.error``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.plan import Plan
+from mbot.transport.base import Transport
+
+# The gap of a plan that is optimal up to rounding: float64 dual values of up to n * eps relative size.
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class ExactOT(Transport):
+    """Exact (unregularised) optimal transport of a batch of problems, always optimal.
+
+    Args:
+        solver: ``"assignment"`` (uniform weights, n = m, after dropping points of weight zero; a permutation),
+            ``"network_simplex"`` (any weights; POT's solver, run to optimality), or ``"auto"``: the assignment
+            wherever it applies.
+
+    >>> x = torch.tensor([[0.0], [1.0], [2.0]])
+    >>> ExactOT()(x, x.flip(0) + 0.5)
+    tensor(0.2500)
+    """
+
+    solver: str = "auto"
+
+    def __post_init__(self) -> None:
+        checks.choice(self.solver, "solver", ("auto", "assignment", "network_simplex"))
+
+    def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
+        n, m = cost.shape[-2:]
+        if (a is not None or b is not None) and n > 0:
+            uniform = cost.new_ones((), dtype=torch.float64)
+            a = (uniform / n).expand(*cost.shape[:-1]) if a is None else a
+            b = (uniform / m).expand(*cost.shape[:-2], m) if b is None else b
+            b = checks.equal_totals(a, b)
+        flat = np.ascontiguousarray(cost.flatten(0, -3).cpu().numpy() if cost.ndim > 2 else cost[None].cpu().numpy())
+        if a is None and n == m and self.solver != "network_simplex":
+            found = _assign_uniform(flat)
+        else:
+            rows = np.full((len(flat), n), 1 / n) if a is None else a.reshape(-1, n).cpu().numpy()
+            cols = np.full((len(flat), m), 1 / m) if b is None else b.reshape(-1, m).cpu().numpy()
+            found = _general(flat, rows, cols, self.solver)
+        return _plan("ExactOT", cost, found)
+
+
+_Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _plan(name: str, cost: Tensor, found: _Found) -> Plan:
+    """Arrays of ``B`` problems as a sparse `Plan` of the cost's batch shape, with a warning if not certified."""
+    row, col, mass, error, f, g = found
+    batch = cost.shape[:-2]
+
+    def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(array).to(cost.device, dtype).reshape((*batch, *array.shape[1:]))
+
+    plan = Plan(
+        tensor(mass, cost.dtype),
+        (cost.shape[-2], cost.shape[-1]),
+        tensor(row, torch.int64),
+        tensor(col, torch.int64),
+        converged=tensor(error <= _TOLERANCE, torch.bool),
+        error=tensor(error, torch.float64),
+        potentials=(tensor(f, cost.dtype), tensor(g, cost.dtype)),
+    )
+    checks.warn_unconverged(name, plan, "Rescale the cost or pass it in float64.")
+    return plan
+
+
+def _forbid(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Replace ``+inf`` by a finite cost that no optimal plan uses if it can be avoided."""
+    forbidden = np.isinf(cost)
+    if not forbidden.any():
+        return cost, None
+    finite = np.where(forbidden, np.nan, cost.astype(np.float64))
+    if np.isnan(finite).all(axis=(-2, -1)).any():
+        raise ValueError("every pair of a problem is forbidden (its costs are all +inf)")
+    low, high = np.nanmin(finite, axis=(-2, -1)), np.nanmax(finite, axis=(-2, -1))
+    wall = high + (high - low + 1) * (1 + min(cost.shape[-2:]))
+    return np.where(forbidden, wall[:, None, None], finite), forbidden
+
+
+def _check_allowed(forbidden: np.ndarray | None, row: np.ndarray, col: np.ndarray, mass: np.ndarray) -> None:
+    if forbidden is None:
+        return
+    problem = np.arange(len(row))[:, None]
+    used = (forbidden[problem, row, col] & (mass > 1e-12 * mass.max())).any(axis=1)
+    if used.any():
+        raise ValueError(
+            f"no plan avoids the forbidden pairs (cost +inf) in {int(used.sum())} of {len(row)} problems, "
+            f"the first at index {int(used.argmax())}"
+        )
+
+
+def _relative(gap: Any, size: Any, typical: Any) -> Any:
+    """Duality gap relative to the numbers it is computed from, or to 1e-3 of a typical cost where these vanish."""
+    return np.maximum(gap, 0) / np.maximum(np.maximum(size, 1e-3 * typical), np.finfo(np.float64).tiny)
+
+
+def _assign_uniform(cost: np.ndarray) -> _Found:
+    """Uniform square problems ``(B, n, n)`` in one call of the batched kernel."""
+    from mbot.kernels.assignment import assign
+
+    problems, n, _ = cost.shape
+    walled, forbidden = _forbid(cost)
+    col, f, g, gap = assign(walled.reshape(-1), np.full(problems, n))
+    col, f, g = (array.reshape(problems, n) for array in (col, f, g))
+    row = np.broadcast_to(np.arange(n), col.shape)
+    mass = np.full(col.shape, 1 / n)
+    _check_allowed(forbidden, row, col, mass)
+    size = np.abs(np.take_along_axis(walled, col[..., None], -1)).sum((1, 2)) + np.abs(f).sum(1) + np.abs(g).sum(1)
+    error = _relative(gap, size, n * np.abs(walled).mean((1, 2)))
+    return row.copy(), col, mass, error, f, g
+
+
+def assign_blocks(costs: list[Tensor]) -> list[Tensor]:
+    """Exact assignments of square problems of different sizes, solved together: the row matched to each column."""
+    from mbot.kernels.assignment import assign
+
+    sizes = np.array([len(cost) for cost in costs])
+    dtype = np.float64 if costs[0].dtype == torch.float64 else np.float32
+    flat = np.concatenate([cost.cpu().numpy().astype(dtype, copy=False).reshape(-1) for cost in costs])
+    column, *_ = assign(flat, sizes)
+    return [torch.from_numpy(np.argsort(part)).to(costs[0].device) for part in np.split(column, np.cumsum(sizes)[:-1])]
+
+
+def _general(cost: np.ndarray, a: np.ndarray, b: np.ndarray, solver: str) -> _Found:
+    """Problems with weights: points of weight zero are dropped, then each problem goes to the solver that fits it."""
+    from mbot.kernels.threads import run_slices
+
+    problems, n, m = cost.shape
+    walled, forbidden = _forbid(cost)
+    live = [(np.flatnonzero(p), np.flatnonzero(q)) for p, q in zip(a, b, strict=True)]
+    entries = [(np.zeros(0, np.int64),) * 2 + (np.zeros(0),)] * problems
+    error, f, g = np.zeros(problems), np.zeros((problems, n)), np.zeros((problems, m))
+    square = []
+    for p, (rows, cols) in enumerate(live):
+        uniform = np.ptp(a[p, rows]) <= 1e-12 * a[p, rows[0]] and np.ptp(b[p, cols]) <= 1e-12 * b[p, cols[0]]
+        if len(rows) == len(cols) and uniform and solver != "network_simplex":
+            square.append(p)
+        elif solver == "assignment":
+            raise ValueError(
+                f"solver='assignment' needs uniform weights and equally many points of positive weight; problem {p} "
+                f"has {len(rows)} and {len(cols)}, {'uniform' if uniform else 'non-uniform'}. Use solver='auto'"
+            )
+
+    def submatrix(p: int) -> np.ndarray:
+        rows, cols = live[p]
+        return walled[p] if len(rows) == n and len(cols) == m else walled[p][np.ix_(rows, cols)]
+
+    def finish(p: int, row: np.ndarray, col: np.ndarray, mass: np.ndarray, g_live: np.ndarray, c: np.ndarray) -> None:
+        """Complete the dual variables, certify, and write the result in the full problem's indices."""
+        rows, cols = live[p]
+        f_live = (c - g_live).min(1)
+        matched, wa, wb = c[row, col], a[p, rows], b[p, cols]
+        gap = matched @ mass - f_live @ wa - g_live @ wb
+        size = np.abs(matched) @ mass + np.abs(f_live) @ wa + np.abs(g_live) @ wb
+        error[p] = _relative(gap, size, mass.sum() * np.abs(c).mean())
+        f[p, rows], g[p, cols] = f_live, g_live
+        entries[p] = (rows[row], cols[col], mass)
+
+    if square:
+        from mbot.kernels.assignment import assign
+
+        blocks = [submatrix(p) for p in square]
+        sizes = np.array([len(block) for block in blocks])
+        column, _, price, _ = assign(np.concatenate([block.reshape(-1) for block in blocks]), sizes)
+        ends = np.cumsum(sizes)[:-1]
+        for p, block, col, dual in zip(square, blocks, np.split(column, ends), np.split(price, ends), strict=True):
+            row = np.arange(len(block))
+            finish(p, row, col, a[p, live[p][0]], dual, block.astype(np.float64))
+
+    rest = sorted(set(range(problems)) - set(square))
+    if rest:
+        import ot
+
+        def simplex(begin: int, stop: int) -> None:
+            for p in rest[begin:stop]:
+                rows, cols = live[p]
+                c = np.ascontiguousarray(submatrix(p), dtype=np.float64)
+                # POT's tolerances are absolute: give it costs in [0, 1] and a total mass of 1. The iteration limit is
+                # far above what the simplex needs; POT's default of 1e5 stops early at n >= 2048.
+                low, span, total = c.min(), np.ptp(c) or 1.0, a[p].sum()
+                scaled = (c - low) / span
+                dense, log = ot.lp.emd(
+                    a[p, rows] / total, b[p, cols] / total, scaled, numItermax=1_000_000_000, log=True
+                )
+                row, col = np.nonzero(dense)
+                finish(p, row, col, total * dense[row, col], span * log["v"], c)
+
+        run_slices(simplex, [float(len(live[p][0]) * len(live[p][1])) for p in rest])
+
+    width = max(len(entry[0]) for entry in entries)
+    row, col, mass = (
+        np.zeros((problems, width), np.int64),
+        np.zeros((problems, width), np.int64),
+        np.zeros((problems, width)),
+    )
+    for p, (r, c, w) in enumerate(entries):
+        row[p, : len(r)], col[p, : len(c)], mass[p, : len(w)] = r, c, w
+    _check_allowed(forbidden, row, col, mass)
+    return row, col, mass, error, f, g

@@ -1,0 +1,137 @@
+"""Partial optimal transport: move a given mass at the least cost (m-POT, Nguyen et al. 2022, arXiv 2108.09645).
+
+``min <C, P>`` over ``P >= 0`` with row sums at most ``a``, column sums at most ``b`` and total ``mass``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.plan import Plan
+from mbot.transport.base import Transport
+from mbot.transport.entropic import flat_weights, plan_of
+from mbot.transport.exact import ExactOT, _check_allowed, _forbid, _general, _plan, _relative
+from mbot.transport.sinkhorn import Capped, sinkhorn
+
+
+@dataclass(frozen=True)
+class PartialOT(Transport):
+    """Exact or entropic partial transport of a batch of problems.
+
+    ``reg = 0``: exact. With uniform weights and n = m the optimum is piecewise linear in the mass with bends at
+    multiples of 1/n: cardinality-constrained assignments at the two neighbouring bends are solved and interpolated.
+    Otherwise the dummy-point problem goes to the network simplex. ``mass`` equal to the whole mass is `ExactOT`;
+    ``mass = 0`` is the zero plan. Costs of any sign are right, and ``+inf`` forbids a pair.
+
+    ``reg > 0``: ``min <C, P> + reg Σ P log P`` over the same plans, by exact alternating minimisation in the log
+    domain (the fixed point of the Bregman-Dykstra projections of Benamou et al. 2015, with one correction a row and a
+    column instead of three matrices). This is POT's objective; the Sinkhorn problem with dummy points is another one.
+
+    The value is not renormalised: it shrinks with the mass, as in the m-POT loss.
+
+    Args:
+        mass: total mass to move, between 0 and the smaller total weight (1 for uniform weights).
+        reg: entropic regularisation in cost units; 0 for exact.
+        max_iter: iterations of the entropic solver before a `mbot.ConvergenceWarning`.
+        tol: share of the mass that an entropic update may still move at the end.
+
+    >>> x = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    >>> y = torch.tensor([[3.0], [4.0], [5.0]], dtype=torch.float64)
+    >>> PartialOT(mass=1 / 3)(x, y), PartialOT(mass=0.5)(x, y), PartialOT(mass=1.0)(x, y)
+    (tensor(0., dtype=torch.float64), tensor(0.3333, dtype=torch.float64), tensor(4., dtype=torch.float64))
+    """
+
+    mass: float
+    reg: float = 0.0
+    max_iter: int = 10_000
+    tol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        checks.positive(self.mass, "mass", allow_zero=True)
+        checks.positive(self.reg, "reg", allow_zero=True)
+        checks.count(self.max_iter, "max_iter")
+        checks.positive(self.tol, "tol")
+
+    def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
+        n, m = cost.shape[-2:]
+        uniform = a is None and b is None
+        flat_a, flat_b = flat_weights(cost, a, b)
+        totals = torch.stack((flat_a.sum(-1), flat_b.sum(-1)))
+        limit = 1.0 if uniform else float(totals.amin())
+        if self.mass > limit * (1 + 1e-5):
+            raise ValueError(
+                f"mass must lie in [0, {limit:.6g}], the smaller total weight; got {self.mass:g}. "
+                "Lower it, or pass weights with a larger total"
+            )
+        mass = min(self.mass, limit)  # sums of weights, such as n times 1/n in float32, may fall short by rounding
+        if mass == 0:
+            empty = torch.zeros(*cost.shape[:-2], 1, dtype=torch.int64, device=cost.device)
+            return Plan(empty.to(cost.dtype), (n, m), empty, empty)
+        if self.reg > 0:
+            return self._entropic(cost, flat_a, flat_b, mass)
+        if bool(((totals - mass).abs() <= (1e-12 if uniform else 1e-5) * mass).all()) and mass >= limit * (1 - 1e-12):
+            return ExactOT()._solve(cost, a, b)
+        flat = np.ascontiguousarray(cost.reshape(-1, n, m).cpu().numpy())
+        if uniform and n == m:
+            return _plan("PartialOT", cost, _uniform(flat, mass))
+        return _plan("PartialOT", cost, _with_dummies(flat, flat_a.cpu().numpy(), flat_b.cpu().numpy(), mass))
+
+    def _entropic(self, cost: Tensor, a: Tensor, b: Tensor, mass: float) -> Plan:
+        step = Capped(mass)
+        found = sinkhorn(
+            cost.reshape(-1, *cost.shape[-2:]), a, b, reg=self.reg, row_step=step, col_step=step, weighted=False,
+            max_iter=self.max_iter, tol=self.tol,
+        )  # fmt: skip
+        objective = (found.plan.sum(-1) * found.phi).sum(-1) + (found.plan.sum(-2) * found.psi).sum(-1)
+        return plan_of("PartialOT", cost, found, self.reg * objective, self.reg, self.max_iter)
+
+
+def _uniform(cost: np.ndarray, mass: float):  # type: ignore[no-untyped-def]
+    """Uniform square problems: interpolate between the cardinalities below and above ``mass * n``."""
+    from mbot.kernels.cardinality import match
+
+    problems, n, _ = cost.shape
+    walled, forbidden = _forbid(cost)
+    pairs = mass * n
+    lower = int(np.floor(pairs + 1e-9))
+    share = pairs - lower if pairs - lower > 1e-9 * lower else 0.0  # weight of the plan with one pair more
+    parts = [(lower, 1 - share)] * (lower > 0) + [(lower + 1, share)] * (share > 0)
+    rows, cols, masses, error = [], [], [], np.zeros(problems)
+    f, g = np.zeros((problems, n)), np.zeros((problems, n))
+    for cardinality, weight in parts:
+        col, f, g, gap = match(walled.reshape(-1), n, cardinality)
+        row = np.broadcast_to(np.arange(n), col.shape)
+        amount = np.where(col >= 0, weight / n, 0.0)
+        col = np.where(col >= 0, col, 0)
+        matched = np.abs(np.take_along_axis(walled, col[..., None], -1)[..., 0]) * (amount > 0)
+        size = matched.sum(1) + np.abs(f).sum(1) + np.abs(g).sum(1)
+        error = np.maximum(error, _relative(gap, size, cardinality * np.abs(walled).mean((1, 2))))
+        rows.append(row)
+        cols.append(col)
+        masses.append(amount)
+    row, col, amount = (np.concatenate(part, axis=1) for part in (rows, cols, masses))
+    _check_allowed(forbidden, row, col, amount)
+    return row, col, amount, error, f, g
+
+
+def _with_dummies(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float):  # type: ignore[no-untyped-def]
+    """Any weights: a dummy source and a dummy target take what does not move; between them nothing may."""
+    problems, n, m = cost.shape
+    walled, forbidden = _forbid(cost)
+    augmented = np.zeros((problems, n + 1, m + 1))
+    augmented[:, :n, :m] = walled
+    augmented[:, n, m] = np.inf
+    more_a = np.maximum(b.sum(1, keepdims=True) - mass, 0)
+    more_b = np.maximum(a.sum(1, keepdims=True) - mass, 0)
+    row, col, amount, error, f, g = _general(
+        augmented, np.concatenate((a, more_a), 1), np.concatenate((b, more_b), 1), "network_simplex"
+    )
+    amount = np.where((row < n) & (col < m), amount, 0.0)
+    row, col = np.where(amount > 0, row, 0), np.where(amount > 0, col, 0)
+    _check_allowed(forbidden, row, col, amount)
+    return row, col, amount, error, f[:, :n], g[:, :m]

@@ -1,0 +1,356 @@
+"""The log-domain Sinkhorn loop for a batch of problems: balanced, KL-unbalanced and partial transport share it.
+
+All of them minimise ``<C, P> + reg * (entropy of P) + (terms in the marginals)``, so that
+
+    P_ij = exp(phi_i + psi_j + L_ij),        L = -C / reg + log(reference weights),
+
+and alternate exact minimisations over ``phi`` and ``psi`` (in units of ``reg``). A problem differs only in its step:
+from ``S_i = log sum_j exp(psi_j + L_ij)``, the log of the row masses at ``phi = 0``, to the new ``phi_i``.
+
+Three things make it fast. Potentials live in the log domain, but between renewals of ``P`` the iterations are plain
+products with it, on scalings kept within ``exp(±_RANGE)`` (stabilised scaling, Schmitzer 2019). A small ``reg`` is
+approached from above (epsilon-scaling). Where the iterations converge slowly, Newton's method solves the same fixed
+point (Brauer et al. 2017), safeguarded by the residual. A problem leaves the batch when it has converged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_RANGE = 12.0  # |log scaling| at which P is renewed
+_EVERY = 10  # iterations between checks
+_DIRECT = 40  # costs spread over fewer regularisations than this need no epsilon-scaling
+_SCALING = 0.25  # ratio of successive regularisations on the way down to reg
+_ROUNDS = 4  # rounds at most at each of them
+_NEWTON_SIZE = 2048  # rows up to which a dense Newton system is solved
+
+
+class Step(Protocol):
+    """What a problem asks of its row (or column) masses."""
+
+    def __call__(self, soft: Tensor, weight: Tensor) -> Tensor:
+        """``phi`` from ``S``; both ``(B, n)``."""
+
+    def slope(self, soft: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivative of the step: ``d phi = -(diagonal * dS + left * <right, dS>)``, each ``(B, n)``."""
+
+    def dual(self, phi: Tensor, weight: Tensor) -> Tensor:
+        """What ``phi`` contributes to the dual objective, in units of ``reg``: ``(B,)``."""
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Row masses equal their weights."""
+
+    def __call__(self, soft: Tensor, weight: Tensor) -> Tensor:
+        """``phi = log weight - S``."""
+        return weight.log() - soft
+
+    def slope(self, soft: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One."""
+        return torch.ones_like(soft), torch.zeros_like(soft), torch.zeros_like(soft)
+
+    def dual(self, phi: Tensor, weight: Tensor) -> Tensor:
+        """``<weight, phi>``."""
+        return (weight * phi).sum(-1)
+
+
+@dataclass(frozen=True)
+class KLRelaxed:
+    """Row masses pay ``reg_marginal * KL(mass | weight)``; ``rate = reg_marginal / (reg_marginal + reg)``."""
+
+    rate: float
+
+    def __call__(self, soft: Tensor, weight: Tensor) -> Tensor:
+        """The damped step of Chizat et al. 2018."""
+        return self.rate * (weight.log() - soft)
+
+    def slope(self, soft: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rate."""
+        return torch.full_like(soft, self.rate), torch.zeros_like(soft), torch.zeros_like(soft)
+
+    def dual(self, phi: Tensor, weight: Tensor) -> Tensor:
+        """``-k <weight, exp(-phi / k) - 1>`` with ``k = reg_marginal / reg``."""
+        k = self.rate / (1 - self.rate)
+        return -k * (weight * (-phi / k).expm1()).sum(-1)
+
+
+@dataclass(frozen=True)
+class Capped:
+    """Row masses are at most their weights and their total is ``mass``."""
+
+    mass: float
+
+    def _level(self, soft: Tensor, weight: Tensor) -> Tensor:
+        """The level at which ``sum min(weight, exp(level + S))`` is ``mass``, ``(B, 1)``.
+
+        The sum grows with the level and bends at ``log weight - S`` of each row: with these sorted, the level is found
+        in closed form between two bends.
+        """
+        bend = torch.where(weight > 0, weight.log() - soft, -torch.inf)
+        bend, order = bend.sort(-1)
+        full = weight.gather(-1, order)
+        open_mass = torch.where(full > 0, soft.gather(-1, order), -torch.inf)
+        before = full.cumsum(-1) - full  # mass of the rows that are full, and log mass of those that are open
+        after = open_mass.flip(-1).logcumsumexp(-1).flip(-1)
+        level = (self.mass - before).clamp_min(0).log() - after
+        fits = level <= bend
+        # Rounding may leave no level that fits when the mass is the whole weight: all rows are full then.
+        level = torch.where(fits, level, torch.inf).gather(-1, fits.int().argmax(-1, keepdim=True))
+        return torch.where(fits.any(-1, keepdim=True), level, torch.inf)
+
+    def __call__(self, soft: Tensor, weight: Tensor) -> Tensor:
+        """``phi = min(log weight - S, level)``."""
+        return torch.minimum(weight.log() - soft, self._level(soft, weight))
+
+    def slope(self, soft: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Full rows follow their own S; open ones share the level, which follows their average S."""
+        level = self._level(soft, weight)
+        full = (weight.log() - soft <= level) & (weight > 0)
+        share = torch.where(full | (weight <= 0), -torch.inf, soft).softmax(-1).nan_to_num(0)
+        return full.to(soft.dtype), (~full).to(soft.dtype), share
+
+    def dual(self, phi: Tensor, weight: Tensor) -> Tensor:
+        """``<weight, phi - level> + mass * level`` with the smallest level that is at least ``phi``."""
+        level = phi.masked_fill(weight <= 0, -torch.inf).amax(-1)
+        return (weight * phi).sum(-1) - (weight.sum(-1) - self.mass) * level
+
+
+@dataclass
+class Solution:
+    """What the loop returns, for ``B`` problems: plans, float64 potentials in units of ``reg``, how it ended."""
+
+    plan: Tensor
+    phi: Tensor
+    psi: Tensor
+    error: Tensor
+    iterations: Tensor
+    converged: Tensor
+
+
+def sinkhorn(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    reg: float,
+    row_step: Step,
+    col_step: Step,
+    weighted: bool,
+    max_iter: int,
+    tol: float,
+) -> Solution:
+    """Run the loop.
+
+    Args:
+        cost: ``(B, n, m)``, float32 or float64; ``+inf`` forbids a pair.
+        a: ``(B, n)`` weights of the rows, in float64; points of weight 0 take no part.
+        b: ``(B, m)`` weights of the columns.
+        reg: regularisation > 0.
+        row_step: what the problem asks of its rows.
+        col_step: what it asks of its columns.
+        weighted: whether the entropy is relative to ``a ⊗ b`` (True) or to the counting measure.
+        max_iter: iterations (each updates rows and columns once).
+        tol: stop when an update would move less than this share of the mass.
+    """
+    tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
+    log_a, log_b = (w.log() if weighted else torch.where(w > 0, 0.0, -torch.inf) for w in (a, b))
+    reference = (log_a[:, :, None] + log_b[:, None, :]).to(cost.dtype)  # -inf: takes no part
+
+    loop = _Loop(reference, a, b, row_step, col_step)
+    finite = torch.where(torch.isfinite(cost), cost, 0)
+    level = float(finite.amax() - finite.amin()) / _DIRECT
+    while level > reg:
+        # Roughly converged at each level: below it the plan may fall apart into blocks that no longer see each other.
+        loop.kernel, loop.drift = reference - cost / level, torch.full_like(loop.drift, torch.inf)
+        for _ in range(_ROUNDS):
+            change, error = loop.round(_EVERY // 2)
+            if float(error.amax()) < 0.05:
+                break
+            if cost.shape[1] <= _NEWTON_SIZE:
+                loop.newton(change, error)
+        lower = max(reg, level * _SCALING)
+        loop.phi, loop.psi = loop.phi * (level / lower), loop.psi * (level / lower)  # constant in units of the cost
+        level = lower
+    loop.kernel, loop.drift = reference - cost / reg, torch.full_like(loop.drift, torch.inf)
+    return _iterate(loop, max_iter, tol)
+
+
+def _masked(step: Step, soft: Tensor, weight: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
+    """The step, with another value for points that take no part or that nothing reaches."""
+    return torch.where((weight > 0) & (soft > -torch.inf), step(soft, weight), otherwise)
+
+
+class _Loop:
+    """The problems that are still running: kernels ``L`` and plans in the cost's dtype, vectors in float64.
+
+    ``plan = exp(phi + psi + L)`` is renewed from the potentials when these have moved by more than ``_RANGE`` since
+    the last renewal, and multiplied by the changes in between: cheaper, and free of the rounding of large potentials.
+    """
+
+    def __init__(self, kernel: Tensor, a: Tensor, b: Tensor, row_step: Step, col_step: Step) -> None:
+        self.kernel, self.a, self.b, self.row_step, self.col_step = kernel, a, b, row_step, col_step
+        self.phi, self.psi = torch.zeros_like(a), torch.zeros_like(b)
+        self.plan, self.drift = kernel, torch.full_like(a[:, 0], torch.inf)
+
+    def _log_plan(self, phi: Tensor | None, psi: Tensor | None) -> Tensor:
+        kernel = self.kernel
+        if phi is not None:
+            kernel = kernel + phi[:, :, None].to(kernel.dtype)
+        return kernel if psi is None else kernel + psi[:, None, :].to(kernel.dtype)
+
+    def log_update(self) -> None:
+        """One exact update of both potentials."""
+        self.phi = _masked(self.row_step, self._log_plan(None, self.psi).logsumexp(-1).double(), self.a)
+        self.psi = _masked(self.col_step, self._log_plan(self.phi, None).logsumexp(-2).double(), self.b)
+
+    def renew(self) -> None:
+        """The plan from the potentials, after an exact update."""
+        self.log_update()
+        self.plan = self._log_plan(self.phi, self.psi).exp_()
+        self.drift = torch.zeros_like(self.drift)
+
+    def updates(self, count: int) -> None:
+        """``count`` updates of both potentials as products with the plan."""
+        plan, transposed = self.plan, self.plan.mT
+        row_scale, col_scale = torch.zeros_like(self.phi), torch.zeros_like(self.psi)
+        for _ in range(count):
+            soft = _times(plan, col_scale.exp()).log() - self.phi
+            row_scale = _masked(self.row_step, soft, self.a, self.phi) - self.phi
+            soft = _times(transposed, row_scale.exp()).log() - self.psi
+            col_scale = _masked(self.col_step, soft, self.b, self.psi) - self.psi
+        self.plan = _scaled(plan, row_scale, col_scale)
+        self._move(row_scale, col_scale)
+
+    def _move(self, row_scale: Tensor, col_scale: Tensor) -> None:
+        self.phi, self.psi = self.phi + row_scale, self.psi + col_scale
+        self.drift = self.drift + torch.maximum(row_scale.abs().amax(-1), col_scale.abs().amax(-1))
+
+    def round(self, count: int) -> tuple[Tensor, Tensor]:
+        """Some updates, on a plan that is fresh enough; returns the `residual`."""
+        if bool((self.drift > _RANGE).any()):
+            self.renew()
+        self.updates(count)
+        return self.residual()
+
+    def residual(self) -> tuple[Tensor, Tensor]:
+        """Change of ``phi`` that a row update would make, and the share of the mass that it would move."""
+        mass = self.plan.sum(-1).double()
+        change = _masked(self.row_step, mass.log() - self.phi, self.a, self.phi) - self.phi
+        total = mass.sum(-1)
+        return change, (mass * change.expm1().abs()).sum(-1) / torch.where(total > 0, total, 1)
+
+    def dual(self) -> Tensor:
+        """The dual objective in units of ``reg``, ``(B,)``; every update raises it."""
+        return self.row_step.dual(self.phi, self.a) + self.col_step.dual(self.psi, self.b) - self.plan.sum((-2, -1))
+
+    _PARTS = ("kernel", "a", "b", "phi", "psi", "plan", "drift")
+
+    def part(self, mask: Tensor) -> _Loop:
+        """Some of the problems."""
+        some = _Loop(self.kernel[:0], self.a[:0], self.b[:0], self.row_step, self.col_step)
+        for name in self._PARTS:
+            setattr(some, name, getattr(self, name)[mask])
+        return some
+
+    def newton_direction(self, change: Tensor) -> Tensor:
+        """Newton direction for the fixed point ``row_step(col_step(phi)) = phi``; solved in float64."""
+        plan = self.plan.double()
+        rows, cols = plan.sum(-1), plan.sum(-2)
+        to_col = plan.mT / torch.where(cols > 0, cols, 1)[:, :, None]  # -d psi / d phi before the column step
+        to_row = plan / torch.where(rows > 0, rows, 1)[:, :, None]
+        inner = _slope(self.col_step, cols.log() - self.psi, self.b, to_col)
+        jacobian = _slope(self.row_step, rows.log() - self.phi, self.a, to_row @ inner)
+        # A little more than the identity: a plan in blocks makes the system singular, and the direction that shifts
+        # the blocks against each other must keep its sign.
+        system = (1 + 1e-10) * torch.eye(plan.shape[1], dtype=plan.dtype, device=plan.device) - jacobian
+        if not isinstance(self.row_step, KLRelaxed):  # potentials are free up to a constant
+            system = system + 1 / plan.shape[1]
+        return torch.linalg.solve_ex(system, change[:, :, None])[0][:, :, 0]
+
+    def newton(self, change: Tensor, error: Tensor) -> None:
+        """One step along Newton's direction, as far as the dual objective grows or the residual shrinks; else none."""
+        objective = self.dual()
+        direction = self.newton_direction(change)
+        length = (_RANGE / direction.abs().amax(-1)).clamp_max(1)[:, None].nan_to_num(0)
+        todo = torch.ones_like(error, dtype=torch.bool)
+        for _ in range(3):
+            trial = self.part(todo)
+            row_scale = (length * direction)[todo]
+            plan = _scaled(trial.plan, row_scale)
+            soft = plan.sum(-2).double().log() - trial.psi
+            col_scale = _masked(trial.col_step, soft, trial.b, trial.psi) - trial.psi
+            trial.plan = _scaled(plan, cols=col_scale)
+            trial._move(row_scale, col_scale)
+            better = (trial.residual()[1] < 0.8 * error[todo]) | (trial.dual() > objective[todo])
+            rows = todo.nonzero()[:, 0][better]
+            for name in ("phi", "psi", "plan", "drift"):
+                getattr(self, name)[rows] = getattr(trial, name)[better]
+            todo[rows] = False
+            if not bool(todo.any()):
+                return
+            length = 0.3 * length
+
+
+def _times(plan: Tensor, vector: Tensor) -> Tensor:
+    """Product of a batch of matrices with float64 vectors, in the matrices' precision."""
+    return (plan @ vector[:, :, None].to(plan.dtype))[:, :, 0].double()
+
+
+def _scaled(plan: Tensor, rows: Tensor | None = None, cols: Tensor | None = None) -> Tensor:
+    """The plan with its rows and columns scaled by exponentials."""
+    if rows is not None:
+        plan = plan * rows.exp()[:, :, None].to(plan.dtype)
+    return plan if cols is None else plan * cols.exp()[:, None, :].to(plan.dtype)
+
+
+def _slope(step: Step, soft: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
+    """The step's derivative applied to the rows of ``matrix``, without its sign."""
+    diagonal, left, right = step.slope(soft, weight)
+    return diagonal[:, :, None] * matrix + left[:, :, None] * (right[:, None, :] @ matrix)
+
+
+def _iterate(loop: _Loop, max_iter: int, tol: float) -> Solution:
+    problems, device = len(loop.kernel), loop.kernel.device
+    out = Solution(
+        plan=torch.zeros_like(loop.kernel),
+        phi=loop.phi.clone(),
+        psi=loop.psi.clone(),
+        error=torch.full((problems,), torch.inf, dtype=torch.float64, device=device),
+        iterations=torch.zeros(problems, dtype=torch.int64, device=device),
+        converged=torch.zeros(problems, dtype=torch.bool, device=device),
+    )
+    active = torch.arange(problems, device=device)
+    previous = torch.full((problems,), torch.inf, dtype=loop.phi.dtype, device=device)
+    spent = 0
+    while True:
+        rounds = max(1, min(_EVERY, max_iter - spent))
+        change, error = loop.round(rounds)
+        spent += rounds
+
+        finished = (error <= tol) | (spent >= max_iter) | ~torch.isfinite(error)
+        if bool(finished.any()):
+            rows = active[finished]
+            out.plan[rows], out.phi[rows], out.psi[rows] = loop.plan[finished], loop.phi[finished], loop.psi[finished]
+            out.error[rows], out.iterations[rows] = error[finished].double(), spent
+            out.converged[rows] = error[finished] <= tol
+            keep = ~finished
+            if not bool(keep.any()):
+                return out
+            active, change, error, previous = (t[keep] for t in (active, change, error, previous))
+            loop = loop.part(keep)
+
+        # How many more iterations at the rate just seen? A Newton step costs about 20 + n / 10 of them.
+        rate = (error / previous).clamp(1e-6, 1 - 1e-6)
+        slow = (rounds * (tol / error).log() / rate.log() > 20 + loop.plan.shape[1] / 10) & (error < 0.5)
+        previous = error
+        if loop.plan.shape[1] <= _NEWTON_SIZE and spent > _EVERY and bool(slow.any()):
+            some = loop.part(slow)
+            some.newton(change[slow], error[slow])
+            for name in _Loop._PARTS[3:]:
+                getattr(loop, name)[slow] = getattr(some, name)
+            previous = torch.where(slow, torch.inf, previous)

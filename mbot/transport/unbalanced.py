@@ -1,0 +1,57 @@
+"""Unbalanced optimal transport with KL-relaxed marginals (Chizat et al. 2018; JUMBOT, Fatras et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mbot import checks
+from mbot.plan import Plan
+from mbot.transport.base import Transport
+from mbot.transport.entropic import flat_weights, plan_of
+from mbot.transport.sinkhorn import KLRelaxed, sinkhorn
+
+
+@dataclass(frozen=True)
+class UnbalancedOT(Transport):
+    """``min <C, P> + reg KL(P | a ⊗ b) + reg_marginal (KL(P 1 | a) + KL(P^T 1 | b))``, the transport of m-UOT.
+
+    ``KL(p | q) = Σ p log(p / q) - p + q``. The plan's mass is not fixed: it shrinks where the cost is large against
+    ``reg_marginal``, and so does the value. Both parameters are in cost units: rescaling the cost changes the method.
+
+    Args:
+        reg: entropic regularisation > 0.
+        reg_marginal: price of marginal deviations > 0 (``τ``, POT's ``reg_m``); large values approach `EntropicOT`.
+        max_iter: iterations before giving up with a `mbot.ConvergenceWarning`.
+        tol: share of the mass that an update may still move at the end.
+    """
+
+    reg: float
+    reg_marginal: float
+    max_iter: int = 10_000
+    tol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        checks.positive(self.reg, "reg")
+        checks.positive(self.reg_marginal, "reg_marginal")
+        checks.count(self.max_iter, "max_iter")
+        checks.positive(self.tol, "tol")
+
+    def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
+        flat = cost.reshape(-1, *cost.shape[-2:])
+        a, b = flat_weights(cost, a, b)
+        step = KLRelaxed(self.reg_marginal / (self.reg_marginal + self.reg))
+        found = sinkhorn(
+            flat, a, b, reg=self.reg, row_step=step, col_step=step, weighted=True,
+            max_iter=self.max_iter, tol=self.tol,
+        )  # fmt: skip
+        rows, cols = found.plan.sum(-1), found.plan.sum(-2)
+        entropy = (rows * found.phi).sum(-1) + (cols * found.psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
+        objective = self.reg * entropy + self.reg_marginal * (_kl(rows, a) + _kl(cols, b))
+        return plan_of("UnbalancedOT", cost, found, objective, self.reg, self.max_iter)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Generalised KL divergence over the last axis, with 0 log 0 = 0."""
+    return (p.xlogy(p) - p.xlogy(q) - p + q).sum(-1)

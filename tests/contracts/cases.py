@@ -1,0 +1,41 @@
+"""Every transport and coupling that the package exports, with the settings its contract is tested at.
+
+A class joins by being in ``mbot.__all__`` and having a line here; a missing line fails `test_everything_has_a_case`.
+"""
+
+import inspect
+
+import mbot
+
+TRANSPORTS = {
+    "EntropicOT": [mbot.EntropicOT(reg=0.5, tol=1e-11)],
+    "ExactOT": [mbot.ExactOT(), mbot.ExactOT(solver="network_simplex")],
+    "PartialOT": [mbot.PartialOT(mass=0.6), mbot.PartialOT(mass=0.6, reg=0.5, tol=1e-11)],
+    "UnbalancedOT": [mbot.UnbalancedOT(reg=0.5, reg_marginal=1.0, tol=1e-11)],
+}
+
+# Values only: no plan, no cost matrix.
+VALUES_ONLY = {"SlicedOT": [mbot.SlicedOT(num_projections=16), mbot.SlicedOT(num_projections=16, p=1.5)]}
+
+COUPLINGS = {
+    "IndependentCoupling": [mbot.IndependentCoupling()],
+    "OTCoupling": [mbot.OTCoupling(), mbot.OTCoupling(cost="euclidean")],
+    "ConditionalOTCoupling": [
+        mbot.ConditionalOTCoupling("discrete"),
+        mbot.ConditionalOTCoupling("continuous", weight=3.0, condition_cost="sqeuclidean"),
+        mbot.ConditionalOTCoupling("continuous", target_ratio=0.1, condition_cost="sqeuclidean"),
+    ],
+    "WeightedCoupling": [mbot.WeightedCoupling(reg=1.0)],
+}
+
+CONDITIONAL = {"ConditionalOTCoupling"}
+
+
+def exported(base):
+    """Names of the concrete subclasses of ``base`` in ``mbot.__all__``."""
+    objects = {name: getattr(mbot, name) for name in mbot.__all__}
+    return {n for n, o in objects.items() if inspect.isclass(o) and issubclass(o, base) and o is not base}
+
+
+def flat(table):
+    return [case for cases in table.values() for case in cases]

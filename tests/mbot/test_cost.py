@@ -1,0 +1,94 @@
+"""Ground costs against direct evaluation, their gradients, and what they refuse."""
+
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+import mbot
+
+SCIPY = {"sqeuclidean": "sqeuclidean", "euclidean": "euclidean", "cosine": "cosine"}
+
+
+@pytest.mark.parametrize("cost", SCIPY)
+@pytest.mark.parametrize("d", [1, 2, 4, 5, 64])
+def test_agrees_with_scipy(cost, d):
+    x, y = torch.randn(7, d, dtype=torch.float64), torch.randn(9, d, dtype=torch.float64) + 1
+    torch.testing.assert_close(mbot.pairwise_cost(x, y, cost), torch.from_numpy(cdist(x, y, SCIPY[cost])))
+
+
+def test_dot_is_the_negative_inner_product():
+    x, y = torch.randn(3, 4, 5), torch.randn(3, 6, 5)
+    torch.testing.assert_close(mbot.pairwise_cost(x, y, "dot"), -torch.einsum("bid,bjd->bij", x, y))
+
+
+@pytest.mark.parametrize("d", [2, 16, 3072])
+def test_float32_keeps_its_digits_far_from_the_origin(d):
+    """An offset of 1e4 would cost the expanded square all of its digits."""
+    x, y = torch.randn(50, d, dtype=torch.float64), torch.randn(60, d, dtype=torch.float64)
+    exact = mbot.pairwise_cost(x, y)
+    far = mbot.pairwise_cost((x + 1e4).float(), (y + 1e4).float()).double()
+    # the points themselves are rounded to about 1e4 * 2^-24
+    assert float((far - exact).abs().max() / exact.mean()) < 2e-3
+
+
+@pytest.mark.parametrize("cost", [*SCIPY, "dot"])
+@pytest.mark.parametrize("d", [2, 6])
+def test_gradients(cost, d):
+    x = torch.randn(2, 3, d, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 4, d, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, y: mbot.pairwise_cost(x, y, cost), (x, y))
+
+
+@pytest.mark.parametrize("d", [2, 6])
+def test_the_euclidean_gradient_at_coinciding_points_is_zero_not_nan(d):
+    x = torch.randn(3, d, dtype=torch.float64, requires_grad=True)
+    mbot.pairwise_cost(x, x.detach().clone(), "euclidean").diagonal().sum().backward()
+    assert bool(torch.isfinite(x.grad).all())
+    assert float(x.grad.abs().max()) < 1e-6
+
+
+def test_low_dimensional_equal_points_cost_exactly_nothing():
+    x = torch.randn(40, 2) * 1e3
+    assert bool((mbot.pairwise_cost(x, x).diagonal() == 0).all())
+
+
+def test_batch_axes_broadcast_and_images_flatten():
+    x, y = torch.randn(4, 1, 3, 2), torch.randn(5, 6, 2)
+    assert mbot.pairwise_cost(x, y).shape == (4, 5, 3, 6)
+    images = torch.randn(7, 3, 8, 8)
+    torch.testing.assert_close(
+        mbot.pairwise_cost(images, images, feature_ndim=3), mbot.pairwise_cost(images.flatten(1), images.flatten(1))
+    )
+
+
+def test_half_precision_and_autocast_are_computed_in_float32():
+    x, y = torch.randn(20, 64), torch.randn(20, 64)
+    assert mbot.pairwise_cost(x.bfloat16(), y.bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(mbot.pairwise_cost(x, y), mbot.pairwise_cost(x, y), rtol=0, atol=0)
+        inside = mbot.pairwise_cost(x, y)
+    torch.testing.assert_close(inside, mbot.pairwise_cost(x, y), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "kwargs", "error", "says"),
+    [
+        (torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2), {}, TypeError, "floating-point"),
+        ([[1.0]], torch.zeros(3, 1), {}, TypeError, "torch.Tensor"),
+        (torch.zeros(3, 2).double(), torch.zeros(3, 2), {}, TypeError, "same dtype"),
+        (torch.zeros(3), torch.zeros(3), {}, ValueError, r"x\[:, None\]"),
+        (torch.zeros(3, 2), torch.zeros(3, 4), {}, ValueError, "equal features"),
+        (torch.zeros(0, 2), torch.zeros(3, 2), {}, ValueError, "at least one point"),
+        (torch.zeros(2, 3, 2), torch.zeros(4, 3, 2), {}, ValueError, "batch axes"),
+        (torch.zeros(3, 2), torch.full((3, 2), torch.nan), {}, ValueError, "6 of its 6 entries"),
+        (torch.zeros(3, 2), torch.zeros(3, 2, device="meta"), {}, ValueError, "same device"),
+        (torch.zeros(3, 2), torch.zeros(3, 2), {"cost": "manhattan"}, ValueError, "'sqeuclidean', 'euclidean'"),
+        (torch.zeros(3, 2), torch.zeros(3, 2), {"cost": 3}, TypeError, "callable"),
+        (torch.zeros(3, 2), torch.ones(3, 2), {"cost": "cosine"}, ValueError, "3 have norm 0"),
+        (torch.ones(3, 2), torch.ones(4, 2), {"cost": lambda x, y: x}, ValueError, r"must return shape \(3, 4\)"),
+        (torch.ones(3, 2), torch.ones(4, 2), {"feature_ndim": 2}, ValueError, "at least 3 axes"),
+    ],
+)
+def test_bad_input(x, y, kwargs, error, says):
+    with pytest.raises(error, match=says):
+        mbot.pairwise_cost(x, y, **kwargs)
