@@ -1,0 +1,19 @@
+"""Flow matching: a coupling, a path and a model; training, sampling and measuring."""
+
+from flows import datasets, metrics, models
+from flows.integrate import Trajectory, integrate
+from flows.matching import FlowBatch, FlowMatching, regression_loss
+from flows.paths import LinearPath, Path
+
+__all__ = [
+    "FlowBatch",
+    "FlowMatching",
+    "LinearPath",
+    "Path",
+    "Trajectory",
+    "datasets",
+    "integrate",
+    "metrics",
+    "models",
+    "regression_loss",
+]

@@ -1,0 +1,77 @@
+"""A residual multi-layer perceptron for points in low dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mbot import checks
+
+
+class ResidualMLP(nn.Module):
+    """Velocity model of the C²OT toy: projections of point, time and condition, summed, then residual GELU blocks.
+
+    Args:
+        dim: features of a point; ``(B, d…)`` inputs are flattened and restored.
+        condition_dim: features of a condition ``(B, condition_dim)`` (a vector ``(B,)`` counts as one feature);
+            0 for none.
+        num_classes: classes of a label condition ``(B,)`` int64, embedded; excludes ``condition_dim``.
+        width: hidden features.
+        depth: residual blocks.
+        expansion: width of a block's inner layer relative to ``width``.
+
+    >>> ResidualMLP(2, num_classes=3)(torch.rand(5), torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        condition_dim: int = 0,
+        num_classes: int = 0,
+        width: int = 128,
+        depth: int = 3,
+        expansion: int = 4,
+    ) -> None:
+        super().__init__()
+        checks.count(dim, "dim")
+        if condition_dim and num_classes:
+            raise ValueError("give condition_dim (vector conditions) or num_classes (labels), not both")
+        self.inputs = nn.Linear(dim, width)
+        self.time = nn.Linear(1, width)
+        self.condition: nn.Module | None = None
+        if condition_dim:
+            self.condition = nn.Linear(condition_dim, width)
+        elif num_classes:
+            self.condition = nn.Embedding(num_classes, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
+            for _ in range(depth)
+        )
+        self.output = nn.Linear(width, dim)
+
+    def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
+        """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``."""
+        hidden = self.inputs(x.flatten(1)) + self.time(t[:, None].to(x.dtype))
+        if self.condition is not None:
+            if y is None:
+                raise ValueError("this model was built with conditions: pass y")
+            if isinstance(self.condition, nn.Embedding):
+                hidden = hidden + self.condition(y)
+            else:
+                hidden = hidden + self.condition(y.reshape(len(x), -1).to(x.dtype))
+        elif y is not None:
+            raise ValueError("this model was built without conditions; build it with condition_dim or num_classes")
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return self.output(hidden).reshape(x.shape)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+__all__ = ["ResidualMLP", "parameter_count"]

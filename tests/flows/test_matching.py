@@ -1,0 +1,137 @@
+"""Flow matching: what a batch holds, what the loss is, and that it can be minimised."""
+
+import pytest
+import torch
+
+import flows
+import mbot
+from flows import FlowMatching, LinearPath
+
+
+def pair(n=16, shape=(2,)):
+    return torch.randn(n, *shape), torch.randn(n, *shape) + 3
+
+
+def test_points_lie_on_the_lines_and_velocities_are_their_slopes():
+    x0, x1 = pair(shape=(3, 4, 4))
+    batch = FlowMatching(mbot.OTCoupling()).sample(x0, x1)
+    pairs = mbot.OTCoupling()(x0, x1)
+    start, end = pairs.apply(x0, x1)
+    t = batch.t.reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(batch.xt, (1 - t) * start + t * end)
+    torch.testing.assert_close(batch.ut, end - start)
+    assert 0 <= float(batch.t.min()) <= float(batch.t.max()) <= 1
+    assert batch.t.shape == (16,)
+
+
+def test_sigma_adds_noise_of_its_size_and_leaves_the_velocity():
+    x0, x1 = torch.zeros(20_000, 1), torch.ones(20_000, 1)
+    batch = FlowMatching(path=LinearPath(sigma=0.3)).sample(x0, x1)
+    residual = batch.xt[:, 0] - batch.t
+    assert float(residual.std()) == pytest.approx(0.3, rel=0.03)
+    assert bool((batch.ut == 1).all())
+
+
+@pytest.mark.parametrize("kind", ["tensor", "numpy", "list"])
+def test_conditions_follow_their_samples(kind):
+    x0, x1 = pair()
+    y = torch.arange(16)
+    given = {"tensor": y, "numpy": y.numpy(), "list": [f"{i}" for i in range(16)]}[kind]
+    batch = FlowMatching(mbot.ConditionalOTCoupling()).sample(x0, x1, given)
+    got = [int(v) for v in batch.y]
+    assert got == list(range(16))
+    assert isinstance(batch.y, type(given))
+
+
+def test_the_loss_is_the_weighted_mean_squared_error():
+    x0, x1 = pair(n=64)
+    fm = FlowMatching(mbot.WeightedCoupling(reg=2.0))
+    batch = fm.sample(x0, x1, generator=torch.Generator().manual_seed(0))
+    zero = lambda t, x, y: torch.zeros_like(x)  # noqa: E731
+    expected = (batch.weight * batch.ut.square().mean(1)).mean()
+    torch.testing.assert_close(fm.loss(zero, x0, x1, generator=torch.Generator().manual_seed(0)), expected)
+    plain = FlowMatching().loss(zero, x0, x1)
+    torch.testing.assert_close(plain, (x1 - x0).square().mean())
+
+
+def test_the_generator_decides_the_whole_batch():
+    x0, x1 = pair(9), pair(12)
+    fm = FlowMatching(mbot.OTCoupling(), LinearPath(sigma=0.1))
+    a, b = (fm.sample(x0[0], x1[1], generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    for name in ("t", "xt", "ut"):
+        assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+def test_slices_and_splits_keep_rows_together():
+    x0, x1 = pair()
+    batch = FlowMatching(mbot.WeightedCoupling(reg=2.0)).sample(x0, x1, torch.arange(16))
+    parts = list(batch.split(6))
+    assert [len(part) for part in parts] == [6, 6, 4]
+    for name in ("t", "xt", "ut", "y", "weight"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    mean = sum(len(p) * flows.regression_loss(lambda t, x, y: 0 * x, p) for p in parts) / 16
+    torch.testing.assert_close(mean, flows.regression_loss(lambda t, x, y: 0 * x, batch))
+
+
+@pytest.mark.parametrize("coupling", [mbot.IndependentCoupling(), mbot.OTCoupling(), mbot.ConditionalOTCoupling()])
+def test_training_reduces_the_loss(coupling):
+    g = torch.Generator().manual_seed(0)
+    model = flows.models.ResidualMLP(2, num_classes=2, width=32, depth=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    fm = FlowMatching(coupling)
+    losses = []
+    for _ in range(120):
+        x0, (x1, y) = flows.datasets.eight_gaussians(128, generator=g), flows.datasets.moons(128, generator=g)
+        loss = fm.loss(model, x0, x1, y, generator=g)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_half_precision_samples_train_in_float32():
+    x0, x1 = pair()
+    batch = FlowMatching().sample(x0.bfloat16(), x1.bfloat16())
+    assert batch.t.dtype == torch.float32
+    assert batch.xt.dtype == torch.bfloat16
+    assert flows.regression_loss(lambda t, x, y: 0 * x, batch).dtype == torch.float32
+
+
+def test_bad_input():
+    x0, x1 = pair()
+    with pytest.raises(TypeError, match="mbot coupling"):
+        FlowMatching("ot")
+    with pytest.raises(TypeError, match="flows path"):
+        FlowMatching(path="linear")
+    with pytest.raises(ValueError, match="sigma"):
+        LinearPath(sigma=-1)
+    with pytest.raises(ValueError, match=r"velocities of shape \(16, 2\); got \(16, 1\)"):
+        FlowMatching().loss(lambda t, x, y: x[:, :1], x0, x1)
+    with pytest.raises(ValueError, match="noise is needed"):
+        LinearPath(sigma=0.1).sample(x0, x1, torch.rand(16))
+    with pytest.raises(ValueError, match="one condition"):
+        FlowMatching().sample(x0, x1, torch.arange(3))
+
+
+def test_models_refuse_conditions_they_were_not_built_for():
+    t, x = torch.rand(4), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="pass y"):
+        flows.models.ResidualMLP(2, condition_dim=1)(t, x)
+    with pytest.raises(ValueError, match="without conditions"):
+        flows.models.ResidualMLP(2)(t, x, torch.ones(4))
+    with pytest.raises(ValueError, match="not both"):
+        flows.models.ResidualMLP(2, condition_dim=1, num_classes=2)
+    assert flows.models.ResidualMLP(12, condition_dim=3)(t, torch.randn(4, 3, 2, 2), torch.ones(4, 3)).shape == (
+        4,
+        3,
+        2,
+        2,
+    )
+
+
+def test_the_toy_model_has_the_published_size():
+    """Figure 1's ConditionalNet: 2 -> 128, 1 -> 128 twice, three blocks 128-512-128, 128 -> 2."""
+    model = flows.models.ResidualMLP(2, condition_dim=1)
+    blocks = 3 * (128 * 512 + 512 + 512 * 128 + 128)
+    assert sum(p.numel() for p in model.parameters()) == (2 * 128 + 128) + 2 * (128 + 128) + blocks + (128 * 2 + 2)
