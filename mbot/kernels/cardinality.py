@@ -273,7 +273,7 @@ def match(flat: np.ndarray, size: int, cardinality: int) -> tuple[np.ndarray, np
     """
     problems = len(flat) // (size * size)
     if cardinality == size:
-        column, f, g, gap = assign(flat, np.full(problems, size))
+        column, f, g, gap, _ = assign(flat, np.full(problems, size))
         return column.reshape(problems, size), f.reshape(problems, size), g.reshape(problems, size), gap
     column = np.empty((problems, size), np.int64)
     f, g, gap = np.empty((problems, size)), np.empty((problems, size)), np.zeros(problems)
