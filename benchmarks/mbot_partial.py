@@ -10,6 +10,7 @@ from harness import medians, write
 import mbot
 
 MASS = 0.8
+SAMPLE = 16  # problems that POT solves for its entropic figure, which is then scaled up
 
 
 def clouds(m, d, seed, problems):
@@ -41,12 +42,12 @@ def exact(m, d):
     }
 
 
-def entropic(m, d, stop, problems):
-    """Equal accuracy: ours stops at the marginal and mass error that POT's plans have here."""
-    x, y = clouds(m, d, m, problems)
-    cost = mbot.pairwise_cost(x, y)
-    cost = cost / cost.mean((-2, -1), keepdim=True)
-    reg, weights = 0.05, np.full(m, 1 / m)
+def entropic(m, d, stop):
+    """Equal accuracy: ours stops at the distance to the limit that POT's plans have in the same problems."""
+    x, y = clouds(m, d, m, 16)
+    cost = mbot.pairwise_cost(x[:, None], y[None])
+    cost = (cost / cost.mean((-2, -1), keepdim=True)).flatten(0, 1)
+    reg, weights, sample = 0.05, np.full(m, 1 / m), slice(None, None, len(cost) // SAMPLE)
 
     def pot():
         with warnings.catch_warnings():
@@ -54,10 +55,10 @@ def entropic(m, d, stop, problems):
             options = {} if stop is None else {"stopThr": stop, "numItermax": 100_000}
             return [
                 ot.partial.entropic_partial_wasserstein(weights, weights, c, reg, m=MASS, **options)
-                for c in cost.numpy()
+                for c in cost[sample].numpy()
             ]
 
-    reference = mbot.PartialOT(MASS, reg=reg, tol=1e-12, max_iter=100_000).plan(cost).to_dense().numpy()
+    reference = mbot.PartialOT(MASS, reg=reg, tol=1e-12, max_iter=100_000).plan(cost[sample]).to_dense().numpy()
 
     def distance(plans):
         return max(float(np.abs(p - r).sum()) for p, r in zip(plans, reference, strict=True))
@@ -65,20 +66,23 @@ def entropic(m, d, stop, problems):
     error = distance(pot())
     for tol in (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10, 1e-11):
         transport = mbot.PartialOT(MASS, reg=reg, tol=tol, max_iter=100_000)
-        ours = distance(transport.plan(cost).to_dense().numpy())
-        if ours <= error:
+        ours = distance(transport.plan(cost[sample]).to_dense().numpy())
+        if ours <= max(error, 1e-11):
             break
+    plan = transport.plan(cost)
     seconds = medians({"POT": pot, "ours": lambda: transport.plan(cost)}, repeats=5)
+    theirs = seconds["POT"] * len(cost) / SAMPLE
     return {
         "d": d,
         "m": m,
-        "problems": problems,
-        "stopThr": "default" if stop is None else f"{stop:g}",
-        "POT, s": seconds["POT"],
+        "POT stopThr": "default" if stop is None else f"{stop:g}",
+        "POT, s": theirs,
         "PartialOT, s": seconds["ours"],
-        "times faster": seconds["POT"] / seconds["ours"],
+        "times faster": theirs / seconds["ours"],
         "POT: L1 distance to the limit": error,
         "PartialOT: L1 distance": ours,
+        "tol": tol,
+        "most iterations": int(plan.iterations.max()),
     }
 
 
@@ -88,11 +92,12 @@ if __name__ == "__main__":
         "Partial transport against POT",
         {
             f"Exact, mass {MASS}, k = 16: 256 problems": [exact(m, d) for d in (2, 64) for m in (16, 64, 128)],
-            f"Entropic, mass {MASS}, reg 0.05 of the mean cost": [
-                entropic(m, d, stop, 16) for stop in (None, 1e-9) for d in (2, 64) for m in (16, 64, 128)
+            f"Entropic, mass {MASS}, reg 0.05 of the mean cost, k = 16: 256 problems": [
+                entropic(m, d, stop) for stop in (None, 1e-9) for d in (2, 64) for m in (16, 64, 128)
             ],
         },
         "float64 costs. Exact: a loop of `partial_wasserstein`. Entropic: POT's `entropic_partial_wasserstein` in "
         "a loop, with its defaults (1000 iterations at most) and with `stopThr=1e-9` and 100,000; `PartialOT` at the "
-        "loosest of its tolerances whose plans are at least as close to the limit (`tol=1e-12`) in the worst problem.",
+        "loosest of its tolerances whose plans are at least as close to the limit (`tol=1e-12`) in the worst problem. "
+        "POT solves 16 of the 256 problems; its seconds are 16 times that.",
     )
