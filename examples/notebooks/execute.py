@@ -1,4 +1,4 @@
-"""Execute the notebooks beside this file and keep their outputs in them: `make notebooks`. Name some to run only these."""
+"""Execute the notebooks beside this file and keep their outputs in them: `make notebooks`."""
 
 import sys
 from pathlib import Path
