@@ -3,6 +3,7 @@
 from mbot.checks import ConvergenceWarning
 from mbot.cost import pairwise_cost
 from mbot.couplings import (
+    BoMbCoupling,
     ConditionalOTCoupling,
     Coupling,
     IndependentCoupling,
@@ -10,7 +11,7 @@ from mbot.couplings import (
     Pairs,
     WeightedCoupling,
 )
-from mbot.diagnostics import condition_ratio, effective_sample_size
+from mbot.diagnostics import condition_ratio, effective_sample_size, plan_entropy
 from mbot.losses import BoMbOT, MiniBatchLoss, MiniBatchOT
 from mbot.plan import Plan
 from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, UnbalancedOT
@@ -18,6 +19,7 @@ from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoMbCoupling",
     "BoMbOT",
     "ConditionalOTCoupling",
     "ConvergenceWarning",
@@ -38,4 +40,5 @@ __all__ = [
     "condition_ratio",
     "effective_sample_size",
     "pairwise_cost",
+    "plan_entropy",
 ]

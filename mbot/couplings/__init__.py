@@ -1,9 +1,18 @@
 """Couplings for generative training: one file a kind."""
 
 from mbot.couplings.base import Coupling, Pairs
+from mbot.couplings.bomb import BoMbCoupling
 from mbot.couplings.conditional import ConditionalOTCoupling
 from mbot.couplings.independent import IndependentCoupling
 from mbot.couplings.optimal import OTCoupling
 from mbot.couplings.weighted import WeightedCoupling
 
-__all__ = ["ConditionalOTCoupling", "Coupling", "IndependentCoupling", "OTCoupling", "Pairs", "WeightedCoupling"]
+__all__ = [
+    "BoMbCoupling",
+    "ConditionalOTCoupling",
+    "Coupling",
+    "IndependentCoupling",
+    "OTCoupling",
+    "Pairs",
+    "WeightedCoupling",
+]
