@@ -1,5 +1,6 @@
 """Mini-batch optimal transport on CPU and GPU, as losses and as couplings for generative training."""
 
+from mbot import compat
 from mbot.checks import ConvergenceWarning
 from mbot.cost import pairwise_cost
 from mbot.couplings import (
@@ -37,6 +38,7 @@ __all__ = [
     "Transport",
     "UnbalancedOT",
     "WeightedCoupling",
+    "compat",
     "condition_ratio",
     "effective_sample_size",
     "pairwise_cost",

@@ -68,16 +68,28 @@ def every_target(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor,
     return sources_of(plan, target, generator), target
 
 
+def systematic(share: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Indices by systematic sampling (one random number): i comes ``share_i`` times, rounded up or down; ``(k,)``."""
+    whole = share.round()
+    share = torch.where((share - whole).abs() < 1e-6, whole, share)  # rounding must not split a certain draw
+    position = share.cumsum(0) + _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6)
+    times = position.floor().diff(prepend=position.new_zeros(1)).long()
+    return torch.arange(len(share), device=share.device).repeat_interleave(times)
+
+
 def kept_targets(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Pairs of a plan that leaves mass behind: a target takes part with probability ``m ·`` its mass, at most once.
 
-    Systematic sampling (one random number): the number of pairs is the plan's mass in units of ``1/m``, rounded up or
-    down, and exact where each target is kept wholly or not at all.
+    The number of pairs is the plan's mass in units of ``1/m``, rounded up or down.
     """
-    share = (plan.col_mass().double() * plan.size[1]).clamp(0, 1)
-    share = torch.where(share > 1 - 1e-6, 1.0, torch.where(share < 1e-6, 0.0, share))
-    position = share.cumsum(0) + _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6)
-    target = torch.nonzero(position.floor().diff(prepend=position.new_zeros(1)) > 0)[:, 0]
+    target = systematic((plan.col_mass().double() * plan.size[1]).clamp(0, 1), generator)
+    return sources_of(plan, target, generator), target
+
+
+def stratified(plan: Plan, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """``count`` pairs, each cell as often as its mass says in expectation, each target so up to rounding."""
+    mass = plan.col_mass().double()
+    target = systematic(mass * (count / mass.sum()), generator)
     return sources_of(plan, target, generator), target
 
 
