@@ -10,9 +10,12 @@ from mbot.couplings import (
     IndependentCoupling,
     OTCoupling,
     Pairs,
+    RegCurve,
     WeightedCoupling,
+    reg_curve,
+    suggest_reg,
 )
-from mbot.diagnostics import condition_ratio, effective_sample_size, plan_entropy
+from mbot.diagnostics import condition_ratio, effective_sample_size, marginal_tilt, plan_entropy
 from mbot.losses import BoMbOT, MiniBatchLoss, MiniBatchOT
 from mbot.plan import Plan
 from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, UnbalancedOT
@@ -34,6 +37,7 @@ __all__ = [
     "Pairs",
     "PartialOT",
     "Plan",
+    "RegCurve",
     "SlicedOT",
     "Transport",
     "UnbalancedOT",
@@ -41,6 +45,9 @@ __all__ = [
     "compat",
     "condition_ratio",
     "effective_sample_size",
+    "marginal_tilt",
     "pairwise_cost",
     "plan_entropy",
+    "reg_curve",
+    "suggest_reg",
 ]

@@ -27,6 +27,25 @@ def effective_sample_size(weight: Tensor) -> Tensor:
     return scaled.sum(-1).square() / scaled.square().sum(-1)
 
 
+def marginal_tilt(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """How unequally samples count: relative variances ``Var(τ) / E[τ]²`` of the row and the column sums τ, ``(…,)``.
+
+    Args:
+        weight: ``(…, n, m)`` non-negative weights of all pairs, on any scale, with a positive total.
+
+    >>> marginal_tilt(torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
+    (tensor(0.2500), tensor(0.))
+    """
+    weight = checks.finite(checks.floating(weight, "weight"), "weight")
+    if weight.ndim < 2 or bool((weight < 0).any()) or bool((weight.sum((-2, -1)) <= 0).any()):
+        raise ValueError(f"weight must be (…, n, m), non-negative, with a positive total; got {tuple(weight.shape)}")
+
+    def relative_variance(sums: Tensor) -> Tensor:
+        return (sums / sums.mean(-1, keepdim=True)).var(-1, correction=0)
+
+    return relative_variance(weight.sum(-1)), relative_variance(weight.sum(-2))
+
+
 def plan_entropy(plan: Plan) -> Tensor:
     """How spread out plans are, ``(…,)``: 0 for a matching, 1 for the independent coupling of the plan's marginals.
 

@@ -5,7 +5,7 @@ from mbot.couplings.bomb import BoMbCoupling
 from mbot.couplings.conditional import ConditionalOTCoupling
 from mbot.couplings.independent import IndependentCoupling
 from mbot.couplings.optimal import OTCoupling
-from mbot.couplings.weighted import WeightedCoupling
+from mbot.couplings.weighted import RegCurve, WeightedCoupling, reg_curve, suggest_reg
 
 __all__ = [
     "BoMbCoupling",
@@ -14,5 +14,8 @@ __all__ = [
     "IndependentCoupling",
     "OTCoupling",
     "Pairs",
+    "RegCurve",
     "WeightedCoupling",
+    "reg_curve",
+    "suggest_reg",
 ]

@@ -38,7 +38,10 @@ COUPLINGS = {
         mbot.ConditionalOTCoupling("continuous", weight=3.0, condition_cost="sqeuclidean"),
         mbot.ConditionalOTCoupling("continuous", target_ratio=0.1, condition_cost="sqeuclidean"),
     ],
-    "WeightedCoupling": [mbot.WeightedCoupling(reg=1.0)],
+    "WeightedCoupling": [
+        mbot.WeightedCoupling(reg=1.0),
+        mbot.WeightedCoupling(reg=1.0, cost="dot", correction="sinkhorn"),
+    ],
 }
 
 CONDITIONAL = {"ConditionalOTCoupling"}
