@@ -13,7 +13,6 @@ from mbot.cost import Cost, _paired, _pairwise, check_cost
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.diagnostics import effective_sample_size, marginal_tilt
 
-
 _MOST = 1024  # samples a side that a curve is computed from
 
 
@@ -152,7 +151,7 @@ def reg_curve(x0: Tensor, x1: Tensor, cost: Cost = "euclidean", *, points: int =
     reg = spread * torch.logspace(-2, 2, points, dtype=torch.float64)
     tilt, share = [], []
     for value in reg.tolist():
-        weight = ((costs.amin() - costs) / value).exp_()
+        weight = ((costs.amin() - costs) / value).clamp_(min=-300).exp_()  # no denormal numbers, which are slow
         tilt.append(float(torch.stack(marginal_tilt(weight)).amax()))
         share.append(float(effective_sample_size(weight.flatten())) / weight.numel())
     tilts = torch.tensor(tilt, dtype=torch.float64)
