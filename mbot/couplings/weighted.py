@@ -13,7 +13,7 @@ from mbot.cost import Cost, _paired, _pairwise, check_cost
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.diagnostics import effective_sample_size, marginal_tilt
 
-_MOST = 1024  # samples a side that a curve is computed from
+_MOST = 512  # samples a side that a curve is computed from
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def reg_curve(x0: Tensor, x1: Tensor, cost: Cost = "euclidean", *, points: int =
     between the ends of the curve ``tilt / (1 + tilt)`` (the share of the samples that the tilt wastes) over log reg.
 
     Args:
-        x0: ``(n, d…)`` source samples; more than 1024 are thinned out evenly.
+        x0: ``(n, d…)`` source samples; more than 512 are thinned out evenly.
         x1: ``(m, d…)`` target samples.
         cost: the coupling's cost.
         points: of the grid.
@@ -170,7 +170,7 @@ def suggest_reg(x0: Tensor, x1: Tensor, cost: Cost = "euclidean") -> float:
         x1: ``(m, d…)`` target samples.
         cost: the coupling's cost.
 
-    >>> x0, x1 = torch.randn(500, 64), 2 * torch.randn(500, 64)
+    >>> x0, x1 = torch.randn(200, 64), 2 * torch.randn(200, 64)
     >>> reg = suggest_reg(x0, x1)
     >>> suggest_reg(10 * x0, 10 * x1) / reg  # it scales with the data
     10.0...

@@ -89,7 +89,7 @@ def test_the_elbow_of_a_known_curve():
 
 
 def test_many_samples_are_thinned_out():
-    x0, x1 = off_centre(3000)
+    x0, x1 = off_centre(1500)
     assert suggest_reg(x0, x1) == pytest.approx(suggest_reg(x0[::3], x1[::3]), rel=1e-12)
 
 
