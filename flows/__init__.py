@@ -2,10 +2,13 @@
 
 from flows import datasets, metrics, models
 from flows.integrate import Trajectory, integrate
+from flows.loader import CoupledBatch, CoupledLoader
 from flows.matching import FlowBatch, FlowMatching, regression_loss
 from flows.paths import LinearPath, Path
 
 __all__ = [
+    "CoupledBatch",
+    "CoupledLoader",
     "FlowBatch",
     "FlowMatching",
     "LinearPath",

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from flows.conditions import pair, select
 from flows.paths import LinearPath, Path
 from mbot import Coupling, IndependentCoupling
 from mbot.random import draw
@@ -45,7 +45,7 @@ class FlowBatch:
         return len(self.t)
 
     def __getitem__(self, index: slice | Tensor) -> FlowBatch:
-        y = None if self.y is None else self.y[index]
+        y = select(self.y, index)
         weight = None if self.weight is None else self.weight[index]
         return FlowBatch(self.t[index], self.xt[index], self.ut[index], y, weight, self.info)
 
@@ -53,16 +53,6 @@ class FlowBatch:
         """Consecutive batches of ``size`` (the last may be smaller)."""
         for begin in range(0, len(self), size):
             yield self[begin : begin + size]
-
-
-def _select(y: Any, index: Tensor) -> Any:
-    """Conditions at an index, whatever holds them."""
-    if y is None:
-        return None
-    if isinstance(y, Tensor):
-        return y[index.to(y.device)]
-    rows = index.cpu().numpy()
-    return y[rows] if isinstance(y, np.ndarray) else [y[i] for i in rows]
 
 
 def regression_loss(model: VelocityModel, batch: FlowBatch) -> Tensor:
@@ -109,7 +99,7 @@ class FlowMatching:
             y: conditions of the data, one a sample; they follow their samples.
             generator: source of randomness for the coupling, the times and the path's noise.
         """
-        pairs = self.coupling(x0, x1, y1=y, generator=generator)
+        pairs = pair(self.coupling, x0, x1, y, generator)
         start, end = pairs.apply(x0, x1)
         dtype = torch.promote_types(end.dtype, torch.float32)
         t = draw(torch.rand, len(pairs), generator=generator, device=end.device, dtype=dtype)
@@ -117,7 +107,7 @@ class FlowMatching:
         if self.path.needs_noise:
             noise = draw(torch.randn, *end.shape, generator=generator, device=end.device, dtype=end.dtype)
         xt, ut = self.path.sample(start, end, t, noise)
-        return FlowBatch(t, xt, ut, _select(y, pairs.target), pairs.weight, pairs.info)
+        return FlowBatch(t, xt, ut, select(y, pairs.target), pairs.weight, pairs.info)
 
     def loss(
         self,
