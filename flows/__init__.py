@@ -3,8 +3,8 @@
 from flows import datasets, metrics, models
 from flows.integrate import Trajectory, integrate
 from flows.loader import CoupledBatch, CoupledLoader
-from flows.matching import FlowBatch, FlowMatching, regression_loss
-from flows.paths import LinearPath, Path
+from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
+from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
 
 __all__ = [
     "CoupledBatch",
@@ -13,7 +13,11 @@ __all__ = [
     "FlowMatching",
     "LinearPath",
     "Path",
+    "SchrodingerBridgePath",
+    "TargetPath",
     "Trajectory",
+    "VariancePreservingPath",
+    "along_path",
     "datasets",
     "integrate",
     "metrics",

@@ -229,12 +229,9 @@ class CoupledLoader:
             batch = next(self._stream)
         except BaseException as error:
             self.close()
-            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and "exited" in str(error):
-                raise RuntimeError(
-                    f"a data worker died while OT batch {number} was being prepared ({error}). Often it ran out of "
-                    "memory: lower num_workers, prefetch or ot_batch_size, or use num_workers=0. The loader keeps its "
-                    "position: go on from it, or from the last checkpoint"
-                ) from error
+            died = worker_death(error) if self.num_workers else None
+            if died is not None:
+                raise died from error
             raise
         self._next_number = number + 1
         return batch
@@ -252,6 +249,21 @@ class CoupledLoader:
         else:
             bounds = [step * len(batch) // steps for step in range(steps + 1)]
         return [batch[begin:end] for begin, end in pairwise(bounds)]
+
+
+def worker_death(error: BaseException) -> RuntimeError | None:
+    """The explanation of an error by which torch says that a data worker died; None for any other error.
+
+    torch may raise it from a signal handler at any point of the main thread, not only inside the loader.
+    """
+    killed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    if not killed and not isinstance(error, (ConnectionError, EOFError)):  # it died while it was handing over a batch
+        return None
+    return RuntimeError(
+        f"a data worker died ({error}). Often it ran out of memory: lower num_workers, prefetch or ot_batch_size, or "
+        "use num_workers=0. Nothing is lost: the loader keeps its position, and training goes on from its last "
+        "checkpoint"
+    )
 
 
 def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
@@ -305,17 +317,20 @@ def _run(
         )
     else:
         fetched = map(batches.fetch, count(first))
-    if num_workers and here:
-        yield from fetched
-        return
     ahead: deque[Future[CoupledBatch]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="flows-coupling")
+    pool = None if num_workers and here else ThreadPoolExecutor(1, thread_name_prefix="flows-coupling")
     try:
-        while True:
+        if pool is None:
+            yield from fetched
+        while pool is not None:
             while len(ahead) < prefetch:
                 ahead.append(pool.submit(_couple, batches, next(fetched), device))
             yield ahead.popleft().result()
     finally:
-        # A collective that one process has begun must be finished by all.
-        together = batches.scope == "global"
-        pool.shutdown(wait=together, cancel_futures=not together)
+        if pool is not None:
+            # A collective that one process has begun must be finished by all.
+            together = batches.scope == "global"
+            pool.shutdown(wait=together, cancel_futures=not together)
+        if num_workers:
+            # At once, not when the last traceback is dropped: torch watches registered workers by a signal handler.
+            fetched._shutdown_workers()  # type: ignore[attr-defined]

@@ -6,15 +6,15 @@ A coupling pairs noise with data, a path connects each pair, and a model regress
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flows.conditions import pair, select
-from flows.paths import LinearPath, Path
-from mbot import Coupling, IndependentCoupling
+from flows.paths import LinearPath, Path, check_path
+from mbot import Coupling
 from mbot.random import draw
 
 VelocityModel = Callable[[Tensor, Tensor, Any], Tensor]
@@ -55,6 +55,23 @@ class FlowBatch:
             yield self[begin : begin + size]
 
 
+def along_path(path: Path, x0: Tensor, x1: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
+    """A uniform time and a point on the path of each pair.
+
+    Args:
+        path: how a pair is connected.
+        x0: ``(B, d…)`` source samples, as paired.
+        x1: ``(B, d…)`` target samples, as paired.
+        generator: source of randomness for the times and the path's noise.
+    """
+    dtype = torch.promote_types(x1.dtype, torch.float32)
+    t = draw(torch.rand, len(x1), generator=generator, device=x1.device, dtype=dtype)
+    noise = None
+    if path.needs_noise:
+        noise = draw(torch.randn, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+    return FlowBatch(t, *path.sample(x0, x1, t, noise))
+
+
 def regression_loss(model: VelocityModel, batch: FlowBatch) -> Tensor:
     """Weighted mean squared error of the model's velocity, averaged over pairs and features; a scalar."""
     predicted = model(batch.t, batch.xt, batch.y)
@@ -72,7 +89,8 @@ class FlowMatching:
     """Flow matching with any coupling and any path.
 
     Args:
-        coupling: how noise and data are paired; an `mbot` coupling.
+        coupling: how noise and data are paired; an `mbot` coupling. None for the path's own: independent pairs, or
+            entropic ones for the Schrödinger bridge.
         path: how a pair is connected.
 
     >>> fm = FlowMatching()
@@ -81,14 +99,15 @@ class FlowMatching:
     (tensor([1., 1.]), 4)
     """
 
-    coupling: Coupling = field(default_factory=IndependentCoupling)
+    coupling: Coupling = None  # type: ignore[assignment]  # never None once built
     path: Path = field(default_factory=LinearPath)
 
     def __post_init__(self) -> None:
+        if self.coupling is None and isinstance(self.path, Path):
+            object.__setattr__(self, "coupling", self.path.default_coupling())
+        check_path(self.path)
         if not isinstance(self.coupling, Coupling):
             raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {self.coupling!r}")
-        if not isinstance(self.path, Path):
-            raise TypeError(f"path must be a flows path such as LinearPath(); got {self.path!r}")
 
     def sample(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> FlowBatch:
         """Couple two batches and draw a time and a point on each pair's path.
@@ -101,13 +120,8 @@ class FlowMatching:
         """
         pairs = pair(self.coupling, x0, x1, y, generator)
         start, end = pairs.apply(x0, x1)
-        dtype = torch.promote_types(end.dtype, torch.float32)
-        t = draw(torch.rand, len(pairs), generator=generator, device=end.device, dtype=dtype)
-        noise = None
-        if self.path.needs_noise:
-            noise = draw(torch.randn, *end.shape, generator=generator, device=end.device, dtype=end.dtype)
-        xt, ut = self.path.sample(start, end, t, noise)
-        return FlowBatch(t, xt, ut, select(y, pairs.target), pairs.weight, pairs.info)
+        batch = along_path(self.path, start, end, generator)
+        return replace(batch, y=select(y, pairs.target), weight=pairs.weight, info=pairs.info)
 
     def loss(
         self,
