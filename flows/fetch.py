@@ -149,7 +149,7 @@ class OTBatches:
         number, x1, y, index = fetched
         x1, y = x1.to(device, non_blocking=True), to_device(y, device)
         together = self.scope == "global"
-        part: int | str = "all" if together else self.rank
+        part = 0 if together else self.rank  # together: as one process would draw
         total = len(x1) * (self.world if together else 1)
         x0 = self._noise(total, x1, generator_at(self.seed, "noise", number, part, device=device), number)
         generator = generator_at(self.seed, "coupling", number, part, device=device)

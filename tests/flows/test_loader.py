@@ -200,7 +200,7 @@ except RuntimeError as error:
 def test_a_worker_that_dies_is_explained_and_the_position_kept():
     """In a process of its own: torch may raise its error from a signal handler, wherever the main thread is."""
     done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "a data worker died (DataLoader worker" in done.stdout
+    assert done.stdout.startswith("a data worker died (")
     assert "lower num_workers" in done.stdout
     assert done.stdout.endswith("at True\n")
 
