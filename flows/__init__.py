@@ -3,6 +3,7 @@
 from flows import datasets, metrics, models
 from flows.checkpoint import CheckpointError
 from flows.conditions import drop_conditions, null_condition
+from flows.guidance import GuidedModel
 from flows.integrate import Trajectory, integrate
 from flows.interrupt import Interrupted
 from flows.loader import CoupledBatch, CoupledLoader
@@ -17,6 +18,7 @@ __all__ = [
     "CoupledLoader",
     "FlowBatch",
     "FlowMatching",
+    "GuidedModel",
     "Interrupted",
     "LinearPath",
     "NonFiniteLoss",

@@ -50,8 +50,8 @@ def pair(coupling: Coupling, x0: Tensor, x1: Tensor, y: Any, generator: torch.Ge
 def null_condition(y: Any) -> Any:
     """The "no condition" of classifier-free guidance, for every row of ``y``.
 
-    Labels (integers) become -1 and vectors (floating point) NaN, which the models of `flows.models` replace by a
-    learned embedding; a dict is taken value by value.
+    Labels (integers) become -1 and vectors (floating point) NaN, which the models of `flows.models` embed as zero; a
+    dict is taken value by value.
 
     >>> null_condition(torch.tensor([3, 5]))
     tensor([-1, -1])
