@@ -182,10 +182,8 @@ def diagnose(
 
 
 def _part(y: Any, rows: slice, size: int) -> Any:
-    """Conditions of some samples; a dict of them by name."""
-    if isinstance(y, Mapping):
-        return {name: _part(value, rows, size) for name, value in y.items()}
-    return None if y is None else _select(y, torch.arange(size)[rows])
+    """Conditions of some samples."""
+    return _select(y, torch.arange(size)[rows])
 
 
 def _squared(pairs: Pairs, x0: Tensor, x1: Tensor) -> tuple[float, float]:

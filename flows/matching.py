@@ -5,7 +5,7 @@ A coupling pairs noise with data, a path connects each pair, and a model regress
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,8 @@ class FlowBatch:
         return len(self.t)
 
     def __getitem__(self, index: slice | Tensor) -> FlowBatch:
-        y = None if self.y is None else self.y[index]
+        y = {k: v[index] for k, v in self.y.items()} if isinstance(self.y, Mapping) else self.y
+        y = y if y is None or isinstance(y, Mapping) else y[index]
         weight = None if self.weight is None else self.weight[index]
         return FlowBatch(self.t[index], self.xt[index], self.ut[index], y, weight, self.info)
 
@@ -59,6 +60,8 @@ def _select(y: Any, index: Tensor) -> Any:
     """Conditions at an index, whatever holds them."""
     if y is None:
         return None
+    if isinstance(y, Mapping):
+        return {name: _select(part, index) for name, part in y.items()}
     if isinstance(y, Tensor):
         return y[index.to(y.device)]
     rows = index.cpu().numpy()
