@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.matching import _select
+from flows.conditions import select
 from flows.metrics import PriorSkew, prior_skew
 from mbot import ConvergenceWarning, Coupling, Pairs, checks
 from mbot.random import draw
@@ -183,7 +183,7 @@ def diagnose(
 
 def _part(y: Any, rows: slice, size: int) -> Any:
     """Conditions of some samples."""
-    return _select(y, torch.arange(size)[rows])
+    return select(y, torch.arange(size)[rows])
 
 
 def _squared(pairs: Pairs, x0: Tensor, x1: Tensor) -> tuple[float, float]:
@@ -245,7 +245,7 @@ def _skews(noise: Tensor, y: Any, pairs: Pairs, generator: torch.Generator | Non
         return {}
     named = y if isinstance(y, Mapping) else {"y": y}
     return {
-        str(name): prior_skew(noise, _select(value, pairs.target), generator=generator)
+        str(name): prior_skew(noise, select(value, pairs.target), generator=generator)
         for name, value in named.items()
     }  # fmt: skip
 
