@@ -3,6 +3,7 @@
 from flows import datasets, metrics, models
 from flows.checkpoint import CheckpointError
 from flows.conditions import drop_conditions, null_condition
+from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
 from flows.guidance import GuidedModel
 from flows.integrate import Trajectory, integrate
 from flows.interrupt import Interrupted
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "CoupledBatch",
     "CoupledLoader",
+    "Diagnosis",
     "FlowBatch",
     "FlowMatching",
     "GuidedModel",
@@ -31,11 +33,13 @@ __all__ = [
     "VariancePreservingPath",
     "along_path",
     "datasets",
+    "diagnose",
     "drop_conditions",
     "integrate",
     "metrics",
     "models",
     "null_condition",
+    "plot_diagnosis",
     "regression_loss",
     "warmup_schedule",
 ]
