@@ -1,3 +1,32 @@
-"""Set encoders that stream."""
+"""Set encoders that stream, merge and train on sets of any size: UMBC (Willette et al. 2023, arXiv 2208.12401)."""
 
-__all__: list[str] = []
+from setenc.decoders import (
+    ISAB,
+    PMA,
+    SAB,
+    DIEMDecoder,
+    FSPoolDecoder,
+    MLPDecoder,
+    SetTransformerDecoder,
+)
+from setenc.encoder import UMBC
+from setenc.pooling import DeepSetsPooling, GatedAttentionPooling, Pooling, SlotPooling
+from setenc.ragged import Ragged
+from setenc.state import SetState
+
+__all__ = [  # noqa: RUF022 - plain order, as in the other packages
+    "DIEMDecoder",
+    "DeepSetsPooling",
+    "FSPoolDecoder",
+    "GatedAttentionPooling",
+    "ISAB",
+    "MLPDecoder",
+    "PMA",
+    "Pooling",
+    "Ragged",
+    "SAB",
+    "SetState",
+    "SetTransformerDecoder",
+    "SlotPooling",
+    "UMBC",
+]

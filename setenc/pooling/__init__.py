@@ -1,0 +1,8 @@
+"""Poolings: one file a kind, all over the same state."""
+
+from setenc.pooling.base import Pooling
+from setenc.pooling.deep_sets import DeepSetsPooling
+from setenc.pooling.gated import GatedAttentionPooling
+from setenc.pooling.slots import SlotPooling
+
+__all__ = ["DeepSetsPooling", "GatedAttentionPooling", "Pooling", "SlotPooling"]

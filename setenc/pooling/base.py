@@ -1,0 +1,196 @@
+"""What every pooling is: log-weights and values of single elements, accumulated in a `SetState`, then read out."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from setenc import checks
+from setenc.ragged import Ragged
+from setenc.state import SetState
+
+# Elements of a block of a ragged batch: each set pads its last block.
+_BLOCK = 64
+
+
+class Pooling(nn.Module):
+    """Base class. A concrete pooling says what an element contributes (`_part`) and how a state is read (`readout`).
+
+    What it says of an element may depend on that element, the slots and the parameters, never on other elements.
+
+    Empty sets are defined: every weighted mean and sum, and every maximum, over no elements is 0.
+
+    Args:
+        in_dim: features of an element.
+        out_dim: features of a slot after `readout`.
+        num_slots: slots ``K``.
+        num_heads: heads ``H`` of the state.
+        value_dim: values ``V`` of a head.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, num_slots: int, num_heads: int, value_dim: int) -> None:
+        super().__init__()
+        self.in_dim = checks.count(in_dim, "in_dim")
+        self.out_dim = checks.count(out_dim, "dim")
+        self.num_slots = checks.count(num_slots, "num_slots")
+        self.num_heads, self.value_dim = num_heads, value_dim
+
+    def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
+        """The slots ``(K, h)`` of a new stream."""
+        return self._like.new_empty(0, 0)
+
+    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
+        """``(total, mass, peak)`` of features ``(B, n, in_dim)``, relative to ``peak`` if it is given.
+
+        ``offset`` ``(B, 1, 1, n)`` holds the logarithms of the elements' weights, -inf at padding.
+        """
+        raise NotImplementedError
+
+    def ragged_contribution(
+        self, state: SetState, features: Tensor, ragged: Ragged, weights: Tensor | None, peak: Tensor | None = None
+    ) -> SetState:
+        """The state of a ragged batch alone, from the features ``(T, in_dim)`` of all its elements.
+
+        Sets are cut into small blocks, each block is pooled, and the blocks of a set are merged.
+        """
+        index, mask, owner = ragged.blocks(_BLOCK)
+        if weights is not None:
+            weights = checks.packed_weights(weights, features)[index].where(mask, 0)
+        parts = self.contribution(state, features[index], mask, weights, None if peak is None else peak[owner])
+        return parts.grouped(owner, len(ragged))
+
+    def readout(self, state: SetState) -> Tensor:
+        """Pooled slots ``(B, K, out_dim)`` of what the state has seen so far; the state stays as it is."""
+        raise NotImplementedError
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.parameters())
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the state: float32 or better, also for half parameters and under autocast."""
+        return torch.promote_types(self._like.dtype, torch.float32)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> SetState:
+        """The state of ``batch_size`` streams that have seen nothing; random slots are sampled here, once.
+
+        Args:
+            batch_size: sets ``B`` that stream side by side; they share their slots.
+            generator: for random slots; None is torch's default.
+            group: process group whose ranks work on the same sets: all get the slots of its first rank.
+        """
+        checks.count(batch_size, "batch_size", at_least=0)
+        shape = (batch_size, self.num_heads, self.num_slots)
+        like, dtype = self._like, self._dtype
+        return SetState(
+            like.new_zeros(*shape, self.value_dim, dtype=dtype),
+            like.new_zeros(shape, dtype=dtype),
+            like.new_full(shape, -torch.inf, dtype=dtype),
+            set_sizes(like.new_zeros(batch_size, 0), None, None),
+            self._slots(generator, group),
+        )
+
+    def contribution(
+        self,
+        state: SetState,
+        features: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        peak: Tensor | None = None,
+    ) -> SetState:
+        """The state of these elements alone, with the slots of ``state``; arguments as in `update`.
+
+        Relative to a given ``peak`` ``(B, H, K)`` contributions simply add up.
+        """
+        features, mask, weights = checks.elements(features, mask, weights, "features")
+        features = self.prepare(features, mask)
+        if features.shape[1] == 0:
+            return state.empty()
+        offset = _log_weights(mask, weights, state.total.dtype)
+        total, mass, peak = self._part(features, state.slots, offset, peak)
+        return SetState(total, mass, peak, set_sizes(features, mask, weights), state.slots)
+
+    def update(
+        self, state: SetState, features: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> SetState:
+        """The state after these elements too.
+
+        Args:
+            state: of the stream so far; it stays as it is.
+            features: ``(B, n, in_dim)``, any n.
+            mask: ``(B, n)`` bool, True = a real element; what stands in padding, NaN included, has no effect.
+            weights: ``(B, n)`` multiplicities >= 0; an element of weight 2 counts as two equal elements.
+
+        Raises:
+            ValueError: wrong shapes, negative weights, features of real elements that are not finite.
+        """
+        checks.batch(features, state.batch_size)
+        return state.merge(self.contribution(state, features, mask, weights))
+
+    def forward(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Pooled slots ``(B, K, out_dim)`` of whole sets; arguments as in `update` and `init_state`."""
+        checks.elements(features, mask, weights, "features")
+        state = self.init_state(len(features), generator=generator)
+        return self.readout(self.contribution(state, features, mask, weights))
+
+    def prepare(self, features: Tensor, mask: Tensor | None) -> Tensor:
+        """Checked features, 0 at padding, in the parameters' dtype where they come in less precision."""
+        checks.features(features, tuple(features.shape[:2]), self.in_dim)  # type: ignore[arg-type]
+        if mask is not None:
+            features = features.masked_fill(~mask[..., None], 0)
+        return checks.finite_features(checks.precision(features, self._like, "features"))
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        return f"in_dim={self.in_dim}, dim={self.out_dim}, num_slots={self.num_slots}"
+
+
+def accumulate(
+    log_weights: Tensor, values: Tensor, offset: Tensor | None, peak: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(total, mass, peak)`` of log-weights ``(B, H, K, n)`` and values ``(B, H, n, V)``.
+
+    The peak is a constant in backward: results do not depend on it.
+    """
+    if offset is not None:
+        log_weights = log_weights + offset
+    if peak is None:
+        peak = log_weights.detach().amax(-1)
+    weights = (log_weights - torch.where(peak == -torch.inf, 0, peak)[..., None]).exp()
+    return weights @ values, weights.sum(-1), peak
+
+
+def _log_weights(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if weights is not None:
+        positive = weights > 0
+        offset = torch.where(positive, torch.where(positive, weights.to(dtype), 1).log(), -torch.inf)
+    elif mask is not None:
+        offset = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    else:
+        return None
+    return offset[:, None, None, :]
+
+
+def set_sizes(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Number of elements ``(B,)`` of each set, or the sum of their weights."""
+    dtype = torch.float64 if x.device.type != "mps" else torch.float32
+    if weights is not None:
+        return weights.sum(1, dtype=dtype)
+    if mask is not None:
+        return mask.sum(1, dtype=dtype)
+    return torch.full(x.shape[:1], float(x.shape[1]), dtype=dtype, device=x.device)

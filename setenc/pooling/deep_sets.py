@@ -1,0 +1,63 @@
+"""Deep Sets pooling: the mean, sum or maximum of projected elements (Zaheer et al. 2017, arXiv 1703.06114)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from setenc import checks
+from setenc.pooling.base import Pooling
+from setenc.state import SetState
+
+
+class DeepSetsPooling(Pooling):
+    """One slot: the mean, sum or maximum of linear projections of the elements.
+
+    Weights multiply elements in means and sums; in a maximum an element counts if its weight is positive. Where
+    elements tie for the maximum, the gradient goes to the first of them.
+
+    Args:
+        in_dim: features of an element.
+        dim: features of the result.
+        reduce: ``"mean"`` (blind to the number of elements), ``"sum"`` or ``"max"``.
+        norm: layer-normalise the result.
+
+    >>> pooling = DeepSetsPooling(3, 8, "max")
+    >>> pooling(torch.randn(2, 5, 3)).shape
+    torch.Size([2, 1, 8])
+    """
+
+    def __init__(self, in_dim: int, dim: int, reduce: str = "mean", *, norm: bool = False) -> None:
+        self.reduce = checks.choice(reduce, "reduce", ("mean", "sum", "max"))
+        heads = checks.count(dim, "dim") if reduce == "max" else 1
+        super().__init__(in_dim, dim, num_slots=1, num_heads=heads, value_dim=0 if reduce == "max" else dim)
+        self.value = nn.Linear(in_dim, dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
+        values = self.value(features).to(self._dtype)
+        if self.reduce == "max":
+            if offset is not None:
+                values = torch.where(offset[:, 0, 0, :, None] > -torch.inf, values, -torch.inf)
+            largest = values.max(1).values[..., None]
+            return values.new_zeros(*largest.shape, 0), torch.zeros_like(largest), largest
+        # Sums need no running maximum: they are relative to a peak of 0.
+        with torch.autocast(values.device.type, enabled=False):
+            weights = values.new_ones(*values.shape[:2]) if offset is None else offset[:, 0, 0].exp()
+            total = (weights[:, None] @ values)[:, None]
+        mass = weights.sum(1)[:, None, None]
+        return total, mass, torch.zeros_like(mass)
+
+    def readout(self, state: SetState) -> Tensor:
+        """The mean, sum or maximum ``(B, 1, dim)``."""
+        if self.reduce == "max":
+            pooled = torch.where(state.peak > -torch.inf, state.peak, 0).mT
+        elif self.reduce == "sum":
+            pooled = state.total[:, 0]
+        else:
+            pooled = state.mean()[:, 0]
+        return self.norm(pooled.to(self._like.dtype))
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        return f"{super().extra_repr()}, reduce={self.reduce!r}"

@@ -1,0 +1,171 @@
+"""Slot pooling of UMBC (Willette et al. 2023, arXiv 2208.12401): attention of slots over the elements of a set."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from setenc import checks
+from setenc.pooling.base import Pooling, _log_weights, accumulate
+from setenc.state import SetState
+
+# Log-weights of elements from logits (…, K, n); each looks at one element and all slots, never at other elements.
+ACTIVATIONS = {
+    "sigmoid": F.logsigmoid,
+    "softmax": lambda logits: logits,
+    "slot-sigmoid": lambda logits: F.logsigmoid(logits) - F.logsigmoid(logits).logsumexp(-2, keepdim=True),
+    "slot-softmax": lambda logits: logits.log_softmax(-2),
+    "slot-exp": lambda logits: logits - logits.amax(-2, keepdim=True),
+}
+
+# Elements whose weights are held at a time where attention is not fused.
+_BLOCK = 4096
+
+
+class SlotPooling(Pooling):
+    """Weighted means of the elements' values, one for each of ``K`` slots: the pooling of UMBC.
+
+    The weight of element ``i`` in slot ``k`` is a function of the logits ``W_ki = <q(s_k), k(x_i)> / sqrt(dim / H)``
+    and is normalised by its sum over the set:
+
+    | activation | weight before normalising |
+    |---|---|
+    | ``sigmoid`` | ``sigmoid(W_ki)`` |
+    | ``softmax`` | ``exp(W_ki)`` |
+    | ``slot-sigmoid`` | ``sigmoid(W_ki) / sum_k' sigmoid(W_k'i)`` |
+    | ``slot-softmax`` | ``exp(W_ki) / sum_k' exp(W_k'i)`` |
+    | ``slot-exp`` | ``exp(W_ki - max_k' W_k'i)`` |
+
+    All run in the log domain with a running maximum: exact at any logits, no clamp. A mean is blind to the size of a
+    set (``f(X) = f(X ∪ X)``); where it matters, see ``size_feature`` of `UMBC`. An empty set has the mean 0, so that
+    the result is ``norm(q(s_k))`` with the residual, and ``norm(0)`` without.
+
+    Args:
+        in_dim: features of an element.
+        dim: features of a slot, over all heads.
+        num_slots: slots ``K``.
+        num_heads: heads ``H``.
+        activation: see the table.
+        slots: ``"random"``: ``s = mu + softplus(rho) * N(0, 1)``, sampled once per stream in training and ``mu`` in
+            eval mode; ``"learned"``: a parameter.
+        residual: add the projected slots ``q(s_k)`` to the means.
+        slot_dim: features of a slot before ``q``; None is ``dim``.
+        slot_norm: layer-normalise the slots before ``q``.
+        output_norm: layer-normalise the result.
+
+    >>> pooling = SlotPooling(3, 32, 4, activation="slot-sigmoid")
+    >>> pooling(torch.randn(2, 100, 3)).shape
+    torch.Size([2, 4, 32])
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        num_slots: int,
+        *,
+        num_heads: int = 4,
+        activation: str = "softmax",
+        slots: str = "random",
+        residual: bool = True,
+        slot_dim: int | None = None,
+        slot_norm: bool = False,
+        output_norm: bool = True,
+    ) -> None:
+        checks.heads(dim, num_heads)
+        super().__init__(in_dim, dim, num_slots=num_slots, num_heads=num_heads, value_dim=dim // num_heads)
+        self.activation = checks.choice(activation, "activation", tuple(ACTIVATIONS))
+        self.random_slots = checks.choice(slots, "slots", ("random", "learned")) == "random"
+        self.residual = residual
+        size = (num_slots, dim if slot_dim is None else checks.count(slot_dim, "slot_dim"))
+        if self.random_slots:
+            self.slot_mean = nn.Parameter(torch.empty(size).uniform_(-0.2, 0.2))
+            self.slot_raw_std = nn.Parameter(torch.empty(size).uniform_(-5, -4))
+        else:
+            self.slot_mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(size)))
+        self.slot_norm = nn.LayerNorm(size[1]) if slot_norm else nn.Identity()
+        self.query = nn.Linear(size[1], dim)
+        self.key_value = nn.Linear(in_dim, 2 * dim)
+        self.output_norm = nn.LayerNorm(dim) if output_norm else nn.Identity()
+
+    def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
+        mean = self.slot_mean
+        if not (self.random_slots and self.training):
+            return mean
+        where = mean.device if generator is None else generator.device
+        noise = torch.randn(mean.shape, generator=generator, device=where).to(mean)
+        if group is not None:
+            dist.broadcast(noise, dist.get_global_rank(group, 0), group)
+        return mean + F.softplus(self.slot_raw_std) * noise
+
+    def _queries(self, slots: Tensor) -> Tensor:
+        return self.query(self.slot_norm(slots))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``(…, m, dim)`` to ``(…, H, m, dim / H)``."""
+        return x.unflatten(-1, (self.num_heads, self.value_dim)).transpose(-3, -2)
+
+    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
+        keys, values = self.key_value(features).chunk(2, -1)
+        queries = self._queries(slots)
+        with torch.autocast(features.device.type, enabled=False):
+            queries, keys, values = (self._heads(t.to(self._dtype)) for t in (queries, keys, values))
+            logits = (queries * self.value_dim**-0.5) @ keys.mT
+            return accumulate(ACTIVATIONS[self.activation](logits), values, offset, peak)
+
+    def readout(self, state: SetState) -> Tensor:
+        """Slots ``(B, K, dim)``: means, plus ``q(s_k)`` with the residual, normalised."""
+        return self._finish(state.mean(), state.slots)
+
+    def _finish(self, means: Tensor, slots: Tensor) -> Tensor:
+        pooled = means.transpose(1, 2).flatten(2).to(self._like.dtype)
+        return self.output_norm(pooled + self._queries(slots) if self.residual else pooled)
+
+    def forward(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Pooled slots ``(B, K, dim)`` of whole sets, without the ``(B, H, K, n)`` weights in memory.
+
+        ``softmax`` is torch's fused attention; the others run through blocks of the set, computed again in backward.
+        """
+        features, mask, weights = checks.elements(features, mask, weights, "features")
+        if self.activation == "softmax" and features.shape[1] > 0:
+            offset = _log_weights(mask, weights, self._dtype)
+            return self._fused(self.prepare(features, mask), offset, self._slots(generator, None))
+        state = whole = self.init_state(len(features), generator=generator)
+        for start in range(0, features.shape[1], _BLOCK):
+            block = [t if t is None else t[:, start : start + _BLOCK] for t in (features, mask, weights)]
+            if torch.is_grad_enabled() and features.shape[1] > _BLOCK:
+                part = checkpoint(self.contribution, state, *block, use_reentrant=False, preserve_rng_state=False)
+            else:
+                part = self.contribution(state, *block)  # type: ignore[arg-type]
+            whole = whole.merge(part)
+        return self.readout(whole)
+
+    def _fused(self, features: Tensor, offset: Tensor | None, slots: Tensor) -> Tensor:
+        keys, values = self.key_value(features).chunk(2, -1)
+        q, k, v = (self._heads(t) for t in (self._queries(slots).expand(len(features), -1, -1), keys, values))
+        if offset is None:
+            return self._finish(F.scaled_dot_product_attention(q, k, v), slots)
+        # Half-precision kernels would take the offset in half precision, and make NaN of a set without elements.
+        with torch.autocast(features.device.type, enabled=False):
+            q, k, v = (t.to(offset.dtype) for t in (q, k, v))
+            empty = (offset == -torch.inf).all(-1, keepdim=True)
+            bias = offset.masked_fill(empty, 0).expand(-1, -1, self.num_slots, -1)
+            means = F.scaled_dot_product_attention(q, k, v, bias).masked_fill(empty, 0)
+        return self._finish(means, slots)
+
+    def extra_repr(self) -> str:
+        """Settings, for printing."""
+        return (
+            f"{super().extra_repr()}, num_heads={self.num_heads}, activation={self.activation!r}, "
+            f"slots={'random' if self.random_slots else 'learned'!r}, residual={self.residual}"
+        )

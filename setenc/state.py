@@ -1,0 +1,212 @@
+"""The state of a stream of set elements: everything that a pooling keeps of the elements it has seen.
+
+A pooling gives element ``i`` a weight ``exp(l_i)`` for each slot and head and keeps, relative to the largest log-weight
+``peak = max_i l_i`` seen so far,
+
+    mass = sum_i exp(l_i - peak)        total = sum_i exp(l_i - peak) v_i
+
+States form a commutative monoid: to merge two, rescale both to the larger peak and add (online softmax, Milakov and
+Gimelshein 2018, arXiv 1805.02867). Nothing ever overflows, and the cut of a set into chunks does not matter, which is
+mini-batch consistency (Bruno et al. 2021, arXiv 2103.01615; Willette et al. 2023, arXiv 2208.12401).
+
+Max pooling is the same object without values (``V = 0``): its result is ``peak`` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(eq=False)
+class SetState:
+    """What ``B`` streams have accumulated, in float32 or better: plain tensors, to be saved, copied and sent.
+
+    ``torch.save`` and ``torch.load`` (also with ``weights_only=True``) and ``copy.deepcopy`` work mid-stream; what is
+    saved is detached from the autograd graph.
+
+    Args:
+        total: ``(B, H, K, V)`` weighted sums of values in units of ``exp(peak)``.
+        mass: ``(B, H, K)`` sums of weights in units of ``exp(peak)``.
+        peak: ``(B, H, K)`` largest log-weight so far, -inf before the first element.
+        count: ``(B,)`` number of elements so far, or the sum of their weights.
+        slots: ``(K, h)`` the slots of this stream, sampled once; ``(0, 0)`` for poolings without slots.
+
+    >>> pooling = setenc.DeepSetsPooling(3, 8, "mean")
+    >>> state = pooling.update(pooling.init_state(2), torch.randn(2, 5, 3))
+    >>> state.merge(state).count
+    tensor([10., 10.], dtype=torch.float64)
+    """
+
+    total: Tensor
+    mass: Tensor
+    peak: Tensor
+    count: Tensor
+    slots: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of streams ``B``."""
+        return len(self.count)
+
+    @property
+    def is_maximum(self) -> bool:
+        """Whether ``peak`` is the result (max pooling), and so carries gradients."""
+        return self.total.shape[-1] == 0
+
+    def mean(self) -> Tensor:
+        """Weighted means of the values ``(B, H, K, V)``; 0 for a set without elements."""
+        mass = self.mass[..., None]
+        return torch.where(mass > 0, self.total / torch.where(mass > 0, mass, 1), self.total)
+
+    def empty(self) -> SetState:
+        """The state of a stream that has seen nothing, with the slots of this one: the identity of `merge`."""
+        return SetState(
+            torch.zeros_like(self.total),
+            torch.zeros_like(self.mass),
+            torch.full_like(self.peak, -torch.inf),
+            torch.zeros_like(self.count),
+            self.slots,
+        )
+
+    def merge(self, other: SetState) -> SetState:
+        """The state of both streams' elements together; associative and commutative up to rounding.
+
+        Both must have the same slots: start the second one as ``first.empty()``.
+
+        Raises:
+            TypeError: ``other`` is no state.
+            ValueError: other shapes, other dtypes or other slots.
+        """
+        self._check_mergeable(other)
+        peak = torch.where(other.peak > self.peak, other.peak, self.peak)
+        a, b = _scale(self.peak, peak), _scale(other.peak, peak)
+        return SetState(
+            self.total * a[..., None] + other.total * b[..., None],
+            self.mass * a + other.mass * b,
+            peak,
+            self.count + other.count,
+            self.slots,
+        )
+
+    def grouped(self, index: Tensor, size: int) -> SetState:
+        """Merge streams: row ``b`` goes to row ``index[b]`` of a state of ``size`` streams."""
+        rows = index[:, None, None].expand_as(self.peak)
+        peak = self.peak.new_full((size, *self.peak.shape[1:]), -torch.inf)
+        peak = peak.scatter_reduce(0, rows, self.peak, "amax")
+        scale = _scale(self.peak, peak[index])
+
+        def add(values: Tensor) -> Tensor:
+            return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
+
+        return SetState(add(self.total * scale[..., None]), add(self.mass * scale), peak, add(self.count), self.slots)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> SetState:
+        """The state of the elements of all ranks, on every rank.
+
+        Differentiable: backward adds the ranks' gradients, so that averaging parameter gradients over the ranks (as
+        DistributedDataParallel does) gives the gradient of the average of the ranks' losses.
+
+        Args:
+            group: the process group, or None for the default one.
+
+        Raises:
+            ValueError: ``torch.distributed`` is not initialised, or the ranks hold different slots.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("all_reduce needs torch.distributed: call torch.distributed.init_process_group first")
+        extremes = torch.cat((self.slots.detach(), -self.slots.detach()))
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
+        high, low = extremes.chunk(2)
+        if not torch.equal(high, -low):
+            raise ValueError(
+                "the ranks must share their slots; these differ. Start every rank with init_state(..., group=group)"
+            )
+        peak = self.peak.detach().clone()
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+        scale = _scale(self.peak, peak)
+        parts = (self.total * scale[..., None], self.mass * scale)
+        sums = _SumOverRanks.apply(torch.cat([part.flatten() for part in parts]), group)
+        total, mass = sums.split([part.numel() for part in parts])
+        count = _SumOverRanks.apply(self.count, group)
+        if self.is_maximum:
+            peak = _first_rank_at(peak, self.peak, group)
+        return SetState(total.view_as(self.total), mass.view_as(self.mass), peak, count, self.slots)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> SetState:
+        """``function`` of every tensor."""
+        return SetState(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    def detach(self) -> SetState:
+        """Without the autograd graph."""
+        return self.map(Tensor.detach)
+
+    def clone(self) -> SetState:
+        """An independent copy."""
+        return self.map(Tensor.clone)
+
+    def to(self, device: torch.device | str) -> SetState:
+        """On another device."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SetState:
+        return self.clone()
+
+    def __getstate__(self) -> dict[str, Tensor]:
+        return vars(self.detach())
+
+    def _check_mergeable(self, other: SetState) -> None:
+        if not isinstance(other, SetState):
+            raise TypeError(f"a SetState merges with a SetState; got {type(other).__name__}")
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+                raise ValueError(
+                    f"states must have equal shapes and dtypes to merge; {field.name} is {tuple(mine.shape)} "
+                    f"{mine.dtype} and {tuple(theirs.shape)} {theirs.dtype}"
+                )
+        if self.slots is not other.slots and not torch.equal(self.slots, other.slots):
+            raise ValueError(
+                "states must have the same slots to merge; random slots are sampled once per stream. "
+                "Start the second stream as first.empty(), or put the encoder in eval mode"
+            )
+
+
+torch.serialization.add_safe_globals([SetState])
+
+
+def _scale(peak: Tensor, new: Tensor) -> Tensor:
+    """``exp(peak - new)``, 1 where both are -inf. A constant in backward: results do not depend on the peak."""
+    with torch.no_grad():
+        return torch.where(new == -torch.inf, 0, peak - new).exp()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        values = values.detach().clone()
+        dist.all_reduce(values, dist.ReduceOp.SUM, group)
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, dist.ReduceOp.SUM, ctx.group)
+        return gradient, None
+
+
+def _first_rank_at(peak: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The common ``peak``, with its gradient on the first rank that holds it."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    first = torch.where(mine.detach() == peak, rank, size)
+    dist.all_reduce(first, dist.ReduceOp.MIN, group)
+    held = torch.where((first == rank) & (peak > -torch.inf), mine, 0)
+    return torch.where(peak > -torch.inf, _SumOverRanks.apply(held, group), peak)

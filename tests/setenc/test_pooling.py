@@ -1,0 +1,166 @@
+"""Poolings against their formulas: five activations, large logits, shifts, Deep Sets, gated attention, ABMIL."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import setenc
+
+ACTIVATIONS = ("sigmoid", "softmax", "slot-sigmoid", "slot-softmax", "slot-exp")
+
+
+def slot_pooling(activation="softmax", dim=8, num_heads=2, **options):
+    torch.manual_seed(1)
+    options = {"residual": False, "output_norm": False, **options}
+    return setenc.SlotPooling(3, dim, 4, num_heads=num_heads, activation=activation, **options).double().eval()
+
+
+def reference(pooling, x):
+    """Section 2 of the notes, head by head, one set at a time, weights as the table of section 3 has them."""
+    d = pooling.out_dim // pooling.num_heads
+    slots = pooling.slot_norm(pooling.slot_mean)
+    queries, keys, values = pooling.query(slots), *pooling.key_value(x).chunk(2, -1)
+    out = torch.zeros(len(x), pooling.num_slots, pooling.out_dim, dtype=x.dtype)
+    for h in range(pooling.num_heads):
+        part = slice(h * d, (h + 1) * d)
+        w = torch.einsum("kd,bnd->bkn", queries[:, part], keys[..., part]) / math.sqrt(d)
+        weights = {
+            "sigmoid": lambda w: w.sigmoid(),
+            "softmax": lambda w: (w - w.amax(-1, keepdim=True)).exp(),
+            "slot-sigmoid": lambda w: w.sigmoid() / w.sigmoid().sum(1, keepdim=True),
+            "slot-softmax": lambda w: w.softmax(1),
+            "slot-exp": lambda w: (w - w.amax(1, keepdim=True)).exp(),
+        }[pooling.activation](w)
+        out[..., part] = (weights / weights.sum(-1, keepdim=True)) @ values[..., part]
+    return pooling.output_norm(out + queries if pooling.residual else out)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "options", [{}, {"residual": True, "output_norm": True}, {"slot_norm": True, "slot_dim": 5, "slots": "learned"}]
+)
+@pytest.mark.parametrize("num_heads", [1, 4])
+def test_activations_heads_residual_and_norms(activation, options, num_heads):
+    pooling = slot_pooling(activation, num_heads=num_heads, **options)
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    torch.testing.assert_close(pooling(x), reference(pooling, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_logits_of_a_thousand(activation):
+    """The official clamp at 10 is off by 82 % here; the softmax of float64 is the reference."""
+    pooling = slot_pooling(activation).requires_grad_(False)
+    x = torch.randn(1, 200, 3, dtype=torch.float64)
+    q, k = pooling._queries(pooling.slot_mean), pooling.key_value(x)[..., :8]
+    logits = (q.unflatten(-1, (2, 4)).transpose(0, 1) @ k[0].unflatten(-1, (2, 4)).permute(1, 2, 0)) / 2
+    pooling.query.weight.mul_(1000 / logits.abs().max())
+    pooling.query.bias.mul_(1000 / logits.abs().max())
+    expected = reference(pooling, x)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-3)):
+        single = slot_pooling(activation).requires_grad_(False).to(dtype)
+        single.load_state_dict(pooling.state_dict())
+        state = single.init_state(1)
+        for element in x.to(dtype).split(1, 1):
+            state = single.update(state, element)
+        for out in (single.readout(state), single(x.to(dtype))):
+            torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_softmax_is_invariant_to_a_shift_of_all_logits(shift):
+    pooling = slot_pooling().requires_grad_(False)
+    x = torch.randn(1, 50, 3, dtype=torch.float64)
+    before = pooling(x)
+    # <q, b> is the same for all elements: it adds up to the shift in slot 0, and to something else in the others.
+    head = pooling._queries(pooling.slot_mean)[0, :4]
+    pooling.key_value.bias[:4] += 2 * shift * head / head.square().sum()
+    state = pooling.init_state(1)
+    for chunk in x.split(9, 1):
+        state = pooling.update(state, chunk)
+    assert float(state.peak[0, 0, 0]) == pytest.approx(shift, rel=1e-2)
+    torch.testing.assert_close(pooling.readout(state), before, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_of_a_large_set_give_values_and_gradients(monkeypatch):
+    monkeypatch.setattr("setenc.pooling.slots._BLOCK", 4)
+    pooling = slot_pooling("slot-softmax")
+    x = torch.randn(2, 11, 3, dtype=torch.float64, requires_grad=True)
+    out = pooling(x)
+    torch.testing.assert_close(out, reference(pooling, x), rtol=1e-12, atol=1e-12)
+    leaves = [x, *pooling.key_value.parameters(), *pooling.query.parameters(), pooling.slot_mean]
+    ours = torch.autograd.grad(out.sin().sum(), leaves)
+    theirs = torch.autograd.grad(reference(pooling, x).sin().sum(), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_random_slots_are_sampled_once_a_stream_in_training_only():
+    pooling = slot_pooling(slots="random")
+    assert torch.equal(pooling.init_state(1).slots, pooling.slot_mean)
+    pooling.train()
+    a, b = pooling.init_state(1), pooling.init_state(1)
+    assert not torch.equal(a.slots, b.slots)
+    noise = (a.slots - pooling.slot_mean) / F.softplus(pooling.slot_raw_std)
+    assert 0.5 < float(noise.std()) < 1.5
+    assert torch.equal(a.empty().slots, a.slots)
+    with pytest.raises(ValueError, match="same slots"):
+        a.merge(b)
+    same = [pooling.init_state(1, generator=torch.Generator().manual_seed(7)).slots for _ in range(2)]
+    assert torch.equal(*same)
+    assert slot_pooling(slots="learned").train().init_state(1).slots is not None
+    a.slots.sum().backward()
+    assert pooling.slot_mean.grad is not None
+    assert pooling.slot_raw_std.grad is not None
+
+
+@pytest.mark.parametrize("activation", ["slot-sigmoid", "slot-softmax", "slot-exp"])
+def test_one_slot_of_a_slot_normalised_activation_is_the_mean(activation):
+    """Section 3 of the notes: with K = 1 every weight is 1."""
+    pooling = setenc.SlotPooling(3, 8, 1, activation=activation, residual=False, output_norm=False).double()
+    x = torch.randn(2, 7, 3, dtype=torch.float64)
+    torch.testing.assert_close(pooling(x)[:, 0], pooling.key_value(x)[..., 8:].mean(1))
+
+
+def test_a_set_twice_and_a_single_element():
+    pooling = slot_pooling()
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(pooling(torch.cat((x, x), 1)), pooling(x))
+    value = pooling.key_value(x[:, :1])[..., 8:]
+    torch.testing.assert_close(pooling(x[:, :1]), value.expand(-1, 4, -1))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+def test_deep_sets(reduce):
+    pooling = setenc.DeepSetsPooling(3, 8, reduce).double()
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    values = pooling.value(x)
+    expected = {"mean": values.mean(1), "sum": values.sum(1), "max": values.amax(1)}[reduce]
+    torch.testing.assert_close(pooling(x)[:, 0], expected)
+    assert torch.equal(pooling(x[:, :0]), torch.zeros(2, 1, 8, dtype=torch.float64))
+
+
+def test_gated_attention_is_abmil():
+    pooling = setenc.GatedAttentionPooling(3, 8, hidden_dim=5).double()
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    h = pooling.value(x)
+    squash, gate = pooling.gate(h).chunk(2, -1)
+    logits = pooling.logit(squash.tanh() * gate.sigmoid())[..., 0]
+    torch.testing.assert_close(pooling.logits(x), logits)
+    torch.testing.assert_close(pooling(x), logits.softmax(1)[:, None] @ h)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        setenc.SlotPooling(3, 8, 4, num_heads=3)
+    with pytest.raises(ValueError, match="activation must be one of 'sigmoid'"):
+        setenc.SlotPooling(3, 8, 4, activation="relu")
+    with pytest.raises(ValueError, match="slots must be one of"):
+        setenc.SlotPooling(3, 8, 4, slots="fixed")
+    with pytest.raises(ValueError, match="num_slots must be at least 1"):
+        setenc.SlotPooling(3, 8, 0)
+    with pytest.raises(TypeError, match="in_dim must be an int"):
+        setenc.DeepSetsPooling(3.0, 8)
+    with pytest.raises(ValueError, match="reduce must be one of"):
+        setenc.DeepSetsPooling(3, 8, "min")
