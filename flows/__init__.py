@@ -7,10 +7,12 @@ from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
 from flows.guidance import GuidedModel
 from flows.integrate import Trajectory, integrate
 from flows.interrupt import Interrupted
+from flows.likelihood import log_likelihood
 from flows.loader import CoupledBatch, CoupledLoader
 from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
 from flows.rates import warmup_schedule
+from flows.schedule import Schedule, bellman_schedule, straighten
 from flows.trainer import NonFiniteLoss, Trainer, TrainResult
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "LinearPath",
     "NonFiniteLoss",
     "Path",
+    "Schedule",
     "SchrodingerBridgePath",
     "TargetPath",
     "TrainResult",
@@ -32,14 +35,17 @@ __all__ = [
     "Trajectory",
     "VariancePreservingPath",
     "along_path",
+    "bellman_schedule",
     "datasets",
     "diagnose",
     "drop_conditions",
     "integrate",
+    "log_likelihood",
     "metrics",
     "models",
     "null_condition",
     "plot_diagnosis",
     "regression_loss",
+    "straighten",
     "warmup_schedule",
 ]

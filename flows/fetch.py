@@ -233,6 +233,9 @@ class OTBatches:
             return dataset[index]
         rows = index.tolist()
         with seeded(seed):
+            whole = getattr(dataset, "rows", None)  # data sets of ours serve many rows at once
+            if whole is not None and self.collate is None:
+                return whole(index)
             many = getattr(dataset, "__getitems__", None)
             items = many(rows) if many is not None else [dataset[row] for row in rows]
         return default_collate(items) if self.collate is None else self.collate(items)
