@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= runs/demo
 
-.PHONY: help demo test lint bench notebooks clean
+.PHONY: help demo test lint bench notebooks docs clean
 help:
 	@echo "make demo       train FM, OT, C2OT and W-CFM on 8 gaussians -> moons; table, picture, JSON in $(OUT)"
 	@echo "make test       the whole test-suite"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      side-by-side timings against the peers; results in benchmarks/results"
 	@echo "make notebooks  execute the notebooks in examples/notebooks"
+	@echo "make docs       the documentation as a site in build/site"
 
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py --out $(OUT)
@@ -29,6 +30,9 @@ bench: $(VENV)/.bench
 
 notebooks: $(VENV)/.notebooks
 	$(BIN)/python examples/notebooks/execute.py
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --quiet
 
 # One stamp a set of extras: installed again only when the project's requirements change.
 $(VENV)/.%: pyproject.toml constraints.txt

@@ -6,15 +6,15 @@ A coupling pairs noise with data, a path connects each pair, and a model regress
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flows.paths import LinearPath, Path
-from mbot import Coupling, IndependentCoupling
+from flows.conditions import pair, select
+from flows.paths import LinearPath, Path, check_path
+from mbot import Coupling
 from mbot.random import draw
 
 VelocityModel = Callable[[Tensor, Tensor, Any], Tensor]
@@ -45,7 +45,7 @@ class FlowBatch:
         return len(self.t)
 
     def __getitem__(self, index: slice | Tensor) -> FlowBatch:
-        y = None if self.y is None else self.y[index]
+        y = select(self.y, index)
         weight = None if self.weight is None else self.weight[index]
         return FlowBatch(self.t[index], self.xt[index], self.ut[index], y, weight, self.info)
 
@@ -55,14 +55,21 @@ class FlowBatch:
             yield self[begin : begin + size]
 
 
-def _select(y: Any, index: Tensor) -> Any:
-    """Conditions at an index, whatever holds them."""
-    if y is None:
-        return None
-    if isinstance(y, Tensor):
-        return y[index.to(y.device)]
-    rows = index.cpu().numpy()
-    return y[rows] if isinstance(y, np.ndarray) else [y[i] for i in rows]
+def along_path(path: Path, x0: Tensor, x1: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
+    """A uniform time and a point on the path of each pair.
+
+    Args:
+        path: how a pair is connected.
+        x0: ``(B, d…)`` source samples, as paired.
+        x1: ``(B, d…)`` target samples, as paired.
+        generator: source of randomness for the times and the path's noise.
+    """
+    dtype = torch.promote_types(x1.dtype, torch.float32)
+    t = draw(torch.rand, len(x1), generator=generator, device=x1.device, dtype=dtype)
+    noise = None
+    if path.needs_noise:
+        noise = draw(torch.randn, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
+    return FlowBatch(t, *path.sample(x0, x1, t, noise))
 
 
 def regression_loss(model: VelocityModel, batch: FlowBatch) -> Tensor:
@@ -82,7 +89,8 @@ class FlowMatching:
     """Flow matching with any coupling and any path.
 
     Args:
-        coupling: how noise and data are paired; an `mbot` coupling.
+        coupling: how noise and data are paired; an `mbot` coupling. None for the path's own: independent pairs, or
+            entropic ones for the Schrödinger bridge.
         path: how a pair is connected.
 
     >>> fm = FlowMatching()
@@ -91,14 +99,15 @@ class FlowMatching:
     (tensor([1., 1.]), 4)
     """
 
-    coupling: Coupling = field(default_factory=IndependentCoupling)
+    coupling: Coupling = None  # type: ignore[assignment]  # never None once built
     path: Path = field(default_factory=LinearPath)
 
     def __post_init__(self) -> None:
+        if self.coupling is None and isinstance(self.path, Path):
+            object.__setattr__(self, "coupling", self.path.default_coupling())
+        check_path(self.path)
         if not isinstance(self.coupling, Coupling):
             raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {self.coupling!r}")
-        if not isinstance(self.path, Path):
-            raise TypeError(f"path must be a flows path such as LinearPath(); got {self.path!r}")
 
     def sample(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> FlowBatch:
         """Couple two batches and draw a time and a point on each pair's path.
@@ -109,15 +118,10 @@ class FlowMatching:
             y: conditions of the data, one a sample; they follow their samples.
             generator: source of randomness for the coupling, the times and the path's noise.
         """
-        pairs = self.coupling(x0, x1, y1=y, generator=generator)
+        pairs = pair(self.coupling, x0, x1, y, generator)
         start, end = pairs.apply(x0, x1)
-        dtype = torch.promote_types(end.dtype, torch.float32)
-        t = draw(torch.rand, len(pairs), generator=generator, device=end.device, dtype=dtype)
-        noise = None
-        if self.path.needs_noise:
-            noise = draw(torch.randn, *end.shape, generator=generator, device=end.device, dtype=end.dtype)
-        xt, ut = self.path.sample(start, end, t, noise)
-        return FlowBatch(t, xt, ut, _select(y, pairs.target), pairs.weight, pairs.info)
+        batch = along_path(self.path, start, end, generator)
+        return replace(batch, y=select(y, pairs.target), weight=pairs.weight, info=pairs.info)
 
     def loss(
         self,

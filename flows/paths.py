@@ -6,17 +6,28 @@ here and a line in ``flows/__init__.py``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import Coupling, EntropicOT, IndependentCoupling, OTCoupling, checks
+
+_FLOOR = 1e-8  # under t (1 - t) in the bridge's velocity, as in the reference implementation
 
 
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    """Times ``(B,)`` as ``(B, 1, …)`` beside ``(B, d…)``."""
-    return t.reshape(-1, *([1] * (x.ndim - 1))).to(x.dtype)
+def _like(t: Tensor, x: Tensor, keep: bool = False) -> Tensor:
+    """Times ``(B,)`` as ``(B, 1, …)`` beside ``(B, d…)``, in x's dtype unless ``keep``."""
+    t = t.reshape(-1, *([1] * (x.ndim - 1)))
+    return t if keep else t.to(x.dtype)
+
+
+def _noise(noise: Tensor | None, path: Path) -> Tensor:
+    if noise is None:
+        raise ValueError(f"noise is needed by {path}: standard normal of the samples' shape")
+    return noise
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,10 @@ class Path(ABC):
         """Whether ``sample`` uses its ``noise``."""
         return False
 
+    def default_coupling(self) -> Coupling:
+        """The coupling that the path's theory asks for; independent pairs unless a path says otherwise."""
+        return IndependentCoupling()
+
 
 @dataclass(frozen=True)
 class LinearPath(Path):
@@ -65,7 +80,105 @@ class LinearPath(Path):
         """See `Path.sample`."""
         xt = x0 + _like(t, x0) * (x1 - x0)
         if self.needs_noise:
-            if noise is None:
-                raise ValueError("noise is needed: sigma > 0")
-            xt = xt + self.sigma * noise
+            xt = xt + self.sigma * _noise(noise, self)
         return xt, x1 - x0
+
+
+@dataclass(frozen=True)
+class SchrodingerBridgePath(Path):
+    """Brownian bridges of the Schrödinger bridge (SB-CFM; Tong et al. 2024, arXiv 2302.00482).
+
+    ``xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) noise`` with velocity
+    ``(1 - 2t) / (2 t (1 - t)) (xt - mean) + x1 - x0``. The bridge belongs with entropic pairs of regularisation
+    ``2 sigma²``, which `flows.FlowMatching` takes unless it is given a coupling.
+
+    The velocity's noise term has an infinite limit at t = 0 and t = 1 (and a loss whose variance grows with
+    ``log 1/t``); ``t (1 - t)`` is floored as in the reference, so that the velocity stays finite there.
+
+    Args:
+        sigma: diffusion of the bridge, > 0.
+    """
+
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(self.sigma, "sigma")
+
+    @property
+    def needs_noise(self) -> bool:
+        """Always."""
+        return True
+
+    def default_coupling(self) -> Coupling:
+        """Entropic transport with ``reg = 2 sigma²``."""
+        return OTCoupling(EntropicOT(reg=2 * self.sigma**2))
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Path.sample`."""
+        # Around t = 0 and 1 half precision would lose the difference that everything hangs on.
+        at = _like(t.to(torch.promote_types(t.dtype, torch.float32)), x0, keep=True)
+        spread = at * (1 - at)
+        offset = self.sigma * spread.sqrt() * _noise(noise, self)
+        xt = x0 + _like(t, x0) * (x1 - x0) + offset.to(x0.dtype)
+        pull = (1 - 2 * at) / (2 * spread + _FLOOR) * offset
+        return xt, x1 - x0 + pull.to(x0.dtype)
+
+
+@dataclass(frozen=True)
+class TargetPath(Path):
+    """From the noise to a small Gaussian around the sample (FM; Lipman et al. 2023, arXiv 2210.02747, Eq. 20-23).
+
+    ``xt = (1 - (1 - sigma) t) x0 + t x1`` with velocity ``x1 - (1 - sigma) x0``, which is the paper's
+    ``(x1 - (1 - sigma) xt) / (1 - (1 - sigma) t)``. ``x0`` is the paper's standard normal noise, so the path works
+    with any coupling of it.
+
+    Args:
+        sigma: standard deviation left around x1 at t = 1, in [0, 1).
+    """
+
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if checks.positive(self.sigma, "sigma", allow_zero=True) >= 1:
+            raise ValueError(f"sigma must lie in [0, 1): it is what is left of unit noise; got {self.sigma!r}")
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Path.sample`."""
+        at = _like(t, x0)
+        return (1 - (1 - self.sigma) * at) * x0 + at * x1, x1 - (1 - self.sigma) * x0
+
+
+@dataclass(frozen=True)
+class VariancePreservingPath(Path):
+    """Quarter circles that keep the variance (VP; Albergo and Vanden-Eijnden 2023, arXiv 2209.15571).
+
+    ``xt = cos(πt/2) x0 + sin(πt/2) x1 + sigma * noise`` with velocity ``π/2 (cos(πt/2) x1 - sin(πt/2) x0)``.
+
+    Args:
+        sigma: standard deviation around the arc, >= 0.
+    """
+
+    sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.positive(self.sigma, "sigma", allow_zero=True)
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether there is any."""
+        return self.sigma > 0
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Path.sample`."""
+        angle = _like(t, x0) * (math.pi / 2)
+        xt = angle.cos() * x0 + angle.sin() * x1
+        if self.needs_noise:
+            xt = xt + self.sigma * _noise(noise, self)
+        return xt, (math.pi / 2) * (angle.cos() * x1 - angle.sin() * x0)
+
+
+def check_path(path: object) -> Path:
+    """A path, or a TypeError."""
+    if not isinstance(path, Path):
+        raise TypeError(f"path must be a flows path such as LinearPath(); got {path!r}")
+    return path

@@ -1,16 +1,21 @@
 """Mini-batch optimal transport on CPU and GPU, as losses and as couplings for generative training."""
 
+from mbot import compat
 from mbot.checks import ConvergenceWarning
 from mbot.cost import pairwise_cost
 from mbot.couplings import (
+    BoMbCoupling,
     ConditionalOTCoupling,
     Coupling,
     IndependentCoupling,
     OTCoupling,
     Pairs,
+    RegCurve,
     WeightedCoupling,
+    reg_curve,
+    suggest_reg,
 )
-from mbot.diagnostics import condition_ratio, effective_sample_size
+from mbot.diagnostics import condition_ratio, effective_sample_size, marginal_tilt, plan_entropy
 from mbot.losses import BoMbOT, MiniBatchLoss, MiniBatchOT
 from mbot.plan import Plan
 from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, UnbalancedOT
@@ -18,6 +23,7 @@ from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoMbCoupling",
     "BoMbOT",
     "ConditionalOTCoupling",
     "ConvergenceWarning",
@@ -31,11 +37,17 @@ __all__ = [
     "Pairs",
     "PartialOT",
     "Plan",
+    "RegCurve",
     "SlicedOT",
     "Transport",
     "UnbalancedOT",
     "WeightedCoupling",
+    "compat",
     "condition_ratio",
     "effective_sample_size",
+    "marginal_tilt",
     "pairwise_cost",
+    "plan_entropy",
+    "reg_curve",
+    "suggest_reg",
 ]

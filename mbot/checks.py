@@ -122,8 +122,8 @@ def cost_matrix(cost: Any) -> Tensor:
     cost = floating(cost, "cost")
     if cost.ndim < 2 or cost.shape[-1] == 0 or cost.shape[-2] == 0:
         raise ValueError(f"cost must have shape (…, n, m) with n, m >= 1; got {tuple(cost.shape)}")
-    # One pass decides the usual case: a finite sum of magnitudes means that every entry is finite.
-    if not bool(torch.isfinite(cost.detach().abs().amax())) and bool((cost.isnan() | (cost == -torch.inf)).any()):
+    least, _ = cost.detach().aminmax()  # NaN if there is one
+    if not bool(least > -torch.inf):
         raise ValueError("cost must not hold NaN or -inf (+inf is allowed and forbids the pair)")
     return cost.float() if cost.dtype in (torch.float16, torch.bfloat16) else cost
 

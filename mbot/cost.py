@@ -30,8 +30,9 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
         )
     centre = (y.detach().mean(-2, keepdim=True) + x.detach().mean(-2, keepdim=True)) / 2
     x, y = x - centre, y - centre
-    norms = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    return (norms - 2 * (x @ y.mT)).clamp_min(0)
+    norms_x, norms_y = x.square().sum(-1)[..., :, None], y.square().sum(-1)[..., None, :]
+    # In place: fresh memory for each term would cost more than the arithmetic.
+    return ((-2 * x) @ y.mT).add_(norms_x).add_(norms_y).clamp_min_(0)
 
 
 def _root(squared: Tensor) -> Tensor:

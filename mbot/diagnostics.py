@@ -1,4 +1,4 @@
-"""Numbers that tell what a coupling does: effective sample size, and C²OT's ratio r(w)."""
+"""Numbers that tell what a coupling does: effective sample size, entropy of a plan, marginal tilt, C²OT's r(w)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.plan import Plan
 
 
 def effective_sample_size(weight: Tensor) -> Tensor:
@@ -24,6 +25,51 @@ def effective_sample_size(weight: Tensor) -> Tensor:
         raise ValueError("weight must be non-negative with a positive sum")
     scaled = weight / weight.amax(-1, keepdim=True)  # squares of tiny weights must not underflow
     return scaled.sum(-1).square() / scaled.square().sum(-1)
+
+
+def marginal_tilt(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """How unequally samples count: relative variances ``Var(τ) / E[τ]²`` of the row and the column sums τ, ``(…,)``.
+
+    Args:
+        weight: ``(…, n, m)`` non-negative weights of all pairs, on any scale, with a positive total.
+
+    >>> marginal_tilt(torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
+    (tensor(0.2500), tensor(0.))
+    """
+    weight = checks.finite(checks.floating(weight, "weight"), "weight")
+    if weight.ndim < 2 or bool((weight < 0).any()) or bool((weight.sum((-2, -1)) <= 0).any()):
+        raise ValueError(f"weight must be (…, n, m), non-negative, with a positive total; got {tuple(weight.shape)}")
+
+    def relative_variance(sums: Tensor) -> Tensor:
+        return (sums / sums.mean(-1, keepdim=True)).var(-1, correction=0)
+
+    return relative_variance(weight.sum(-1)), relative_variance(weight.sum(-2))
+
+
+def plan_entropy(plan: Plan) -> Tensor:
+    """How spread out plans are, ``(…,)``: 0 for a matching, 1 for the independent coupling of the plan's marginals.
+
+    ``(H(P) - max(H(a), H(b))) / min(H(a), H(b))`` with the entropies of the plan and of its two marginals. For
+    uniform weights and n = m this is the renormalised entropy ``H(P) / log n - 1`` of Zhang et al. 2025 (large
+    Sinkhorn couplings, arXiv 2506.05526), who advise a ``reg`` that brings it to about 0.1. A plan between single
+    points counts as a matching.
+
+    >>> plan_entropy(mbot.Plan(torch.full((2, 2), 0.25), (2, 2)))
+    tensor(1., dtype=torch.float64)
+    """
+    if plan.matching() is not None:
+        return plan.total_mass().new_zeros(plan.batch_shape, dtype=torch.float64)
+    mass = plan.mass if not plan.is_sparse else plan._merged(plan.mass)
+    total = plan.total_mass().double()
+    total = torch.where(total > 0, total, 1)
+
+    def entropy(part: Tensor, axes: tuple[int, ...]) -> Tensor:
+        return total.log() - torch.xlogy(part, part).sum(axes, dtype=torch.float64) / total
+
+    rows, cols = entropy(plan.row_mass().double(), (-1,)), entropy(plan.col_mass().double(), (-1,))
+    whole = entropy(mass, (-1,) if plan.is_sparse else (-2, -1))
+    larger, smaller = torch.maximum(rows, cols), torch.minimum(rows, cols)
+    return torch.where(smaller > 1e-9, (whole - larger) / smaller.clamp_min(1e-9), 0.0).clamp(0, 1)
 
 
 def condition_ratio(cost: Tensor, condition_cost: Tensor, weight: float) -> float:

@@ -1,5 +1,7 @@
 """Velocity models with the signature ``model(t, x, y)``."""
 
-from flows.models.mlp import ResidualMLP
+from flows.models.condition import ConditionEmbedding
+from flows.models.mlp import ResidualMLP, parameter_count
+from flows.models.unet import PRESETS, UNet
 
-__all__ = ["ResidualMLP"]
+__all__ = ["PRESETS", "ConditionEmbedding", "ResidualMLP", "UNet", "parameter_count"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flows.models.condition import condition_embedding, refuse_conditions
 from mbot import checks
 
 
@@ -16,7 +17,8 @@ class ResidualMLP(nn.Module):
         dim: features of a point; ``(B, d…)`` inputs are flattened and restored.
         condition_dim: features of a condition ``(B, condition_dim)`` (a vector ``(B,)`` counts as one feature);
             0 for none.
-        num_classes: classes of a label condition ``(B,)`` int64, embedded; excludes ``condition_dim``.
+        num_classes: classes of a label condition ``(B,)`` int64, embedded; excludes ``condition_dim``. "No
+            condition" is label -1, or a NaN in a vector.
         width: hidden features.
         depth: residual blocks.
         expansion: width of a block's inner layer relative to ``width``.
@@ -37,15 +39,9 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         checks.count(dim, "dim")
-        if condition_dim and num_classes:
-            raise ValueError("give condition_dim (vector conditions) or num_classes (labels), not both")
         self.inputs = nn.Linear(dim, width)
         self.time = nn.Linear(1, width)
-        self.condition: nn.Module | None = None
-        if condition_dim:
-            self.condition = nn.Linear(condition_dim, width)
-        elif num_classes:
-            self.condition = nn.Embedding(num_classes, width)
+        self.condition = condition_embedding(width, num_classes, condition_dim)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width))
             for _ in range(depth)
@@ -55,15 +51,10 @@ class ResidualMLP(nn.Module):
     def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
         """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``."""
         hidden = self.inputs(x.flatten(1)) + self.time(t[:, None].to(x.dtype))
-        if self.condition is not None:
-            if y is None:
-                raise ValueError("this model was built with conditions: pass y")
-            if isinstance(self.condition, nn.Embedding):
-                hidden = hidden + self.condition(y)
-            else:
-                hidden = hidden + self.condition(y.reshape(len(x), -1).to(x.dtype))
-        elif y is not None:
-            raise ValueError("this model was built without conditions; build it with condition_dim or num_classes")
+        if self.condition is None:
+            refuse_conditions(y)
+        else:
+            hidden = hidden + self.condition(y)
         for block in self.blocks:
             hidden = hidden + block(hidden)
         return self.output(hidden).reshape(x.shape)

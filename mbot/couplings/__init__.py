@@ -1,9 +1,21 @@
 """Couplings for generative training: one file a kind."""
 
 from mbot.couplings.base import Coupling, Pairs
+from mbot.couplings.bomb import BoMbCoupling
 from mbot.couplings.conditional import ConditionalOTCoupling
 from mbot.couplings.independent import IndependentCoupling
 from mbot.couplings.optimal import OTCoupling
-from mbot.couplings.weighted import WeightedCoupling
+from mbot.couplings.weighted import RegCurve, WeightedCoupling, reg_curve, suggest_reg
 
-__all__ = ["ConditionalOTCoupling", "Coupling", "IndependentCoupling", "OTCoupling", "Pairs", "WeightedCoupling"]
+__all__ = [
+    "BoMbCoupling",
+    "ConditionalOTCoupling",
+    "Coupling",
+    "IndependentCoupling",
+    "OTCoupling",
+    "Pairs",
+    "RegCurve",
+    "WeightedCoupling",
+    "reg_curve",
+    "suggest_reg",
+]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.plan import Plan
 from mbot.random import draw
 
 Labels = Tensor | Sequence[Any] | Any
@@ -107,17 +106,3 @@ def in_order(x0: Tensor, x1: Tensor, generator: torch.Generator | None) -> tuple
         return target, target
     rounds = [draw(torch.randperm, n, generator=generator, device=x1.device) for _ in range(-(-m // n))]
     return torch.cat(rounds)[:m], target
-
-
-def pairs_of_plan(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Every target with mass once, in order: with its match if the plan is a matching, else a source of its column."""
-    source = plan.matching()
-    if source is not None:
-        return source, torch.arange(len(source), device=source.device)
-    mass = plan.to_dense().T.double()
-    cumulative = mass.cumsum(-1)
-    uniform = draw(torch.rand, len(mass), 1, generator=generator, device=mass.device, dtype=torch.float64)
-    last = mass.shape[1] - 1 - (mass > 0).flip(-1).int().argmax(-1)
-    source = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0].minimum(last)
-    target = torch.nonzero(cumulative[:, -1] > 0)[:, 0]
-    return source[target], target

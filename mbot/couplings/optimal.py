@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mbot import checks
 from mbot.cost import Cost, _pairwise, check_cost
-from mbot.couplings.base import Coupling, Labels, Pairs, pairs_of_plan
-from mbot.transport import ExactOT, Transport
+from mbot.couplings.base import Coupling, Labels, Pairs
+from mbot.couplings.drawing import every_target, kept_targets, refilled, with_replacement
+from mbot.diagnostics import plan_entropy
+from mbot.transport import ExactOT, PartialOT, SlicedOT, Transport
 
 
 @dataclass(frozen=True)
 class OTCoupling(Coupling):
-    """Pairs along an optimal transport plan of the two batches; class-agnostic (conditions are ignored).
+    """Pairs along a transport plan of the two batches; class-agnostic (conditions are ignored).
 
-    With exact transport and equal sizes the pairs are a **permutation**: every sample exactly once, x1 (and whatever
-    goes with it) in its own order, the noise permuted. Otherwise each x1 appears once, with a source drawn from its
-    column of the plan.
+    =====================  ======================================  ====================================================
+    transport              pairs                                   marginals of the pairs
+    =====================  ======================================  ====================================================
+    `ExactOT`, n = m       a **permutation**: every sample once    those of the batches
+    `ExactOT`, n != m      every x1 once, a source of its column   x1 exact, x0 in expectation
+    `EntropicOT`           every x1 once, a source of its column   x1 exact, x0 in expectation
+    `UnbalancedOT`         every x1 once, a source of its column   x1 exact; x0 tilted away from far-off samples
+    `PartialOT`            only the pairs that the plan keeps      both lose what is expensive to move (outliers)
+    =====================  ======================================  ====================================================
+
+    x1 (and whatever goes with it) keeps its own order. An exact partial plan of equal batches keeps a whole number of
+    pairs, ``mass · n`` rounded to the nearest (at least one). What becomes of the other samples is up to ``refill``:
+
+    * None: they leave the batch, which has ``mass · n`` pairs. Training never sees the samples that are dropped more
+      often: both marginals are biased towards the cheap region, the smaller the mass the more.
+    * ``"sampled"``: kept pairs are drawn again until there is one for each x1. The batch has its full size, the bias
+      of the marginals is that of None, and some pairs occur twice.
+    * ``"independent"``: the samples left over are paired with each other at random. Every sample is used as often as
+      without transport: **no bias of the marginals**; the share ``1 - mass`` of the pairs is independent.
+
+    With ``replacement=True`` as many pairs as x1 has samples are drawn independently with probability proportional to
+    their mass (torchcfm's scheme): both marginals are those of the plan in expectation, and a permutation plan yields
+    about 63 % distinct pairs.
 
     Under conditions this coupling skews the noise that each condition sees (Cheng & Schwing 2025, Eq. 7): sampling
-    then starts from noise that training never saw for that condition. Use `ConditionalOTCoupling` there.
+    then starts from noise that training never saw for that condition. Use `ConditionalOTCoupling` there, but see its
+    notes on classifier-free guidance.
+
+    ``info`` holds ``transport_cost`` (the mean of the drawn pairs), ``plan_entropy`` (see `mbot.plan_entropy`) and,
+    for partial plans, ``kept``, the number of pairs that come from the plan.
 
     Args:
         transport: how the plan is computed.
         cost: ground cost, see `mbot.pairwise_cost`.
+        replacement: draw pairs independently of each other.
+        refill: what happens to samples that a partial plan leaves: None, ``"sampled"`` or ``"independent"``.
 
-    >>> x0, x1 = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[2.1], [0.1], [1.1]])
+    >>> x0, x1 = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[2.1], [0.1], [9.0]])
     >>> OTCoupling()(x0, x1).source.tolist()
-    [2, 0, 1]
+    [1, 0, 2]
+    >>> pairs = OTCoupling(mbot.PartialOT(mass=0.67))(x0, x1)
+    >>> pairs.source.tolist(), pairs.target.tolist()
+    ([2, 0], [0, 1])
     """
 
     transport: Transport = field(default_factory=ExactOT)
     cost: Cost = "sqeuclidean"
+    replacement: bool = False
+    refill: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.transport, Transport):
-            raise TypeError(f"transport must be an mbot transport such as ExactOT(); got {self.transport!r}")
+        check_transport(self.transport)
         check_cost(self.cost)
+        if self.refill is not None:
+            checks.choice(self.refill, "refill", ("sampled", "independent"))
+            if not isinstance(self.transport, PartialOT):
+                raise ValueError(
+                    f"refill applies to partial transport, which leaves samples unpaired; got {self.transport!r}"
+                )
+            if self.replacement:
+                raise ValueError("give refill or replacement, not both: draws with replacement fill the whole batch")
 
     def _pair(
         self,
@@ -48,10 +91,42 @@ class OTCoupling(Coupling):
         y1: Labels | None,
         generator: torch.Generator | None,
     ) -> Pairs:
-        return pairs_by_cost(_pairwise(x0, x1, self.cost), self.transport, generator)
+        cost = _pairwise(x0, x1, self.cost)
+        n, m = cost.shape
+        transport = self.transport
+        partial = isinstance(transport, PartialOT)
+        if isinstance(transport, PartialOT) and transport.mass > 0 and transport.reg == 0 and n == m:
+            transport = dataclasses.replace(transport, mass=max(1, round(transport.mass * n)) / n)
+        plan = transport.plan(cost)
+        if bool(plan.total_mass() <= 0):
+            raise ValueError(f"{transport!r} moves no mass between these batches: no pair can be drawn")
+        info: dict[str, Any] = {"plan_entropy": float(plan_entropy(plan))}
+        if self.replacement:
+            source, target = with_replacement(plan, m, generator)
+        elif partial and plan.matching() is None:
+            source, target = kept_targets(plan, generator)
+            info["kept"] = len(target)
+            if self.refill == "independent":
+                source, target = refilled(source, target, n, m, generator)
+            elif self.refill == "sampled":
+                more = with_replacement(plan, m - len(target), generator)
+                target, order = torch.cat((target, more[1])).sort(stable=True)
+                source = torch.cat((source, more[0]))[order]
+        else:
+            source, target = every_target(plan, generator)
+        info["transport_cost"] = float(cost[source, target].mean())
+        return Pairs(source, target, info=info)
+
+
+def check_transport(transport: Transport) -> None:
+    """A transport that has plans."""
+    if not isinstance(transport, Transport):
+        raise TypeError(f"transport must be an mbot transport such as ExactOT(); got {transport!r}")
+    if isinstance(transport, SlicedOT):
+        raise TypeError(f"transport must have plans to pair by; {transport!r} has values only")
 
 
 def pairs_by_cost(cost: Tensor, transport: Transport, generator: torch.Generator | None) -> Pairs:
     """Pairs along the plan of one cost matrix ``(n, m)``, with the mean cost of the drawn pairs in ``info``."""
-    source, target = pairs_of_plan(transport.plan(cost), generator)
+    source, target = every_target(transport.plan(cost), generator)
     return Pairs(source, target, info={"transport_cost": float(cost[source, target].mean())})

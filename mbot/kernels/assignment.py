@@ -13,11 +13,12 @@ the dual objective of the final prices is a lower bound on the optimum, and its 
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -31,83 +32,155 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"nnan", "nsz"},
 }
-_BLOCK = 32
+_BLOCK, _SHORT = 32, 8
+_FLAGS = ("nnan", "nsz")
 _START, _FACTOR, _STOP = 0.25, 0.15, 0.1  # epsilon: first, ratio, last × n; in units of the costs' spread
+
+
+def _reduced(context, builder, signature, args, width):  # type: ignore[no-untyped-def]
+    """Vectors of ``row[offset:offset + width] - price[offset:offset + width]``, in the price's type.
+
+    Written in LLVM's vector instructions, which exist on every target: numba leaves a minimum loop scalar, and these
+    scans are nine tenths of the run time.
+    """
+    row_type, price_type, _ = signature.args
+    narrow, wide = context.get_value_type(row_type.dtype), context.get_value_type(price_type.dtype)
+    lanes = 32 // (price_type.dtype.bitwidth // 8)
+
+    def load(array_type, value, element, k):  # type: ignore[no-untyped-def]
+        data = context.make_array(array_type)(context, builder, value).data
+        at = builder.gep(data, [builder.add(args[2], ir.Constant(args[2].type, k * lanes))])
+        vector = ir.VectorType(element, lanes)
+        return builder.load(builder.bitcast(at, vector.as_pointer()), align=array_type.dtype.bitwidth // 8)
+
+    vectors = []
+    for k in range(width // lanes):
+        entries = load(row_type, args[0], narrow, k)
+        if narrow != wide:
+            entries = builder.fpext(entries, ir.VectorType(wide, lanes))
+        vectors.append(builder.fsub(entries, load(price_type, args[1], wide, k)))
+    return vectors, wide, lanes
+
+
+def _pick(builder, comparison, left, right):  # type: ignore[no-untyped-def]
+    """The smaller (``"<"``) or larger (``">"``) of two vectors, lane by lane."""
+    return builder.select(builder.fcmp_ordered(comparison, left, right, flags=_FLAGS), left, right)
+
+
+def _least_lane(builder, vector, wide, lanes):  # type: ignore[no-untyped-def]
+    name = f"llvm.vector.reduce.fmin.v{lanes}f{32 if wide == ir.FloatType() else 64}"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [ir.VectorType(wide, lanes)]), name)
+    return builder.call(function, [vector], fastmath=_FLAGS)
 
 
 @intrinsic
 def _block_min(typing_context, row, price, offset):  # type: ignore[no-untyped-def]
-    """Smallest of ``row[offset:offset + _BLOCK] - price[offset:offset + _BLOCK]``, in vector registers.
-
-    Written in LLVM's vector instructions, which exist on every target: numba leaves a minimum loop scalar, and these
-    scans are nine tenths of the run time. The arithmetic is in the price's type.
-    """
+    """Smallest of the block ``row - price`` that starts at ``offset``."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        row_type, price_type, _ = signature.args
-        narrow, wide = context.get_value_type(row_type.dtype), context.get_value_type(price_type.dtype)
-        lanes = 32 // (price_type.dtype.bitwidth // 8)
-        flags = ("nnan", "nsz")
-
-        def load(array_type, value, element, k):  # type: ignore[no-untyped-def]
-            data = context.make_array(array_type)(context, builder, value).data
-            at = builder.gep(data, [builder.add(args[2], ir.Constant(args[2].type, k * lanes))])
-            vector = ir.VectorType(element, lanes)
-            size = array_type.dtype.bitwidth // 8
-            return builder.load(builder.bitcast(at, vector.as_pointer()), align=size)
-
-        least = None
-        for k in range(_BLOCK // lanes):
-            entries = load(row_type, args[0], narrow, k)
-            if narrow != wide:
-                entries = builder.fpext(entries, ir.VectorType(wide, lanes))
-            reduced = builder.fsub(entries, load(price_type, args[1], wide, k))
-            if least is None:
-                least = reduced
-            else:
-                least = builder.select(builder.fcmp_ordered("<", reduced, least, flags=flags), reduced, least)
-        name = f"llvm.vector.reduce.fmin.v{lanes}f{price_type.dtype.bitwidth}"
-        function_type = ir.FunctionType(wide, [ir.VectorType(wide, lanes)])
-        reduce = cgutils.get_or_insert_function(builder.module, function_type, name)
-        return builder.call(reduce, [least], fastmath=flags)
+        vectors, wide, lanes = _reduced(context, builder, signature, args, _BLOCK)
+        least = reduce(lambda left, right: _pick(builder, "<", left, right), vectors)
+        return _least_lane(builder, least, wide, lanes)
 
     return price.dtype(row, price, offset), codegen
+
+
+def _two_smallest_of(width):  # type: ignore[no-untyped-def]
+    """Intrinsic: smallest and second smallest of ``width`` entries of ``row - price``, and the first one's position."""
+
+    @intrinsic
+    def scan(typing_context, row, price, offset):  # type: ignore[no-untyped-def]
+        result = types.Tuple((price.dtype, price.dtype, types.int64))
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            vectors, wide, lanes = _reduced(context, builder, signature, args, width)
+            # In each lane: the least and, where there are several vectors, the second least.
+            least, second = vectors[0], ir.Constant(ir.VectorType(wide, lanes), [float("inf")] * lanes)
+            for vector in vectors[1:]:
+                second = _pick(builder, "<", second, _pick(builder, ">", least, vector))
+                least = _pick(builder, "<", least, vector)
+            first = _least_lane(builder, least, wide, lanes)
+            splat = ir.Constant(ir.VectorType(wide, lanes), ir.Undefined)
+            for lane in range(lanes):
+                splat = builder.insert_element(splat, first, ir.Constant(ir.IntType(32), lane))
+            bits = ir.IntType(width)
+            mask = ir.Constant(bits, 0)
+            for k, vector in enumerate(vectors):
+                equal = builder.bitcast(builder.fcmp_ordered("==", vector, splat), ir.IntType(lanes))
+                if width > lanes:
+                    equal = builder.shl(builder.zext(equal, bits), ir.Constant(bits, k * lanes))
+                mask = builder.or_(mask, equal)
+            position = builder.cttz(mask, ir.Constant(ir.IntType(1), 0))
+            others = builder.select(builder.fcmp_ordered("==", least, splat), second, least)
+            rest = _least_lane(builder, others, wide, lanes)
+            ties = builder.and_(mask, builder.sub(mask, ir.Constant(bits, 1)))  # the mask without its lowest bit
+            rest = builder.select(builder.icmp_unsigned("!=", ties, ir.Constant(bits, 0)), first, rest)
+            at = builder.add(args[2], builder.zext(position, args[2].type))
+            return context.make_tuple(builder, signature.return_type, [first, rest, at])
+
+        return result(row, price, offset), codegen
+
+    return scan
+
+
+_scan_block, _scan_short = _two_smallest_of(_BLOCK), _two_smallest_of(_SHORT)
 
 
 @njit(**_OPTIONS)
 def _two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     """Smallest and second smallest of ``row - price``, and the first one's column. Free of unpredictable branches."""
     infinity = price.dtype.type(np.inf)
-    best, rest = infinity, infinity  # minima of the blocks: the least, and the least of the others
-    start, length = 0, n % _BLOCK  # the last, short block is scanned entry by entry
+    first, second, column = infinity, infinity, 0
     blocks = n // _BLOCK
-    for block in range(blocks):
-        least = _block_min(row, price, block * _BLOCK)
-        better = least < best
-        worse = best if better else least
-        rest = worse if worse < rest else rest
-        best = least if better else best
-        start = block * _BLOCK if better else start
     if blocks > 0:
-        length = _BLOCK
-    first, second, column = infinity, infinity, start
-    for j in range(start, start + length):
-        h = row[j] - price[j]
+        best, rest, start = infinity, infinity, 0  # minima of the blocks: the least, and the least of the others
+        for block in range(blocks):
+            least = _block_min(row, price, block * _BLOCK)
+            better = least < best
+            worse = best if better else least
+            rest = worse if worse < rest else rest
+            best = least if better else best
+            start = block * _BLOCK if better else start
+        first, second, column = _scan_block(row, price, start)
+        second = rest if rest < second else second
+    j = blocks * _BLOCK
+    while j + _SHORT <= n:
+        least, runner_up, at = _scan_short(row, price, j)
+        better = least < first
+        worse = first if better else least
+        second = second if second < worse else worse
+        second = runner_up if runner_up < second else second
+        first = least if better else first
+        column = at if better else column
+        j += _SHORT
+    for k in range(j, n):
+        h = row[k] - price[k]
         better = h < first
         worse = first if better else h
         second = worse if worse < second else second
         first = h if better else first
-        column = j if better else column
-    if blocks > 0:
-        second = rest if rest < second else second
-        for j in range(blocks * _BLOCK, n):
-            h = row[j] - price[j]
-            better = h < first
-            worse = first if better else h
-            second = worse if worse < second else second
-            first = h if better else first
-            column = j if better else column
+        column = k if better else column
     return first, second, column
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
+def _total(entries):  # type: ignore[no-untyped-def]
+    """Sum in float64, in any order."""
+    total = 0.0
+    for e in range(len(entries)):
+        total += entries[e]
+    return total
+
+
+@njit(**_OPTIONS)
+def _least(entries, zero):  # type: ignore[no-untyped-def]
+    least, e = np.inf, 0
+    while e + _BLOCK <= len(entries):
+        least = min(least, _block_min(entries[e : e + _BLOCK], zero, 0))
+        e += _BLOCK
+    for k in range(e, len(entries)):
+        least = min(least, entries[k])
+    return least
 
 
 @njit(**_OPTIONS)
@@ -123,20 +196,32 @@ def _auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def
             queue[i] = i
         head, waiting, bids = 0, n, 0
         while waiting > 0 and bids < 64 * n:  # the bound only guards against price wars; the finish is exact
+            # Two rows bid on the same prices: their scans overlap in the processor. Prices only fall, so the second
+            # bid stays valid unless both want the same column.
             i = queue[head]
-            head = head + 1 if head + 1 < n else 0
-            waiting -= 1
-            bids += 1
             first, second, j = _two_smallest(cost[i], price, n)
-            price[j] -= (second - first) + epsilon
-            loser = row_of[j]
-            row_of[j] = i
-            col_of[i] = j
-            if loser >= 0:
-                col_of[loser] = -1
-                tail = head + waiting
-                queue[tail - n if tail >= n else tail] = loser
-                waiting += 1
+            rival, other_j = -1, -1
+            other_first, other_second = first, second
+            if waiting > 1:
+                rival = queue[head + 1 if head + 1 < n else 0]
+                other_first, other_second, other_j = _two_smallest(cost[rival], price, n)
+            for turn in range(2):
+                if turn == 1:
+                    if rival < 0 or other_j == j:
+                        break
+                    i, first, second, j = rival, other_first, other_second, other_j
+                head = head + 1 if head + 1 < n else 0
+                waiting -= 1
+                bids += 1
+                price[j] -= (second - first) + epsilon
+                loser = row_of[j]
+                row_of[j] = i
+                col_of[i] = j
+                if loser >= 0:
+                    col_of[loser] = -1
+                    tail = head + waiting
+                    queue[tail - n if tail >= n else tail] = loser
+                    waiting += 1
         if epsilon <= last:
             return
         epsilon *= _FACTOR
@@ -218,7 +303,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
 
 
 @njit(**_OPTIONS)
-def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap):  # type: ignore[no-untyped-def]
+def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, typical):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
     largest = 1
     for p in range(begin, stop):
@@ -230,7 +315,7 @@ def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual,
     row_of_all = np.empty(largest, np.int64)
     parent_all = np.empty(largest, np.int64)
     free_all = np.empty(largest, np.int64)
-    zero = np.zeros(largest)
+    zero = np.zeros(max(largest, _BLOCK))
     for p in range(begin, stop):
         n = sizes[p]
         at = points[p]
@@ -238,11 +323,9 @@ def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual,
         cost = entries.reshape(n, n)
         col_of = column[at : at + n]
         price = col_dual[at : at + n]
-        low, total = np.inf, 0.0
-        for e in range(n * n):
-            low = min(low, entries[e])
-            total += entries[e]
-        spread = total / (n * n) - low
+        low = _least(entries, zero)
+        spread = _total(entries) / (n * n) - low
+        typical[p] = spread + abs(low)
         price[:] = 0.0
         if spread > 0 and n > 2:
             scale = 1.0 / spread
@@ -263,7 +346,7 @@ def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual,
         gap[p] = slack
 
 
-def assign(flat: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def assign(flat: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
     """Minimum-cost perfect matchings of square problems of any sizes.
 
     Args:
@@ -271,17 +354,18 @@ def assign(flat: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray,
         sizes: ``(B,)`` int64, rows of each problem; ``sum(sizes ** 2) == len(flat)``.
 
     Returns:
-        ``column`` (the column of each row), ``row_dual``, ``col_dual`` (all of length ``sum(sizes)``), and ``gap``
-        ``(B,)``, primal minus dual value of each problem: 0 up to rounding certifies optimality.
+        ``column`` (the column of each row), ``row_dual``, ``col_dual`` (each of length ``sum(sizes)``), ``gap`` (B,),
+        primal minus dual value of each problem (0 up to rounding certifies optimality), and ``typical`` ``(B,)``, the
+        magnitude of a typical cost.
     """
     points = np.concatenate(([0], np.cumsum(sizes)))
     starts = np.concatenate(([0], np.cumsum(sizes * sizes)))
     column = np.empty(points[-1], np.int64)
     row_dual, col_dual = np.empty(points[-1]), np.empty(points[-1])
-    gap = np.zeros(len(sizes))
+    gap, typical = np.zeros(len(sizes)), np.zeros(len(sizes))
 
     def solve(begin: int, stop: int) -> None:
-        _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap)
+        _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, typical)
 
     run_slices(solve, (sizes.astype(float) ** 2.5).tolist())
-    return column, row_dual, col_dual, gap
+    return column, row_dual, col_dual, gap, typical

@@ -3,9 +3,11 @@
 A matching with k pairs of n rows and columns is an assignment in which q = n - k rows go to a sink D at no cost and q
 columns are filled from a source R at no cost. Two stages a problem, as for the full assignment:
 
-1. the epsilon-scaled auction on the matrix with q copies of D and of R, in float32, for prices that are nearly optimal;
+1. for large problems, the epsilon-scaled auction on the matrix with q copies of D and of R, in float32, for prices
+   that are nearly optimal;
 2. an exact finish in float64 in which D and R are single nodes with capacity q: their copies are identical, and a
-   shortest-path search would visit every one of them at the same distance.
+   shortest-path search would visit every one of them at the same distance. One more such path, from D to R, gives
+   the matching with one pair more.
 
 Each result is certified by its dual variables, like the assignments of `mbot.kernels.assignment`.
 """
@@ -17,6 +19,8 @@ from numba import njit
 
 from mbot.kernels.assignment import _OPTIONS, _auction, _two_smallest, assign
 from mbot.kernels.threads import run_slices
+
+_COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
 
 
 @njit(**_OPTIONS)
@@ -222,61 +226,110 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
 
 
 @njit(**_OPTIONS)
+def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
+    """Turn an optimal matching into one with one pair more, along the shortest path from D to R. Returns D's level."""
+    n = cost.shape[0]
+    for j in range(n):
+        dist[j] = group_cost[j] - price[j]
+        open_dist[j] = dist[j]
+        taker[j] = group_row[j]
+    while True:
+        least, _, end = _two_smallest(open_dist, zero, n)
+        i = row_of[end]
+        if i == n:
+            break
+        open_dist[end] = np.inf  # settled
+        row = cost[i]
+        shift = row[end] - price[end] - least
+        for j in range(n):
+            h = row[j] - price[j] - shift
+            better = (h < dist[j]) & (open_dist[j] < np.inf)
+            dist[j] = h if better else dist[j]
+            open_dist[j] = h if better else open_dist[j]
+            taker[j] = i if better else taker[j]
+    for j in range(n):
+        if dist[j] < least:
+            price[j] += dist[j] - least
+    while True:  # trace back to the row that leaves D
+        i = taker[end]
+        row_of[end] = i
+        previous = col_of[i]
+        col_of[i] = end
+        if previous == n:
+            return least
+        end = previous
+
+
+@njit(**_OPTIONS)
+def _certify(cost, q, theta, tau, price, col_of, column, u, v):  # type: ignore[no-untyped-def]
+    """Write the matching and its dual variables, and return the gap between their values.
+
+    Prices are at most tau and row duals at most theta; unmatched columns and rows count tau and theta.
+    """
+    n = cost.shape[0]
+    primal, dual = 0.0, -q * (theta + tau)
+    for j in range(n):
+        price[j] = min(price[j], tau)
+        v[j] = price[j]
+        dual += v[j]
+    for i in range(n):
+        least, _, _ = _two_smallest(cost[i], price, n)
+        u[i] = min(least, theta)
+        dual += u[i]
+        column[i] = -1 if col_of[i] == n else col_of[i]
+        primal += 0.0 if col_of[i] == n else cost[i, col_of[i]]
+    return primal - dual
+
+
+@njit(**_OPTIONS)
 def _solve(flat, size, q, begin, stop, column, row_dual, col_dual, gap):  # type: ignore[no-untyped-def]
     n = size
     work = np.empty((n + q) * (n + q), np.float32)
-    dist, open_dist, zero, group_cost = np.empty(n), np.empty(n), np.zeros(n), np.empty(n)
+    dist, open_dist, zero, group_cost, price = np.empty(n), np.empty(n), np.zeros(n), np.empty(n), np.empty(n)
     row_of, taker, free = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
-    group_row = np.empty(n, np.int64)
+    group_row, col_of = np.empty(n, np.int64), np.empty(n, np.int64)
     for p in range(begin, stop):
         entries = flat[p * n * n : (p + 1) * n * n]
         cost = entries.reshape(n, n)
-        col_of, u, v = column[p], row_dual[p], col_dual[p]
         low, total = np.inf, 0.0
         for e in range(n * n):
             low = min(low, entries[e])
             total += entries[e]
         spread = total / (n * n) - low
-        v[:] = 0.0
-        if spread > 0:
+        price[:] = 0.0
+        if spread > 0 and n > _COLD:
             start = _start(cost, low, 1.0 / spread, q, work)
             for j in range(n):
-                v[j] = start[j] * spread
-        theta, tau = _finish(cost, q, v, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
-        # Certify: prices at most tau, row duals at most theta; unmatched ones count tau and theta.
-        primal, dual = 0.0, -q * (theta + tau)
-        for j in range(n):
-            v[j] = min(v[j], tau)
-            dual += v[j]
-        for i in range(n):
-            least, _, _ = _two_smallest(cost[i], v, n)
-            u[i] = min(least, theta)
-            dual += u[i]
-            if col_of[i] == n:
-                col_of[i] = -1
-            else:
-                primal += cost[i, col_of[i]]
-        gap[p] = primal - dual
+                price[j] = start[j] * spread
+        theta, tau = _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
+        gap[0, p] = _certify(cost, q, theta, tau, price, col_of, column[0, p], row_dual[0, p], col_dual[0, p])
+        if len(gap) > 1:
+            theta = _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row)
+            gap[1, p] = _certify(cost, q - 1, theta, tau, price, col_of, column[1, p], row_dual[1, p], col_dual[1, p])
 
 
-def match(flat: np.ndarray, size: int, cardinality: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def match(
+    flat: np.ndarray, size: int, cardinality: int, more: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Minimum-cost matchings with exactly ``cardinality`` pairs of square problems of one size.
 
     Args:
         flat: finite cost matrices one after another, row by row; float32 or float64, contiguous.
         size: rows n of each problem.
         cardinality: pairs k, ``0 < k <= n``.
+        more: solve for k + 1 pairs too (``k < n``).
 
     Returns:
-        ``column`` ``(B, n)``, -1 for unmatched rows; dual variables ``f, g`` ``(B, n)`` with ``f + g <= cost``; and
-        the duality gap ``(B,)``, 0 up to rounding.
+        ``column`` ``(E, B, n)`` with E = 1 or, with ``more``, 2 cardinalities, -1 for unmatched rows; dual variables
+        ``f, g`` ``(E, B, n)`` with ``f + g <= cost``; and the duality gap ``(E, B)``, 0 up to rounding.
     """
     problems = len(flat) // (size * size)
     if cardinality == size:
-        column, f, g, gap = assign(flat, np.full(problems, size))
-        return column.reshape(problems, size), f.reshape(problems, size), g.reshape(problems, size), gap
-    column = np.empty((problems, size), np.int64)
-    f, g, gap = np.empty((problems, size)), np.empty((problems, size)), np.zeros(problems)
+        column, f, g, gap, _ = assign(flat, np.full(problems, size))
+        shape = (1, problems, size)
+        return column.reshape(shape), f.reshape(shape), g.reshape(shape), gap[None]
+    shape = (1 + more, problems, size)
+    column, f, g, gap = np.empty(shape, np.int64), np.empty(shape), np.empty(shape), np.zeros(shape[:2])
 
     def solve(begin: int, stop: int) -> None:
         _solve(flat, size, size - cardinality, begin, stop, column, f, g, gap)

@@ -83,6 +83,8 @@ def _plan(name: str, cost: Tensor, found: _Found) -> Plan:
 
 def _forbid(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Replace ``+inf`` by a finite cost that no optimal plan uses if it can be avoided."""
+    if np.isfinite(cost.sum()):  # one quick pass for the usual case; a sum may also overflow
+        return cost, None
     forbidden = np.isinf(cost)
     if not forbidden.any():
         return cost, None
@@ -117,13 +119,13 @@ def _assign_uniform(cost: np.ndarray) -> _Found:
 
     problems, n, _ = cost.shape
     walled, forbidden = _forbid(cost)
-    col, f, g, gap = assign(walled.reshape(-1), np.full(problems, n))
+    col, f, g, gap, typical = assign(walled.reshape(-1), np.full(problems, n))
     col, f, g = (array.reshape(problems, n) for array in (col, f, g))
     row = np.broadcast_to(np.arange(n), col.shape)
     mass = np.full(col.shape, 1 / n)
     _check_allowed(forbidden, row, col, mass)
     size = np.abs(np.take_along_axis(walled, col[..., None], -1)).sum((1, 2)) + np.abs(f).sum(1) + np.abs(g).sum(1)
-    error = _relative(gap, size, n * np.abs(walled).mean((1, 2)))
+    error = _relative(gap, size, n * typical)
     return row.copy(), col, mass, error, f, g
 
 
@@ -178,7 +180,7 @@ def _general(cost: np.ndarray, a: np.ndarray, b: np.ndarray, solver: str) -> _Fo
 
         blocks = [submatrix(p) for p in square]
         sizes = np.array([len(block) for block in blocks])
-        column, _, price, _ = assign(np.concatenate([block.reshape(-1) for block in blocks]), sizes)
+        column, _, price, *_ = assign(np.concatenate([block.reshape(-1) for block in blocks]), sizes)
         ends = np.cumsum(sizes)[:-1]
         for p, block, col, dual in zip(square, blocks, np.split(column, ends), np.split(price, ends), strict=True):
             row = np.arange(len(block))

@@ -100,23 +100,23 @@ def _uniform(cost: np.ndarray, mass: float):  # type: ignore[no-untyped-def]
     pairs = mass * n
     lower = int(np.floor(pairs + 1e-9))
     share = pairs - lower if pairs - lower > 1e-9 * lower else 0.0  # weight of the plan with one pair more
-    parts = [(lower, 1 - share)] * (lower > 0) + [(lower + 1, share)] * (share > 0)
+    # The plan with ``lower`` pairs, the one with a pair more, or both.
+    weights = [1 - share] * (lower > 0) + [share] * (share > 0)
+    column, duals_f, duals_g, gaps = match(walled.reshape(-1), n, max(lower, 1), more=lower > 0 and share > 0)
+    typical = np.abs(walled).mean((1, 2))
     rows, cols, masses, error = [], [], [], np.zeros(problems)
-    f, g = np.zeros((problems, n)), np.zeros((problems, n))
-    for cardinality, weight in parts:
-        col, f, g, gap = match(walled.reshape(-1), n, cardinality)
-        row = np.broadcast_to(np.arange(n), col.shape)
+    for col, f, g, gap, weight in zip(column, duals_f, duals_g, gaps, weights, strict=True):
         amount = np.where(col >= 0, weight / n, 0.0)
         col = np.where(col >= 0, col, 0)
         matched = np.abs(np.take_along_axis(walled, col[..., None], -1)[..., 0]) * (amount > 0)
         size = matched.sum(1) + np.abs(f).sum(1) + np.abs(g).sum(1)
-        error = np.maximum(error, _relative(gap, size, cardinality * np.abs(walled).mean((1, 2))))
-        rows.append(row)
+        error = np.maximum(error, _relative(gap, size, pairs * typical))
+        rows.append(np.broadcast_to(np.arange(n), col.shape))
         cols.append(col)
         masses.append(amount)
     row, col, amount = (np.concatenate(part, axis=1) for part in (rows, cols, masses))
     _check_allowed(forbidden, row, col, amount)
-    return row, col, amount, error, f, g
+    return row, col, amount, error, duals_f[-1], duals_g[-1]
 
 
 def _with_dummies(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float):  # type: ignore[no-untyped-def]

@@ -19,16 +19,40 @@ VALUES_ONLY = {"SlicedOT": [mbot.SlicedOT(num_projections=16), mbot.SlicedOT(num
 
 COUPLINGS = {
     "IndependentCoupling": [mbot.IndependentCoupling()],
-    "OTCoupling": [mbot.OTCoupling(), mbot.OTCoupling(cost="euclidean")],
+    "OTCoupling": [
+        mbot.OTCoupling(),
+        mbot.OTCoupling(cost="euclidean"),
+        mbot.OTCoupling(mbot.PartialOT(mass=0.7), refill="independent"),
+        mbot.OTCoupling(mbot.PartialOT(mass=0.7)),
+        mbot.OTCoupling(mbot.PartialOT(mass=0.7, reg=0.5), refill="sampled"),
+        mbot.OTCoupling(mbot.EntropicOT(reg=0.5)),
+        mbot.OTCoupling(mbot.UnbalancedOT(reg=0.5, reg_marginal=2.0)),
+        mbot.OTCoupling(replacement=True),
+    ],
+    "BoMbCoupling": [
+        mbot.BoMbCoupling(num_batches=3),
+        mbot.BoMbCoupling(mbot.EntropicOT(reg=0.5), num_batches=5, reg=0.2),
+    ],
     "ConditionalOTCoupling": [
         mbot.ConditionalOTCoupling("discrete"),
         mbot.ConditionalOTCoupling("continuous", weight=3.0, condition_cost="sqeuclidean"),
         mbot.ConditionalOTCoupling("continuous", target_ratio=0.1, condition_cost="sqeuclidean"),
     ],
-    "WeightedCoupling": [mbot.WeightedCoupling(reg=1.0)],
+    "WeightedCoupling": [
+        mbot.WeightedCoupling(reg=1.0),
+        mbot.WeightedCoupling(reg=1.0, cost="dot", correction="sinkhorn"),
+    ],
 }
 
 CONDITIONAL = {"ConditionalOTCoupling"}
+
+# Couplings that draw: renaming the samples renames the pairs in distribution only.
+RANDOM = [c for c in COUPLINGS["OTCoupling"] if c.replacement or not isinstance(c.transport, mbot.ExactOT)] + COUPLINGS[
+    "BoMbCoupling"
+]
+
+# Couplings that may leave a sample out, and use another one twice.
+UNEVEN = [c for c in COUPLINGS["OTCoupling"] if c in RANDOM and c.refill != "independent"]
 
 
 def exported(base):

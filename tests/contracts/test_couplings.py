@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mbot
-from tests.contracts.cases import CONDITIONAL, COUPLINGS, exported, flat
+from tests.contracts.cases import CONDITIONAL, COUPLINGS, RANDOM, UNEVEN, exported, flat
 
 every_coupling = pytest.mark.parametrize("coupling", flat(COUPLINGS), ids=repr)
 
@@ -17,6 +17,10 @@ def batch(n=12, m=12, shape=(3,), dtype=torch.float32, seed=0):
     x1 = torch.randn(m, *shape, generator=g, dtype=dtype) + 1
     y1 = torch.randint(0, 3, (m,), generator=g)
     return x0, x1, y1
+
+
+def seeded():
+    return torch.Generator().manual_seed(7)
 
 
 def test_everything_has_a_case():
@@ -33,15 +37,19 @@ def test_pairs_are_indices_in_range(coupling, shape, dtype, device):
     assert pairs.source.device.type == pairs.target.device.type == device.type
     assert pairs.source.shape == pairs.target.shape == (len(pairs),)
     assert 0 <= int(pairs.source.min()) <= int(pairs.source.max()) < len(x0)
-    assert torch.equal(pairs.target, torch.arange(len(x1), device=device))
+    if coupling not in UNEVEN:
+        assert torch.equal(pairs.target, torch.arange(len(x1), device=device))
+    assert 0 <= int(pairs.target.min()) <= int(pairs.target.max()) < len(x1)
     a, b = pairs.apply(x0, x1)
     assert torch.equal(a, x0[pairs.source])
-    assert torch.equal(b, x1)
+    assert torch.equal(b, x1[pairs.target])
     assert isinstance(pairs.info, dict)
 
 
 @every_coupling
 def test_equal_sizes_use_every_sample_once(coupling):
+    if coupling in UNEVEN:
+        pytest.skip("leaves samples out, or draws them")
     x0, x1, y1 = batch()
     assert sorted(coupling(x0, x1, y1=y1).source.tolist()) == list(range(len(x0)))
 
@@ -80,7 +88,9 @@ def test_unequal_sizes(coupling, n, m):
             coupling(x0, x1, y1=y1)
         return
     pairs = coupling(x0, x1, y1=y1)
-    assert torch.equal(pairs.target, torch.arange(m))
+    if coupling not in UNEVEN:
+        assert torch.equal(pairs.target, torch.arange(m))
+    assert 0 <= int(pairs.target.min()) <= int(pairs.target.max()) < m
     assert 0 <= int(pairs.source.min()) <= int(pairs.source.max()) < n
 
 
@@ -94,15 +104,17 @@ def test_one_sample(coupling):
 @every_coupling
 def test_no_memory_between_calls(coupling):
     x0, x1, y1 = batch()
-    before = coupling(x0, x1, y1=y1)
+    before = coupling(x0, x1, y1=y1, generator=seeded())
     coupling(*batch(seed=5)[:2], y1=batch(seed=5)[2])
-    after = coupling(x0, x1, y1=y1)
+    after = coupling(x0, x1, y1=y1, generator=seeded())
     assert torch.equal(before.source, after.source)
 
 
 @every_coupling
 def test_renaming_all_samples_together_renames_the_pairs(coupling):
     """Permuting x0, x1 and y by one permutation (so that random partners stay partners) permutes the pairs."""
+    if coupling in RANDOM:
+        pytest.skip("draws by position")
     x0, x1, y1 = batch()
     p = torch.randperm(len(x0))
     pairs = coupling(x0, x1, y1=y1)
@@ -125,8 +137,8 @@ def test_inputs_are_left_alone_also_in_inference_mode(coupling):
 @every_coupling
 def test_non_contiguous_input(coupling):
     x0, x1, y1 = batch(24, 24)
-    strided = coupling(x0[::2], x1[::2], y1=y1[::2])
-    packed = coupling(x0[::2].contiguous(), x1[::2].contiguous(), y1=y1[::2].contiguous())
+    strided = coupling(x0[::2], x1[::2], y1=y1[::2], generator=seeded())
+    packed = coupling(x0[::2].contiguous(), x1[::2].contiguous(), y1=y1[::2].contiguous(), generator=seeded())
     assert torch.equal(strided.source, packed.source)
 
 

@@ -1,0 +1,171 @@
+"""Checkpoints that are whole or absent: written beside, synced, renamed; verified before they are believed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+
+FORMAT = "flows-checkpoint"
+VERSION = 1
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used; ``previous`` is an older one that can, or None."""
+
+    def __init__(self, message: str, previous: Path | None = None) -> None:
+        super().__init__(message)
+        self.previous = previous
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file that appears under its name complete and synced, or not at all.
+
+    Args:
+        path: where; the folder must exist.
+        write: writes the content to an open binary file.
+
+    Raises:
+        OSError: the file could not be written; nothing is left behind and an older file of that name is untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def saved(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, oldest step first, by their names."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save(state: dict[str, Any], folder: Path, keep: int) -> Path:
+    """Write ``state`` (with its ``step``) as the newest checkpoint of a folder and remove the oldest beyond ``keep``.
+
+    Raises:
+        CheckpointError: it could not be written (a full disk, no permission); older ones are untouched.
+    """
+    path = path_of(folder, state["step"])
+    told: list[OSError] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".step-*.partial"):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+        marked = {"format": FORMAT, "version": VERSION, **state}
+        write_atomically(path, lambda file: torch.save(marked, cast(IO[bytes], _Loud(file, told))))
+    except (OSError, RuntimeError) as error:
+        older = saved(folder)
+        kept = f"the last good checkpoint is {older[-1]}" if older else "there is none before it"
+        raise CheckpointError(
+            f"checkpoint {path} could not be written ({told[0] if told else error}); {kept}. "
+            "Free some space or give another folder, then resume",
+            older[-1] if older else None,
+        ) from error
+    for old in saved(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU after checking that it is whole and one of ours.
+
+    Only tensors and plain values are unpickled.
+
+    Raises:
+        CheckpointError: no file, truncated, damaged, foreign, or of a newer version; says which older one is good.
+    """
+    path = Path(path)
+    try:
+        return _read(path)
+    except CheckpointError as error:
+        previous = _previous(path)
+        if previous is None:
+            raise
+        raise CheckpointError(
+            f"{error} The previous good checkpoint is {previous}: resume from it", previous
+        ) from error
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step in a folder, unread; None where there is none."""
+    found = saved(Path(folder))
+    return found[-1] if found else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # every record against its checksum
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"record {damaged} does not match its checksum")
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({error}).") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} is not a checkpoint of this library ({reason}).") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this library (it has no {FORMAT!r} mark).")
+    if state["version"] > VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has version {state['version']}, newer than the {VERSION} that this release reads."
+        )
+    return state
+
+
+def _previous(path: Path) -> Path | None:
+    """The newest checkpoint before ``path`` in its folder that can be read."""
+    older = [candidate for candidate in saved(path.parent) if candidate.name < path.name]
+    for candidate in reversed(older):
+        with contextlib.suppress(CheckpointError):
+            _read(candidate)
+            return candidate
+    return None
+
+
+class _Loud:
+    """A file for ``torch.save``, which hides why a write failed; the system's reason goes to ``told``."""
+
+    def __init__(self, file: IO[bytes], told: list[OSError]) -> None:
+        self.file, self.told = file, told
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.told.append(error)
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()

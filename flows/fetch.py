@@ -1,0 +1,253 @@
+"""OT batches by number: which samples, their noise, their pairs; each a function of the seed and the number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from flows.conditions import pair, select, to_device
+from flows.seeds import derive_seed, generator_at, seeded
+from mbot import Coupling, Pairs, checks
+
+Source = Callable[[int, torch.Generator], Tensor] | Tensor | Dataset[Any] | None
+
+
+class Fetched(NamedTuple):
+    """Samples of one OT batch of this process, with their conditions and positions in the data set."""
+
+    number: int
+    x: Tensor
+    y: Any
+    rows: Tensor
+
+
+class OTBatches:
+    """OT batches of a data set, by number: number ``e * per_epoch + i`` is the i-th of epoch e.
+
+    See `flows.CoupledLoader` for the arguments. Under ``torch.distributed`` an OT batch is ``world × ot_batch_size``
+    samples; training step s of rank r takes rows ``(s * world + r) * batch_size`` and on, which is the rows that one
+    process with ``world`` times the batch sizes would train on at step s.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        source: Source,
+        coupling: Coupling,
+        batch_size: int,
+        ot_batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool,
+        collate: Callable[[list[Any]], Any] | None,
+        scope: str,
+    ) -> None:
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise TypeError(
+                f"dataset must be map-style, with __len__ and __getitem__; got {type(dataset).__name__}. "
+                "Wrap tensors in torch.utils.data.TensorDataset"
+            )
+        if not isinstance(coupling, Coupling):
+            raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {coupling!r}")
+        if not (source is None or callable(source) or hasattr(source, "__getitem__")):
+            raise TypeError(
+                "source must be None (standard normal), a callable (n, generator) -> tensor, a tensor of samples or a "
+                f"map-style data set; got {type(source).__name__}"
+            )
+        self.dataset, self.source, self.coupling, self.collate = dataset, source, coupling, collate
+        self.batch_size = checks.count(batch_size, "batch_size")
+        self.ot_batch_size = checks.count(ot_batch_size, "ot_batch_size")
+        self.scope = checks.choice(scope, "coupling_scope", ("rank", "global"))
+        self.seed = checks.count(seed, "seed", at_least=0)
+        self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
+        if ot_batch_size % batch_size:
+            lower = max(1, ot_batch_size // batch_size) * batch_size
+            raise ValueError(
+                f"ot_batch_size must be a multiple of batch_size={batch_size}; got {ot_batch_size} "
+                f"(nearest: {lower} or {lower + batch_size})"
+            )
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        # A group of its own: the background thread must not mix its collectives with those of the training step.
+        self.group = dist.new_group(backend="gloo") if self.scope == "global" and self.world > 1 else None
+        self.size = len(dataset)
+        self.full, rest = divmod(self.size, self.world * ot_batch_size)
+        self.rest = 0 if drop_last else rest // self.world
+        if not self.full and not self.rest:
+            raise ValueError(
+                f"the data set has {self.size} samples, fewer than one OT batch of {self.world * ot_batch_size}"
+                + (f" ({self.world} processes × {ot_batch_size})" if self.world > 1 else "")
+                + "; lower ot_batch_size or batch_size, or pass drop_last=False"
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        """OT batches in an epoch."""
+        return self.full + (self.rest > 0)
+
+    def steps_in(self, number: int) -> int:
+        """Training batches that OT batch ``number`` is cut into."""
+        if number % self.per_epoch < self.full:
+            return self.ot_batch_size // self.batch_size
+        return -(-self.rest // self.batch_size)
+
+    def steps_before(self, inside: int) -> int:
+        """Training batches in the first ``inside`` OT batches of an epoch."""
+        return sum(self.steps_in(i) for i in (inside - 1,) if inside > self.full) + min(inside, self.full) * (
+            self.ot_batch_size // self.batch_size
+        )
+
+    def locate(self, epoch: int, batch: int) -> tuple[int, int]:
+        """The OT batch that holds training batch ``batch`` of an epoch, and the place inside it."""
+        inside, step = divmod(batch, self.ot_batch_size // self.batch_size)
+        return epoch * self.per_epoch + inside, step
+
+    def settings(self) -> dict[str, Any]:
+        """What a saved position is only valid under."""
+        return {
+            "samples": self.size,
+            "batch_size": self.batch_size,
+            "ot_batch_size": self.ot_batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "coupling": repr(self.coupling),
+            "coupling_scope": self.scope,
+            "processes": self.world,
+        }
+
+    def fetch(self, number: int) -> Fetched:
+        """This process's samples of an OT batch."""
+        index = self._rows(number)
+        parts = self._items(self.dataset, index, derive_seed(self.seed, "fetch", number, self.rank))
+        x, y = parts if isinstance(parts, (tuple, list)) and len(parts) == 2 else (parts, None)
+        if isinstance(x, (tuple, list)) and len(x) == 1:
+            x = x[0]
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                "an item of the data set must be a sample or (sample, condition); a batch of them came out as "
+                f"{type(x).__name__}. Pass collate, a function of the list of items"
+            )
+        if not x.is_floating_point():
+            raise TypeError(
+                f"samples must be floating point; got {x.dtype}. Convert them in the data set's transform (images: "
+                "to float in [-1, 1])"
+            )
+        return Fetched(number, x, y, index)
+
+    def couple(
+        self, fetched: Fetched, device: torch.device
+    ) -> tuple[Tensor, Tensor, Any, Tensor | None, Tensor, dict[str, Any]]:
+        """Noise for fetched samples and their pairs: ``x0, x1, y, weight, index, info``."""
+        number, x1, y, index = fetched
+        x1, y = x1.to(device, non_blocking=True), to_device(y, device)
+        together = self.scope == "global"
+        part = 0 if together else self.rank  # together: as one process would draw
+        total = len(x1) * (self.world if together else 1)
+        x0 = self._noise(total, x1, generator_at(self.seed, "noise", number, part, device=device), number)
+        generator = generator_at(self.seed, "coupling", number, part, device=device)
+        if together and self.world > 1:
+            pairs = self._solve_together(x0, x1, y, generator)
+        else:
+            pairs = pair(self.coupling, x0, x1, y, generator)
+        x0, x1 = pairs.apply(x0, x1)
+        return x0, x1, select(y, pairs.target), pairs.weight, index[pairs.target.cpu()], pairs.info
+
+    def _rows(self, number: int) -> Tensor:
+        """Positions in the data set of this process's part of an OT batch."""
+        epoch, inside = divmod(number, self.per_epoch)
+        order = _order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
+        begin = inside * self.world * self.ot_batch_size
+        if inside < self.full:
+            rows = order[begin : begin + self.world * self.ot_batch_size]
+            return rows.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
+        return order[begin + self.rank * self.rest :][: self.rest]
+
+    def _own(self, size: int) -> Tensor:
+        """Which rows of the gathered batch, rank after rank, stand at which place of the whole OT batch."""
+        place = torch.arange(size * self.world)
+        if size != self.ot_batch_size:
+            return place.reshape(self.world, size)
+        return place.reshape(-1, self.world, self.batch_size).transpose(0, 1).reshape(self.world, size)
+
+    def _solve_together(self, x0: Tensor, x1: Tensor, y: Any, generator: torch.Generator) -> Pairs:
+        """One coupling of all processes' samples on rank 0; every process gets the pairs of its own samples."""
+        places = self._own(len(x1))
+        local = x1.detach().cpu().contiguous()
+        gathered = [torch.empty_like(local) for _ in range(self.world)] if self.rank == 0 else None
+        dist.gather(local, gathered, dst=0, group=self.group)
+        labels: list[Any] = [None] * self.world
+        dist.gather_object(to_device(y, "cpu"), labels if self.rank == 0 else None, dst=0, group=self.group)
+        result: list[Any] = [None]
+        if gathered is not None:
+            try:
+                order = torch.cat(list(places)).argsort()
+                whole = torch.cat(gathered)[order].to(x1.device)
+                conditions = select(_concatenate(labels), order)
+                pairs = pair(self.coupling, x0, whole, to_device(conditions, x1.device), generator)
+                weight = None if pairs.weight is None else pairs.weight.cpu()
+                result = [(pairs.source.cpu(), pairs.target.cpu(), weight, pairs.info)]
+            except Exception as error:
+                result = [error]
+        dist.broadcast_object_list(result, src=0, group=self.group)
+        if isinstance(result[0], Exception):
+            raise result[0]
+        source, target, weight, info = result[0]
+        mine = torch.full((len(x0),), -1).scatter_(0, places[self.rank], torch.arange(len(x1)))
+        kept = mine[target] >= 0
+        weight = None if weight is None else weight[kept].to(x1.device)
+        return Pairs(source[kept].to(x1.device), mine[target[kept]].to(x1.device), weight, info)
+
+    def _noise(self, n: int, like: Tensor, generator: torch.Generator, number: int) -> Tensor:
+        shape = like.shape[1:]
+        if self.source is None:
+            return torch.randn(n, *shape, generator=generator, device=like.device, dtype=like.dtype)
+        if callable(self.source):
+            x0 = self.source(n, generator)
+        else:
+            pool = len(self.source)  # type: ignore[arg-type]
+            if n <= pool:
+                rows = torch.randperm(pool, generator=generator, device=generator.device)[:n].cpu()
+            else:
+                rows = torch.randint(pool, (n,), generator=generator, device=generator.device).cpu()
+            if isinstance(self.source, Tensor):
+                x0 = self.source[rows.to(self.source.device)]
+            else:
+                x0 = self._items(self.source, rows, derive_seed(self.seed, "source", number, self.rank))
+                x0 = x0[0] if isinstance(x0, (tuple, list)) else x0
+        if not isinstance(x0, Tensor) or x0.shape != (n, *shape):
+            got = tuple(x0.shape) if isinstance(x0, Tensor) else type(x0).__name__
+            raise ValueError(f"source must give noise of shape {(n, *shape)}, as the data; got {got}")
+        return x0.to(like.device, like.dtype)
+
+    def _items(self, dataset: Any, index: Tensor, seed: int) -> Any:
+        """Collated items; the global generators are seeded while the user's code runs."""
+        if isinstance(dataset, TensorDataset) and self.collate is None:
+            return dataset[index]
+        rows = index.tolist()
+        with seeded(seed):
+            many = getattr(dataset, "__getitems__", None)
+            items = many(rows) if many is not None else [dataset[row] for row in rows]
+        return default_collate(items) if self.collate is None else self.collate(items)
+
+
+@lru_cache(maxsize=2)
+def _order(size: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(size, generator=generator_at(seed, "order", epoch))
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    """Conditions of several processes in one container."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {key: _concatenate([part[key] for part in parts]) for key in first}
+    return torch.cat(parts) if isinstance(first, Tensor) else [value for part in parts for value in part]

@@ -1,0 +1,336 @@
+"""Feeding a trainer: large couplings solved in the background, cut into training batches.
+
+One OT batch of ``b`` samples is coupled once and served as ``b / b_n`` training batches (the oversampling of Cheng and
+Schwing 2025, arXiv 2503.10636). Everything random in OT batch ``g`` is a function of the seed and of ``g``: the same
+batches come out whoever computes them, and a run resumes at any of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import count, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from flows.conditions import select, to_device
+from flows.fetch import Fetched, OTBatches, Source
+from mbot import Coupling, IndependentCoupling, checks
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledBatch:
+    """One training batch of pairs.
+
+    Attributes:
+        x0: ``(B, d…)`` source samples (noise).
+        x1: ``(B, d…)`` their partners.
+        y: conditions of x1, or None.
+        weight: ``(B,)`` weights of mean 1 over the OT batch, or None.
+        index: ``(B,)`` positions of x1 in the data set.
+        info: facts from the coupling of the whole OT batch.
+    """
+
+    x0: Tensor
+    x1: Tensor
+    y: Any = None
+    weight: Tensor | None = None
+    index: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.x1)
+
+    def __getitem__(self, rows: slice) -> CoupledBatch:
+        return CoupledBatch(
+            self.x0[rows],
+            self.x1[rows],
+            select(self.y, rows),
+            None if self.weight is None else self.weight[rows],
+            None if self.index is None else self.index[rows],
+            self.info,
+        )
+
+    def to(self, device: torch.device | str | None) -> CoupledBatch:
+        """The batch on a device (None: where it is)."""
+        if device is None or self.x1.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            x0=self.x0.to(device, non_blocking=True),
+            x1=self.x1.to(device, non_blocking=True),
+            y=to_device(self.y, device),
+            weight=None if self.weight is None else self.weight.to(device, non_blocking=True),
+        )
+
+
+class CoupledLoader:
+    """Batches of coupled noise and data from any map-style data set, coupled ahead of the training step.
+
+    Iterating yields the `CoupledBatch`es of one epoch (the rest of it after an interruption or `load_state_dict`);
+    iterate again for the next. Each sample appears at most once an epoch.
+
+    With ``num_workers=0`` samples are fetched in the calling thread and coupled in a background thread (mbot's solvers
+    release the interpreter lock); with workers, processes fetch and couple. With a ``device`` other than the CPU,
+    data are copied there once, noise is drawn there, and the background thread couples there. The batches are the same
+    for every ``num_workers`` and ``prefetch``; noise drawn on another kind of device differs.
+
+    Args:
+        dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating
+            point and one shape; conditions are numbers, strings, arrays, or dicts of them.
+        source: where noise comes from: None for standard normal of the data's shape, a callable
+            ``source(n, generator) -> (n, d…)``, a tensor ``(N, d…)`` or a map-style data set of source samples.
+        coupling: how noise and data are paired; None for independent pairs.
+        batch_size: pairs in a training batch (of one process).
+        ot_batch_size: pairs coupled at once, a multiple of ``batch_size``; None for ``batch_size``.
+        num_workers: worker processes; 0 for a background thread.
+        seed: of order, noise, couplings and of the global generators while a sample is fetched (random transforms).
+        shuffle: a fresh order each epoch.
+        drop_last: leave out the rest of an epoch that does not fill an OT batch; otherwise it is coupled by itself.
+        prefetch: OT batches prepared ahead (by each worker).
+        device: where batches are wanted; None for the CPU.
+        collate: turns a list of items into samples or ``(samples, conditions)``; None for torch's default.
+        coupling_scope: under ``torch.distributed``: ``"rank"`` couples each process's batch by itself, ``"global"``
+            gathers data and conditions of all processes, solves once, and sends each the partners of its samples.
+        multiprocessing_context: start method of the workers (None: the platform's).
+
+    Raises:
+        TypeError: an unsuitable data set, source or coupling; samples that are not floating point.
+        ValueError: sizes that do not fit: ``ot_batch_size`` no multiple of ``batch_size``, fewer samples than one OT
+            batch.
+        RuntimeError: (iterating) a worker died; the position is kept.
+
+    >>> data = torch.utils.data.TensorDataset(torch.randn(64, 2))
+    >>> loader = CoupledLoader(data, None, mbot.OTCoupling(), batch_size=8, ot_batch_size=32)
+    >>> len(loader), sum(len(batch) for batch in loader)
+    (8, 64)
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        source: Source = None,
+        coupling: Coupling | None = None,
+        batch_size: int = 128,
+        ot_batch_size: int | None = None,
+        num_workers: int = 0,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        prefetch: int = 2,
+        device: torch.device | str | None = None,
+        collate: Callable[[list[Any]], Any] | None = None,
+        coupling_scope: str = "rank",
+        multiprocessing_context: str | None = None,
+    ) -> None:
+        self.num_workers = checks.count(num_workers, "num_workers", at_least=0)
+        self.prefetch = checks.count(prefetch, "prefetch")
+        self.device = torch.device("cpu" if device is None else device)
+        self.batches = OTBatches(
+            dataset,
+            source,
+            IndependentCoupling() if coupling is None else coupling,
+            batch_size,
+            batch_size if ot_batch_size is None else ot_batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            collate=collate,
+            scope=coupling_scope,
+        )
+        self.multiprocessing_context = multiprocessing_context
+        self.epoch = 0
+        self.wait_seconds = 0.0
+        self._batch = 0
+        self._served: tuple[int, list[CoupledBatch]] | None = None
+        self._stream: Iterator[CoupledBatch] | None = None
+        self._next_number = -1
+
+    @property
+    def coupling(self) -> Coupling:
+        """The coupling that pairs the batches."""
+        return self.batches.coupling
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs in a training batch."""
+        return self.batches.batch_size
+
+    def __len__(self) -> int:
+        """Training batches in an epoch."""
+        return self.batches.steps_before(self.batches.per_epoch)
+
+    def __iter__(self) -> Iterator[CoupledBatch]:
+        epoch = self.epoch
+        while self.epoch == epoch:
+            yield self.next_batch()
+
+    def next_batch(self) -> CoupledBatch:
+        """The next training batch, going on to the next epoch where one ends."""
+        began = time.perf_counter()
+        number, inside = self.batches.locate(self.epoch, self._batch)
+        if self._served is None or self._served[0] != number:
+            self._served = (number, self._cut(self._take(number), number))
+        batch = self._served[1][inside]
+        self._batch += 1
+        if self._batch == len(self):
+            self.epoch, self._batch = self.epoch + 1, 0
+        self.wait_seconds += time.perf_counter() - began
+        return batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch."""
+        self.epoch, self._batch = checks.count(epoch, "epoch", at_least=0), 0
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and settings; everything else follows from the seed."""
+        return {"epoch": self.epoch, "batch": self._batch, "settings": self.batches.settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position.
+
+        Raises:
+            ValueError: the state belongs to other settings (data size, batch sizes, seed, coupling, processes).
+        """
+        mine, theirs = self.batches.settings(), state["settings"]
+        differ = [f"{key}: saved {theirs.get(key)}, here {mine[key]}" for key in mine if theirs.get(key) != mine[key]]
+        if differ:
+            raise ValueError("this loader cannot go on from that state; they differ in " + "; ".join(differ))
+        self.close()
+        self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
+
+    def close(self) -> None:
+        """Stop the background work; iterating starts it again at the same place."""
+        stream, self._stream, self._served = self._stream, None, None
+        if stream is not None:
+            stream.close()  # type: ignore[attr-defined]
+
+    def __del__(self) -> None:
+        if getattr(self, "_stream", None) is not None:
+            self.close()
+
+    def _take(self, number: int) -> CoupledBatch:
+        """OT batch ``number`` of this process, from the running stream where it is the next one there."""
+        if self._stream is None or self._next_number != number:
+            self.close()
+            self._stream = _run(
+                self.batches, number, self.device, self.num_workers, self.prefetch, self.multiprocessing_context
+            )
+            self._next_number = number
+        try:
+            batch = next(self._stream)
+        except BaseException as error:
+            self.close()
+            died = worker_death(error) if self.num_workers else None
+            if died is not None:
+                raise died from error
+            raise
+        self._next_number = number + 1
+        return batch
+
+    def _cut(self, batch: CoupledBatch, number: int) -> list[CoupledBatch]:
+        """An OT batch as its training batches; fewer pairs than samples (partial transport) make smaller ones."""
+        steps = self.batches.steps_in(number)
+        if len(batch) < steps:
+            raise ValueError(
+                f"{self.coupling!r} kept {len(batch)} pairs of an OT batch that feeds {steps} training steps; keep "
+                "more mass, or raise batch_size"
+            )
+        if -(-len(batch) // self.batch_size) == steps:
+            bounds = [min(step * self.batch_size, len(batch)) for step in range(steps + 1)]
+        else:
+            bounds = [step * len(batch) // steps for step in range(steps + 1)]
+        return [batch[begin:end] for begin, end in pairwise(bounds)]
+
+
+def worker_death(error: BaseException) -> RuntimeError | None:
+    """The explanation of an error by which torch says that a data worker died; None for any other error.
+
+    torch may raise it from a signal handler at any point of the main thread, not only inside the loader.
+    """
+    killed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    if not killed and not isinstance(error, (ConnectionError, EOFError)):  # it died while it was handing over a batch
+        return None
+    return RuntimeError(
+        f"a data worker died ({error}). Often it ran out of memory: lower num_workers, prefetch or ot_batch_size, or "
+        "use num_workers=0. Nothing is lost: the loader keeps its position, and training goes on from its last "
+        "checkpoint"
+    )
+
+
+def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
+    x0, x1, y, weight, index, info = batches.couple(fetched, device)
+    return CoupledBatch(x0, x1, y, weight, index, info)
+
+
+class _Work(Dataset[Any]):
+    """Item ``g`` is OT batch ``g``, coupled or only fetched: what a worker process computes."""
+
+    def __init__(self, batches: OTBatches, couple: bool) -> None:
+        self.batches, self.couple = batches, couple
+
+    def __getitem__(self, number: int) -> CoupledBatch | Fetched:
+        fetched = self.batches.fetch(number)
+        return _couple(self.batches, fetched, torch.device("cpu")) if self.couple else fetched
+
+
+class _From(Sampler[int]):
+    """Numbers from ``first`` on, without end."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self.first)
+
+
+def _run(
+    batches: OTBatches, first: int, device: torch.device, num_workers: int, prefetch: int, context: str | None
+) -> Iterator[CoupledBatch]:
+    """Coupled OT batches from number ``first`` on, prepared ahead.
+
+    Holds no reference to the loader that iterates it, so that dropping the loader stops the workers at once.
+    """
+    here = device.type == "cpu" and batches.scope == "rank"
+    work = _Work(batches, couple=here)
+    fetched: Iterator[Any]
+    if num_workers:
+        fetched = iter(
+            DataLoader(
+                work,
+                batch_size=None,
+                sampler=_From(first),
+                num_workers=num_workers,
+                prefetch_factor=prefetch,
+                multiprocessing_context=context,
+                pin_memory=device.type == "cuda",
+                generator=torch.Generator(),  # the default one belongs to the training loop
+            )
+        )
+    else:
+        fetched = map(batches.fetch, count(first))
+    ahead: deque[Future[CoupledBatch]] = deque()
+    pool = None if num_workers and here else ThreadPoolExecutor(1, thread_name_prefix="flows-coupling")
+    try:
+        if pool is None:
+            yield from fetched
+        while pool is not None:
+            while len(ahead) < prefetch:
+                ahead.append(pool.submit(_couple, batches, next(fetched), device))
+            yield ahead.popleft().result()
+    finally:
+        if pool is not None:
+            # A collective that one process has begun must be finished by all.
+            together = batches.scope == "global"
+            pool.shutdown(wait=together, cancel_futures=not together)
+        if num_workers:
+            # At once, not when the last traceback is dropped: torch watches registered workers by a signal handler.
+            fetched._shutdown_workers()  # type: ignore[attr-defined]

@@ -1,0 +1,72 @@
+"""What a training run reports: a progress bar, a CSV file that survives resumption, TensorBoard where wanted."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from flows.checkpoint import write_atomically
+
+COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "steps_per_second", "wait_share", "seconds")
+
+
+class RunLog:
+    """Figures of a run, written by one process.
+
+    Args:
+        out: the run's folder, for ``metrics.csv`` (and ``tensorboard/``); None writes no files.
+        steps: length of the run, for the bar.
+        first: step that the run starts from; later rows of an older attempt are removed from the CSV.
+        tensorboard: write event files too (needs the package tensorboard).
+        progress: show the bar.
+    """
+
+    def __init__(self, out: Path | None, *, steps: int, first: int, tensorboard: bool, progress: bool) -> None:
+        self.bar = tqdm(total=steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+        self.path = None if out is None else out / "metrics.csv"
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            if self.path.exists() and first:
+                with open(self.path, newline="") as file:
+                    rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit() and None not in row]
+            kept = [row for row in rows if int(row["step"]) <= first]
+            text = [",".join(COLUMNS)] + [",".join(str(row[name] or "") for name in COLUMNS) for row in kept]
+            write_atomically(self.path, lambda file: file.write(("\n".join(text) + "\n").encode()))
+        self.writer: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError("tensorboard=True needs the package tensorboard: pip install tensorboard") from error
+            if out is None:
+                raise ValueError("tensorboard=True writes files: give the run a folder, out")
+            self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
+
+    def step(self) -> None:
+        """One step is done."""
+        self.bar.update()
+
+    def row(self, figures: dict[str, float]) -> None:
+        """Figures of one moment, under the names of `COLUMNS`."""
+        self.bar.set_postfix(loss=f"{figures['loss']:.4g}", wait=f"{figures['wait_share']:.0%}")
+        if self.path is not None:
+            with open(self.path, "a", newline="") as file:
+                csv.writer(file).writerow([_short(figures.get(name)) for name in COLUMNS])
+        if self.writer is not None:
+            for name, value in figures.items():
+                if name != "step":
+                    self.writer.add_scalar(name, value, int(figures["step"]))
+
+    def close(self) -> None:
+        """End the bar and flush the files."""
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,64 @@
+"""Conditions as vectors that are added to a model's time embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ConditionEmbedding(nn.Module):
+    """Class labels by a table, vectors by a linear map; "no condition" (label -1, a NaN in a vector) as zero.
+
+    Args:
+        out_dim: features of the embedding.
+        num_classes: labels ``(B,)`` of integers 0 … num_classes - 1.
+        condition_dim: features of a vector condition ``(B, condition_dim)``; ``(B,)`` counts as one feature. Exactly
+            one of the two.
+
+    >>> ConditionEmbedding(4, num_classes=2)(torch.tensor([1, -1]))[1].tolist()
+    [0.0, 0.0, 0.0, 0.0]
+    """
+
+    def __init__(self, out_dim: int, *, num_classes: int = 0, condition_dim: int = 0) -> None:
+        super().__init__()
+        if bool(num_classes) == bool(condition_dim):
+            raise ValueError("give condition_dim (vector conditions) or num_classes (labels), not both")
+        self.num_classes, self.condition_dim = num_classes, condition_dim
+        self.embed: nn.Module = nn.Embedding(num_classes, out_dim) if num_classes else nn.Linear(condition_dim, out_dim)
+
+    def forward(self, y: Any) -> Tensor:
+        """``(B, out_dim)``."""
+        if y is None:
+            raise ValueError("this model was built with conditions: pass y")
+        if not isinstance(y, Tensor):
+            raise TypeError(f"conditions of a model must be a tensor; got {type(y).__name__}")
+        if self.num_classes:
+            if y.ndim != 1 or y.is_floating_point():
+                raise ValueError(
+                    f"this model was built with num_classes={self.num_classes}: y must hold integer labels of shape "
+                    f"(B,); got {y.dtype} of shape {tuple(y.shape)}"
+                )
+            return torch.where((y >= 0).unsqueeze(-1), self.embed(y.clamp_min(0)), 0)
+        vectors = y.reshape(len(y), -1)
+        if vectors.shape[1] != self.condition_dim:
+            raise ValueError(
+                f"this model was built with condition_dim={self.condition_dim}; got conditions {tuple(y.shape)}"
+            )
+        absent = vectors.isnan().any(1, keepdim=True)
+        weight = next(self.embed.parameters())
+        return torch.where(absent, 0, self.embed(torch.where(absent, 0, vectors).to(weight.dtype)))
+
+
+def condition_embedding(out_dim: int, num_classes: int, condition_dim: int) -> ConditionEmbedding | None:
+    """The embedding of a model's conditions, or None for a model without."""
+    if not num_classes and not condition_dim:
+        return None
+    return ConditionEmbedding(out_dim, num_classes=num_classes, condition_dim=condition_dim)
+
+
+def refuse_conditions(y: Any) -> None:
+    """A model without conditions takes none."""
+    if y is not None:
+        raise ValueError("this model was built without conditions; build it with condition_dim or num_classes")

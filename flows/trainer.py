@@ -1,0 +1,420 @@
+"""Training a velocity model: a plain loop that stops cleanly, resumes exactly and runs under ``torchrun``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from flows import checkpoint
+from flows.checkpoint import CheckpointError
+from flows.conditions import drop_conditions
+from flows.interrupt import Interrupted, Signals
+from flows.loader import CoupledLoader, worker_death
+from flows.logs import RunLog
+from flows.matching import FlowBatch, along_path, regression_loss
+from flows.paths import LinearPath, Path, check_path
+from flows.seeds import derive_seed, generator_at
+from mbot import __version__, checks
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SIGNAL, _NON_FINITE = 1, 2
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient stopped being a number; the weights of the last checkpoint are untouched."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Facts of a finished run: steps done, last loss, seconds of this call, of which waiting for the loader."""
+
+    step: int
+    loss: float
+    seconds: float
+    wait_seconds: float
+    checkpoint: FilePath | None
+
+
+class Trainer:
+    """Flow-matching training of ``model(t, x, y)`` on the batches of a `CoupledLoader`.
+
+    Under ``torch.distributed`` (started by ``torchrun``) the model is wrapped in DistributedDataParallel and only rank
+    0 writes. SIGTERM or SIGINT finishes the step, saves and raises `flows.Interrupted` (exit code 75). On the CPU a
+    resumed run ends with the same bits as an uninterrupted one.
+
+    Args:
+        model: velocity model, on its device.
+        loader: coupled batches; its ``device`` should be the model's.
+        steps: optimiser steps of the whole run.
+        path: how pairs are connected.
+        optimizer: over the model's parameters; None for Adam at 2e-4.
+        scheduler: stepped once an optimiser step; None for a constant rate. See `warmup_schedule`.
+        out: folder of the run: ``checkpoints/``, ``metrics.csv``, ``tensorboard/``. None writes nothing.
+        seed: of times, path noise, dropped conditions and (at the start) of torch's default generators.
+        ema: decay of the averaged weights, or None. Rises as ``(1 + step) / (10 + step)`` at first.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` autocast (weights stay as they are; fp16 scales gradients).
+        clip: largest gradient norm, or None.
+        accumulate: training batches an optimiser step.
+        compile: run the model through ``torch.compile``.
+        condition_dropout: share of conditions dropped, for classifier-free guidance; see `flows.drop_conditions`.
+        checkpoint_every: steps between checkpoints (the last step is saved as well); None for the last only.
+        keep: checkpoints kept, at least 2 so that one is good while another is damaged.
+        log_every: steps between rows of ``metrics.csv``.
+        tensorboard: write event files.
+        progress: show a bar with loss and the share of time that waits for the coupling.
+        preview: called as ``preview(model, step)`` with the averaged model in eval mode, without gradients, on rank 0;
+            its random numbers do not disturb training.
+        preview_every: steps between previews.
+        config: plain values saved in every checkpoint.
+
+    Raises:
+        TypeError: wrong kinds of arguments.
+        ValueError: settings out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: CoupledLoader,
+        *,
+        steps: int,
+        path: Path | None = None,
+        optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        out: str | FilePath | None = None,
+        seed: int = 0,
+        ema: float | None = 0.9999,
+        precision: str = "fp32",
+        clip: float | None = None,
+        accumulate: int = 1,
+        compile: bool = False,
+        condition_dropout: float = 0.0,
+        checkpoint_every: int | None = None,
+        keep: int = 3,
+        log_every: int = 50,
+        tensorboard: bool = False,
+        progress: bool = True,
+        preview: Callable[[nn.Module, int], None] | None = None,
+        preview_every: int | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module called as model(t, x, y); got {type(model).__name__}")
+        if not isinstance(loader, CoupledLoader):
+            raise TypeError(f"loader must be a flows.CoupledLoader; got {type(loader).__name__}")
+        self.model, self.loader, self.steps = model, loader, checks.count(steps, "steps")
+        self.path = check_path(LinearPath() if path is None else path)
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=2e-4) if optimizer is None else optimizer
+        self.scheduler = scheduler
+        self.out = None if out is None else FilePath(out)
+        self.seed = checks.count(seed, "seed", at_least=0)
+        if ema is not None and not 0 <= checks.positive(ema, "ema", allow_zero=True) < 1:
+            raise ValueError(f"ema must lie in [0, 1) or be None; got {ema!r}")
+        self.precision = checks.choice(precision, "precision", tuple(_DTYPES))
+        self.clip = None if clip is None else checks.positive(clip, "clip")
+        self.accumulate = checks.count(accumulate, "accumulate")
+        if checks.positive(condition_dropout, "condition_dropout", allow_zero=True) > 1:
+            raise ValueError(f"condition_dropout must lie in [0, 1]; got {condition_dropout!r}")
+        self.condition_dropout = condition_dropout
+        self.every = {
+            "checkpoint": None if checkpoint_every is None else checks.count(checkpoint_every, "checkpoint_every"),
+            "log": checks.count(log_every, "log_every"),
+            "preview": None if preview_every is None else checks.count(preview_every, "preview_every"),
+        }
+        if checkpoint_every is not None and self.out is None:
+            raise ValueError("checkpoint_every needs a folder to write to: give out")
+        self.keep = checks.count(keep, "keep", at_least=2)
+        self.tensorboard, self.progress, self.preview = tensorboard, progress, preview
+        self.config = config or {}
+        try:
+            json.dumps(self.config)
+        except TypeError as error:
+            raise TypeError(f"config must hold plain values (numbers, strings, lists, dicts): {error}") from error
+
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.step = 0
+        self.ema_decay = ema
+        self.averaged = None
+        if ema is not None:
+            self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
+        run: Any = model
+        if self.world > 1:
+            run = nn.parallel.DistributedDataParallel(
+                model, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+        self._ddp = run
+        self._run = torch.compile(run) if compile else run
+        self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._last: dict[str, Any] = {"loss": math.nan}
+        self._started = False
+
+    @property
+    def sampling_model(self) -> nn.Module:
+        """The averaged model where there is one, else the model."""
+        return self.model if self.averaged is None else self.averaged.module
+
+    def fit(self, resume: bool | str | FilePath = False) -> TrainResult:
+        """Train to ``steps``.
+
+        Args:
+            resume: True goes on from the newest checkpoint in ``out`` (from the start where there is none); a path
+                goes on from that one.
+
+        Raises:
+            CheckpointError: the checkpoint to resume from is damaged, foreign or of another run; or one could not be
+                written. Its message names the last good one.
+            NonFiniteLoss: NaN or infinity in the loss or gradient.
+            Interrupted: a signal came; the state is saved.
+            RuntimeError: a data worker died.
+        """
+        if resume:
+            found = checkpoint.latest(self._folder) if resume is True else FilePath(resume)
+            if found is not None:
+                self.load(found)
+        if not self._started:
+            torch.manual_seed(derive_seed(self.seed, "default", self.rank))
+            self._started = True
+        began, waited, first = time.perf_counter(), self.loader.wait_seconds, self.step
+        log = RunLog(
+            self.out if self.rank == 0 else None,
+            steps=self.steps,
+            first=self.step,
+            tensorboard=self.tensorboard and self.rank == 0,
+            progress=self.progress and self.rank == 0,
+        )
+        saved: FilePath | None = None
+        signals = Signals()
+        moment = time.perf_counter(), self.loader.wait_seconds, self.step
+        self.model.train()
+        try:
+            with signals:
+                while self.step < self.steps:
+                    stop = self._one_step(signals)
+                    log.step()
+                    done = self.step == self.steps
+                    if done or self._due("log"):
+                        moment = self._report(log, moment)
+                    if self.out is not None and (done or stop or self._due("checkpoint")):
+                        saved = self.save()
+                    if stop and not done:
+                        kept = f"saved as {saved}" if saved else "not saved: the run has no folder"
+                        raise Interrupted(f"stopped by a signal after step {self.step}; {kept}", saved)
+                    if self.preview is not None and (done or self._due("preview")):
+                        self._show()
+        except RuntimeError as error:
+            died = worker_death(error) if self.loader.num_workers else None
+            if died is None:
+                raise
+            if signals.received is not None:
+                where = checkpoint.latest(self._folder) if self.out is not None else None
+                raise Interrupted(
+                    f"stopped by a signal; its data workers stopped with it; last: {where}", where
+                ) from error
+            raise died from error
+        finally:
+            log.close()
+            self.loader.close()
+        return TrainResult(
+            self.step,
+            float(self._last["loss"]),
+            time.perf_counter() - began if self.step > first else 0.0,
+            self.loader.wait_seconds - waited,
+            saved,
+        )
+
+    def save(self) -> FilePath | None:
+        """Write a checkpoint of this moment; on rank 0, after all ranks have met. Returns its path (None elsewhere)."""
+        if bool(self._bad):
+            self._complain()
+        generators = {"train": self.generator.get_state(), "default": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        states: list[Any] = [generators]
+        if self.world > 1:
+            states = [None] * self.world
+            dist.all_gather_object(states, generators)
+        if self.rank != 0:
+            return None
+        return checkpoint.save(
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "ema": None if self.averaged is None else self.averaged.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "loader": self.loader.state_dict(),
+                "generators": states,
+                "settings": self._settings(),
+                "config": self.config,
+                "library": __version__,
+                "torch": str(torch.__version__),
+            },
+            self._folder,
+            self.keep,
+        )
+
+    def load(self, path: str | FilePath) -> None:
+        """Take over the state of a checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be read, or was written by a run with other settings or another model.
+        """
+        state = checkpoint.load(path)
+        mine, theirs = self._settings(), state["settings"]
+        differ = [f"{key}: saved {theirs.get(key)}, here {mine[key]}" for key in mine if theirs.get(key) != mine[key]]
+        if differ:
+            raise CheckpointError(f"checkpoint {path} belongs to another run; it differs in " + "; ".join(differ))
+        try:
+            self.model.load_state_dict(state["model"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.loader.load_state_dict(state["loader"])
+        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {path} belongs to another model or loader: {error}") from error
+        generators = state["generators"][self.rank]
+        self.generator.set_state(generators["train"])
+        torch.set_rng_state(generators["default"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(generators["cuda"], self.device)
+        self.step, self._started = state["step"], True
+
+    @property
+    def _folder(self) -> FilePath:
+        if self.out is None:
+            raise ValueError("this trainer has no folder: give out")
+        return self.out / "checkpoints"
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the saved one."""
+        return {
+            "path": repr(self.path),
+            "seed": self.seed,
+            "ema": self.ema_decay,
+            "precision": self.precision,
+            "clip": self.clip,
+            "accumulate": self.accumulate,
+            "condition_dropout": self.condition_dropout,
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.scheduler).__name__,
+            "processes": self.world,
+        }
+
+    def _due(self, what: str) -> bool:
+        every = self.every[what]
+        return every is not None and self.step % every == 0
+
+    def _average(self, averaged: Any, current: Any, count: Any) -> None:
+        decay = min(self.ema_decay or 0.0, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(averaged, current, count)
+
+    def _one_step(self, signals: Signals) -> bool:
+        """One optimiser step; returns whether a signal asks to stop after it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for part in range(self.accumulate):
+            batch = self.loader.next_batch().to(self.device)
+            points = along_path(self.path, batch.x0, batch.x1, self.generator)
+            y = drop_conditions(batch.y, self.condition_dropout, self.generator)
+            flow = FlowBatch(points.t, points.xt, points.ut, y, batch.weight)
+            quiet = self.world > 1 and part + 1 < self.accumulate
+            with self._ddp.no_sync() if quiet else contextlib.nullcontext():
+                with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
+                    loss = regression_loss(self._run, flow) / self.accumulate
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        bad = ~total.isfinite()
+        norm: Tensor | None = None
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            if not self.scaler.is_enabled():  # the scaler skips such steps itself
+                bad = bad | ~norm.isfinite()
+        self._bad |= bad
+        self._last = {"loss": total, "grad_norm": norm}
+        stop = self._agree(signals)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scheduler is not None and self.scaler.get_scale() >= scale:  # else the step was skipped
+            self.scheduler.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        self.step += 1
+        return stop
+
+    def _agree(self, signals: Signals) -> bool:
+        """Whether to stop, the same on every rank; raises on numbers that are none, before they reach the weights.
+
+        On a GPU this waits for the device, so it is done every tenth step (and before a checkpoint).
+        """
+        if self.device.type != "cpu" and (self.step + 1) % 10 and (self.world > 1 or signals.received is None):
+            return False
+        code = max(_SIGNAL * (signals.received is not None), _NON_FINITE * int(self._bad))
+        if self.world > 1:
+            shared = torch.tensor(code, device=self.device)
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            code = int(shared)
+        if code == _NON_FINITE:
+            self._complain()
+        return code == _SIGNAL
+
+    def _complain(self) -> None:
+        last = checkpoint.latest(self._folder) if self.out is not None else None
+        norm = self._last.get("grad_norm")
+        raise NonFiniteLoss(
+            f"step {self.step + 1}: the loss is {float(self._last['loss']):g}"
+            + (f", the gradient norm {float(norm):g}" if norm is not None else "")
+            + f", at learning rate {self.optimizer.param_groups[0]['lr']:g} in {self.precision}. "
+            + (f"The last good checkpoint is {last}. " if last else "No checkpoint was written yet. ")
+            + "Lower the learning rate, clip gradients, or use bf16 or fp32 in place of fp16"
+        )
+
+    def _report(self, log: RunLog, since: tuple[float, float, int]) -> tuple[float, float, int]:
+        now = time.perf_counter(), self.loader.wait_seconds, self.step
+        seconds = max(now[0] - since[0], 1e-9)
+        figures = {
+            "step": self.step,
+            "epoch": self.loader.epoch,
+            "loss": float(self._last["loss"]),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "steps_per_second": (now[2] - since[2]) / seconds,
+            "wait_share": (now[1] - since[1]) / seconds,
+            "seconds": seconds,
+        }
+        if self._last.get("grad_norm") is not None:
+            figures["grad_norm"] = float(self._last["grad_norm"])
+        if self.rank == 0:
+            log.row(figures)
+        return now
+
+    def _show(self) -> None:
+        if self.rank == 0 and self.preview is not None:
+            model = self.sampling_model
+            mode = model.training
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                model.eval()
+                self.preview(model, self.step)
+                model.train(mode)

@@ -1,0 +1,232 @@
+"""Classes of other libraries, with their interface and our solvers.
+
+`OTPlanSampler` stands in for torchcfm's class of that name (torchcfm 1.0, Tong et al. 2024, arXiv 2302.00482)::
+
+    torchcfm.conditional_flow_matching.OTPlanSampler = mbot.compat.OTPlanSampler   # before matchers are made
+    matcher.ot_sampler = mbot.compat.OTPlanSampler("exact")                        # or one matcher at a time
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.cost import pairwise_cost
+from mbot.couplings.drawing import sources_of, stratified
+from mbot.plan import Plan
+from mbot.random import draw
+from mbot.transport import EntropicOT, ExactOT, Transport, UnbalancedOT
+
+# What a draw of pairs can tell apart; POT's own limits are 1000 iterations and 1e-9.
+_MAX_ITER = 1000
+_TOL = 1e-4
+
+
+class OTPlanSampler:
+    """torchcfm's ``OTPlanSampler``: optimal transport plans of two batches and pairs drawn from them.
+
+    Same constructor, methods, argument and return types. What differs:
+
+    * Pairs are drawn **stratified**: each x1 as often as its mass says, rounded up or down, x1 in order, a source for
+      each from its column of the plan. Every pair has torchcfm's probability on average, but a permutation plan gives
+      each of its pairs exactly once where torchcfm's independent draws leave out 37 % of a batch and repeat others.
+      No draw over n² cells.
+    * Randomness is torch's. The draws are a function of the state of torch's default generator and leave it as it was
+      (torchcfm's numpy draws do not touch it either): ``torch.manual_seed`` makes them reproducible, and what follows
+      (times, noise) is what it was. Without any other draw in between, a second call repeats the first one's numbers;
+      pass ``generator`` to draw from a stream of its own.
+    * Solvers work in the log domain: no NaN where the plain kernel underflows. ``"partial"`` moves all mass, as POT's
+      default does that torchcfm calls, and is therefore the same plan as ``"sinkhorn"``. For plans that leave
+      outliers use `mbot.OTCoupling` with `mbot.PartialOT`.
+    * ``num_threads`` is accepted and has no effect: one assignment is one thread's work.
+
+    Args:
+        method: ``"exact"``, ``"sinkhorn"``, ``"unbalanced"`` or ``"partial"``.
+        reg: entropic regularisation of all but ``"exact"``, in units of the squared distance.
+        reg_m: price of marginal deviations of ``"unbalanced"``.
+        normalize_cost: divide the costs by their maximum.
+        num_threads: no effect.
+        warn: False silences warnings about convergence and empty plans.
+        generator: source of randomness; None: see above.
+
+    Raises:
+        ValueError: an unknown method, a regularisation that is not positive, samples that are not finite.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        reg: float = 0.05,
+        reg_m: float = 1.0,
+        normalize_cost: bool = False,
+        num_threads: int | str = 1,
+        warn: bool = True,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.method = checks.choice(method, "method", ("exact", "sinkhorn", "unbalanced", "partial"))
+        if num_threads != "max":
+            checks.count(num_threads, "num_threads")
+        self.reg, self.reg_m = reg, reg_m
+        self.normalize_cost, self.num_threads, self.warn = normalize_cost, num_threads, warn
+        self.generator = generator
+        self.transport: Transport
+        if method == "exact":
+            self.transport = ExactOT()
+        elif method == "unbalanced":
+            self.transport = UnbalancedOT(reg, reg_m, max_iter=_MAX_ITER, tol=_TOL)
+        else:
+            self.transport = EntropicOT(reg, max_iter=_MAX_ITER, tol=_TOL)
+
+    def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray:
+        """The plan between two batches under the squared Euclidean cost.
+
+        Args:
+            x0: ``(n, d…)`` source samples.
+            x1: ``(m, d…)`` target samples.
+
+        Returns:
+            ``(n, m)`` float64 array.
+        """
+        plan = self._plan(x0, x1)
+        matched = plan.matching()
+        if matched is None:
+            return plan.to_dense().double().cpu().numpy()
+        n = len(matched)
+        dense = np.zeros((n, n))
+        dense[matched.cpu().numpy(), np.arange(n)] = 1 / n  # in float64, whatever the samples are in
+        return dense
+
+    def sample_map(self, pi: Any, batch_size: int, replace: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs drawn from a plan.
+
+        Args:
+            pi: ``(n, m)`` non-negative array, on any scale.
+            batch_size: number of pairs.
+            replace: True: stratified, see the class. False: no cell of the plan twice.
+
+        Returns:
+            ``(i, j)`` int64 arrays of length ``batch_size``.
+        """
+        mass = torch.as_tensor(pi, dtype=torch.float64)
+        if mass.ndim != 2 or not bool(torch.isfinite(mass).all() & (mass >= 0).all() & (mass.sum() > 0)):
+            raise ValueError(f"pi must be a finite non-negative (n, m) array with mass; got shape {tuple(mass.shape)}")
+        i, j = self._draw(Plan(mass, (mass.shape[0], mass.shape[1])), batch_size, replace)
+        return i.numpy(), j.numpy()
+
+    def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = True) -> tuple[Tensor, Tensor]:
+        """Paired samples ``x0[i], x1[j]``, as many as x0 has, differentiable in both.
+
+        Args:
+            x0: ``(n, d…)`` source samples.
+            x1: ``(m, d…)`` target samples.
+            replace: see `sample_map`.
+        """
+        i, j = self._pairs(x0, x1, replace)
+        return x0[i], x1[j]
+
+    def sample_plan_with_labels(
+        self, x0: Tensor, x1: Tensor, y0: Any = None, y1: Any = None, replace: bool = True
+    ) -> tuple[Tensor, Tensor, Any, Any]:
+        """`sample_plan` with labels that follow their samples; None where none were given.
+
+        The labels do not enter the transport, so the noise that a label sees is skewed: see
+        `mbot.ConditionalOTCoupling`.
+        """
+        i, j = self._pairs(x0, x1, replace)
+        return x0[i], x1[j], _labels(y0, i), _labels(y1, j)
+
+    def sample_plan_with_scipy(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+        """The exact assignment, whatever the method: x0 in order, x1 permuted; each flattened to ``(n, d)``.
+
+        For unequal sizes the smaller batch is matched completely.
+        """
+        cost = self._cost(x0, x1)
+        x0, x1 = x0.flatten(1), x1.flatten(1)
+        if len(x0) == len(x1):
+            return x0, x1[ExactOT().plan(cost).col]
+        from scipy.optimize import linear_sum_assignment
+
+        rows, cols = (torch.from_numpy(part).to(x0.device) for part in linear_sum_assignment(cost.cpu().numpy()))
+        return x0[rows], x1[cols]
+
+    def sample_trajectory(self, X: Tensor) -> np.ndarray:
+        """Chains of samples through several populations, each step drawn from the plan between neighbours.
+
+        Args:
+            X: ``(n, times, d…)`` populations.
+
+        Returns:
+            ``(n, times, d…)`` array; row i starts at sample i.
+        """
+        checks.floating(X, "X")
+        if X.ndim < 3:
+            raise ValueError(f"X must have shape (n, times, d…); got {tuple(X.shape)}")
+        index = torch.arange(len(X), device=X.device)
+        generator = self._generator()
+        steps = [X[:, 0]]
+        for t in range(X.shape[1] - 1):
+            plan = self._plan(X[:, t], X[:, t + 1])
+            index = sources_of(_transposed(plan), index, generator)
+            steps.append(X[:, t + 1][index])
+        return torch.stack(steps, 1).detach().cpu().numpy()
+
+    def _cost(self, x0: Tensor, x1: Tensor) -> Tensor:
+        x0, x1 = checks.samples(x0, x1)
+        cost = pairwise_cost(x0.detach(), x1.detach())
+        return cost / cost.max().clamp_min(torch.finfo(cost.dtype).tiny) if self.normalize_cost else cost
+
+    def _plan(self, x0: Tensor, x1: Tensor) -> Plan:
+        with warnings.catch_warnings():
+            if not self.warn:
+                warnings.simplefilter("ignore", checks.ConvergenceWarning)
+            cost = self._cost(x0, x1)
+            if self.method != "exact" and float(cost.max()) * torch.finfo(cost.dtype).eps > _TOL * self.reg:
+                cost = cost.double()  # the costs hold more digits of reg than float32 does
+            plan = self.transport.plan(cost)
+        if float(plan.total_mass()) >= 1e-8:
+            return plan
+        if self.warn:
+            warnings.warn(
+                f"OTPlanSampler: the plan of method={self.method!r} moves no mass; the uniform plan is used. Raise "
+                f"reg_m (now {self.reg_m:g}) or set normalize_cost=True",
+                checks.ConvergenceWarning,
+                stacklevel=4,
+            )
+        return Plan(torch.full_like(plan.mass, 1 / plan.mass.numel()), plan.size)
+
+    def _pairs(self, x0: Tensor, x1: Tensor, replace: bool) -> tuple[Tensor, Tensor]:
+        return self._draw(self._plan(x0, x1), len(x0), replace)
+
+    def _draw(self, plan: Plan, count: int, replace: bool) -> tuple[Tensor, Tensor]:
+        if replace:
+            return stratified(plan, count, self._generator())
+        if plan.matching() is None and not plan.is_sparse:
+            cell = torch.nonzero(plan.mass)
+            plan = Plan(plan.mass[cell[:, 0], cell[:, 1]], plan.size, cell[:, 0], cell[:, 1])
+        return plan.sample(count, replacement=False, generator=self._generator())
+
+    def _generator(self) -> torch.Generator:
+        """The user's generator, or one that is seeded by the state of torch's default generator."""
+        if self.generator is not None:
+            return self.generator
+        copy = torch.Generator()
+        copy.set_state(torch.get_rng_state())
+        seed = draw(torch.rand, 1, generator=copy, device=torch.device("cpu"), dtype=torch.float64)
+        return torch.Generator().manual_seed(int(seed.view(torch.int64)))
+
+
+def _labels(y: Any, index: Tensor) -> Any:
+    return None if y is None else y[index.to(y.device) if isinstance(y, Tensor) else index.cpu().numpy()]
+
+
+def _transposed(plan: Plan) -> Plan:
+    """The plan from target to source."""
+    if plan.is_sparse:
+        return Plan(plan.mass, (plan.size[1], plan.size[0]), plan.col, plan.row)
+    return Plan(plan.mass.T, (plan.size[1], plan.size[0]))

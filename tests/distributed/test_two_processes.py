@@ -1,0 +1,82 @@
+"""Two processes under torchrun: the global coupling is the single process's, and only rank 0 writes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mbot
+from tests.distributed.worker import loader
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(task, folder):
+    """Run the worker in two processes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "-m", "tests.distributed.worker", task, str(folder)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """What each rank was served."""
+    folder = tmp_path_factory.mktemp("batches")
+    torchrun("batches", folder)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+COUPLINGS = {"ot": mbot.OTCoupling(), "c2ot": mbot.ConditionalOTCoupling(), "w": mbot.WeightedCoupling(reg=2.0)}
+
+
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_the_global_coupling_is_that_of_one_process_with_twice_the_batch(name, served):
+    """Step by step: the rows of rank 0 and then of rank 1 are the rows of the single process."""
+    alone = loader("rank", COUPLINGS[name], batch_size=6, ot_batch_size=12)
+    expected = [b for _ in range(2) for b in alone]
+    got = [rank[f"global-{name}-True"] for rank in served]
+    assert len(expected) == len(got[0]) == len(got[1]) == 16
+    for one, *two in zip(expected, *got, strict=True):
+        for field, parts in zip((one.x0, one.x1, one.y, one.weight, one.index), zip(*two, strict=True), strict=True):
+            if field is not None:
+                torch.testing.assert_close(torch.cat(parts), field)
+
+
+@pytest.mark.parametrize("scope", ["rank", "global"])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_no_sample_is_seen_twice_in_an_epoch(scope, drop_last, served):
+    for name in COUPLINGS:
+        rows = [rank[f"{scope}-{name}-{drop_last}"] for rank in served]
+        half = len(rows[0]) // 2
+        assert len(rows[0]) == len(rows[1])
+        for epoch in (slice(0, half), slice(half, None)):
+            seen = torch.cat([row[-1] for rank in rows for row in rank[epoch]])
+            assert len(seen) == len(seen.unique()) == (48 if drop_last else 50)
+
+
+def test_ranks_couple_apart_with_noise_of_their_own(served):
+    rows = [torch.cat([row[0] for row in rank["rank-ot-True"][:2]]) for rank in served]
+    assert not torch.equal(*rows)
+    data = [torch.cat([row[1] for row in rank["rank-ot-True"][:2]]) for rank in served]
+    for x0, x1 in zip(rows, data, strict=True):
+        assert torch.equal(mbot.OTCoupling()(x0, x1).source, torch.arange(6))
+
+
+def test_an_error_in_the_one_solve_reaches_every_rank(served):
+    assert all("needs y1" in rank["error"] for rank in served)
+
+
+def test_training_in_two_processes_resumes_exactly_and_writes_once(tmp_path):
+    torchrun("train", tmp_path)
+    loaded = {name: [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)] for name in ("parts", "whole")}
+    assert torch.equal(*loaded["whole"])
+    assert torch.equal(*loaded["parts"])
+    assert torch.equal(loaded["parts"][0], loaded["whole"][0])
+    assert len((tmp_path / "whole" / "metrics.csv").read_text().splitlines()) == 1 + 8
+    assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 3

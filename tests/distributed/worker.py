@@ -1,0 +1,57 @@
+"""What one process of the distributed tests does; started by torchrun. Arguments: the task, the folder."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import TensorDataset
+
+import flows
+import mbot
+from tests.flows.toy_run import trainer, weights
+
+
+def loader(scope, coupling, **sizes):
+    """The data of the comparison with one process."""
+    g = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(50, 2, generator=g), torch.randint(0, 3, (50,), generator=g))
+    return flows.CoupledLoader(data, None, coupling, seed=7, coupling_scope=scope, **sizes)
+
+
+def batches(folder, rank):
+    """Two epochs of every kind of loader, and an error in rank 0's solve."""
+    served = {}
+    for scope in ("rank", "global"):
+        for name, coupling in (
+            ("ot", mbot.OTCoupling()),
+            ("c2ot", mbot.ConditionalOTCoupling()),
+            ("w", mbot.WeightedCoupling(reg=2.0)),
+        ):
+            for drop_last in (True, False):
+                one = loader(scope, coupling, batch_size=3, ot_batch_size=6, drop_last=drop_last)
+                rows = [(b.x0, b.x1, b.y, b.weight, b.index) for _ in range(2) for b in one]
+                served[f"{scope}-{name}-{drop_last}"] = rows
+    plain = TensorDataset(torch.randn(50, 2))
+    try:
+        next(iter(flows.CoupledLoader(plain, None, mbot.ConditionalOTCoupling(), 3, 6, coupling_scope="global")))
+    except ValueError as error:
+        served["error"] = str(error)
+    torch.save(served, folder / f"rank{rank}.pt")
+
+
+def train(folder, rank):
+    """A run in two parts, and the same in one."""
+    for name, steps in (("parts", (9, 16)), ("whole", (16,))):
+        for count in steps:
+            run = trainer(folder / name, steps=count, loader={"coupling_scope": "global"})
+            run.fit(resume=True)
+        torch.save(weights(run), folder / f"{name}{rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    {"batches": batches, "train": train}[sys.argv[1]](Path(sys.argv[2]), dist.get_rank())
+    dist.barrier()
+    dist.destroy_process_group()

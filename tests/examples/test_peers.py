@@ -1,0 +1,23 @@
+"""Examples around other libraries, where these are installed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("package", ["torchcfm", "flow_matching"])
+def test_training_loop_of(package):
+    pytest.importorskip(package)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"with_{package}.py"), "--steps", "60"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": ":".join([str(ROOT), *sys.path])},
+    )  # fmt: skip
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert last < first

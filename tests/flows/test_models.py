@@ -1,0 +1,175 @@
+"""Models: published sizes, conditions that can be absent, transforms and the compiler."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, jvp, vmap
+
+import flows
+from flows.models import PRESETS, ResidualMLP, UNet, parameter_count
+
+MODELS = {
+    "mlp": (lambda: ResidualMLP(4, width=16, depth=1), (4,), None),
+    "mlp-labels": (lambda: ResidualMLP(4, width=16, depth=1, num_classes=3), (4,), torch.tensor([0, 2, -1])),
+    "mlp-vectors": (
+        lambda: ResidualMLP(4, width=16, depth=1, condition_dim=2),
+        (4,),
+        torch.tensor([[0.5, 1.0], [2.0, 0.0], [torch.nan, torch.nan]]),
+    ),
+    "unet": (lambda: UNet.preset("digits"), (1, 8, 8), None),
+    "unet-labels": (lambda: UNet.preset("digits", num_classes=3), (1, 8, 8), torch.tensor([0, 2, -1])),
+    "unet-vectors": (lambda: UNet.preset("digits", condition_dim=2), (1, 8, 8), torch.tensor([[0.5, 1.0]] * 3)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    """A model that is not zero anywhere, times, points and conditions."""
+    build, shape, y = MODELS[request.param]
+    torch.manual_seed(0)
+    model = build()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.eval(), torch.rand(3), torch.randn(3, *shape), y
+
+
+def test_shapes_and_gradients(case):
+    model, t, x, y = case
+    out = model(t, x, y)
+    assert out.shape == x.shape
+    out.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_rows_are_separate(case):
+    model, t, x, y = case
+    out = model(t, x, y)
+    for i in range(3):
+        one = model(t[i : i + 1], x[i : i + 1], None if y is None else y[i : i + 1])
+        torch.testing.assert_close(one[0], out[i], rtol=1e-4, atol=1e-5)
+
+
+def test_function_transforms(case):
+    """jvp against a finite difference, and per-sample gradients against single ones."""
+    model, t, x, y = case
+    model, t, x = model.double(), t.double(), x.double()
+    direction = torch.randn_like(x)
+    _, tangent = jvp(lambda z: model(t, z, y), (x,), (direction,))
+    h = 1e-5
+    torch.testing.assert_close(
+        tangent, (model(t, x + h * direction, y) - model(t, x - h * direction, y)) / (2 * h), rtol=1e-3, atol=1e-5
+    )
+    parameters = dict(model.named_parameters())
+
+    def loss(weights, t, x, y):
+        y = None if y is None else y[None]
+        return functional_call(model, weights, (t[None], x[None], y)).square().sum()
+
+    per_sample = vmap(grad(loss), in_dims=(None, 0, 0, None if y is None else 0))(parameters, t, x, y)
+    single = grad(loss)(parameters, t[1], x[1], None if y is None else y[1])
+    for name in parameters:
+        torch.testing.assert_close(per_sample[name][1], single[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_compiler_takes_it_whole(case):
+    model, t, x, y = case
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(t, x, y), model(t, x, y))
+
+
+def test_without_a_condition_the_condition_layer_has_no_say():
+    for model, y, other in (
+        (ResidualMLP(2, num_classes=3), torch.tensor([-1]), torch.tensor([1])),
+        (ResidualMLP(2, condition_dim=2), torch.tensor([[torch.nan, torch.nan]]), torch.ones(1, 2)),
+        (UNet.preset("digits", num_classes=3), torch.tensor([-1]), torch.tensor([1])),
+    ):
+        torch.nn.init.normal_(list(model.parameters())[-2])
+        t, x = torch.rand(1), torch.randn(1, *((2,) if isinstance(model, ResidualMLP) else (1, 8, 8)))
+        before, given = model(t, x, y), model(t, x, other)
+        for p in model.condition.parameters():
+            torch.nn.init.normal_(p)
+        assert torch.equal(model(t, x, y), before)
+        if isinstance(model, ResidualMLP):
+            assert not torch.equal(model(t, x, other), given)
+
+
+@pytest.mark.parametrize(
+    ("name", "conditions", "count"),
+    [
+        # Counted with torchcfm 1.0.7's UNetModelWrapper at the same settings.
+        ("mnist", {"attention": (28,)}, 1_075_361),
+        ("mnist", {"attention": (28,), "num_classes": 10}, 1_076_641),
+        ("cifar10-otcfm", {}, 35_746_307),
+        ("cifar10-c2ot", {"num_classes": 10}, 83_351_043),
+        ("imagenet32-c2ot", {}, 188_707_587),
+    ],
+)
+def test_presets_have_the_papers_sizes(name, conditions, count):
+    with torch.device("meta"):
+        assert parameter_count(UNet.preset(name, **conditions)) == count
+
+
+def test_presets_run():
+    for name in ("digits", "mnist"):
+        size = PRESETS[name]["image_size"]
+        assert UNet.preset(name)(torch.rand(2), torch.randn(2, 1, size, size)).shape == (2, 1, size, size)
+    assert UNet(2, image_size=9, channels=8, multipliers=(1, 2, 2), attention=())(
+        torch.rand(1), torch.randn(1, 2, 9, 13)
+    ).shape == (1, 2, 9, 13)
+
+
+def test_bad_models_and_conditions():
+    with pytest.raises(ValueError, match=r"resolutions of this model, \[32, 16, 8, 4\]; got \[5\]"):
+        UNet(3, image_size=32, attention=(5,))
+    with pytest.raises(ValueError, match="name must be one of"):
+        UNet.preset("huge")
+    labels = UNet.preset("digits", num_classes=3)
+    with pytest.raises(ValueError, match="integer labels"):
+        labels(torch.rand(2), torch.randn(2, 1, 8, 8), torch.rand(2))
+    with pytest.raises(TypeError, match="must be a tensor; got list"):
+        labels(torch.rand(2), torch.randn(2, 1, 8, 8), ["a", "b"])
+    with pytest.raises(ValueError, match="condition_dim=2"):
+        ResidualMLP(2, condition_dim=2)(torch.rand(2), torch.randn(2, 2), torch.rand(2, 3))
+
+
+def linear(t, x, y):
+    """A field that tells the two calls apart: label + 1, and 10 without."""
+    return torch.where(y < 0, 10.0, y + 1.0)[:, None] + 0 * x
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, -2.0, 0.5])
+def test_guidance_is_the_formula(scale):
+    y = torch.tensor([0, 4, 7])
+    out = flows.GuidedModel(linear, scale)(torch.rand(3), torch.randn(3, 2), y)
+    expected = 10 + scale * (y + 1.0 - 10)
+    torch.testing.assert_close(out, expected[:, None].expand(3, 2))
+
+
+def test_guidance_takes_a_scale_for_each_sample_and_integrates():
+    y, scale = torch.tensor([0, 4, 7]), torch.tensor([0.0, 2.0, -1.0])
+    guided = flows.GuidedModel(linear, scale)
+    x0 = torch.randn(3, 2)
+    solved = flows.integrate(guided, x0, y=y, method="euler", steps=2)
+    torch.testing.assert_close(solved.final, x0 + (10 + scale * (y - 9.0))[:, None])
+
+
+def test_guidance_calls_once_where_one_field_is_enough():
+    sizes = []
+
+    def counted(t, x, y):
+        sizes.append(len(x))
+        return linear(t, x, y)
+
+    for scale in (0, 1, 2):
+        flows.GuidedModel(counted, scale)(torch.rand(3), torch.randn(3, 2), torch.tensor([0, 1, 2]))
+    assert sizes == [3, 3, 6]
+
+
+def test_bad_guidance():
+    x, t = torch.zeros(3, 2), torch.zeros(3)
+    with pytest.raises(ValueError, match="pass y"):
+        flows.GuidedModel(linear, 2.0)(t, x)
+    with pytest.raises(ValueError, match="each of the 3 samples; got 2"):
+        flows.GuidedModel(linear, torch.ones(2))(t, x, torch.tensor([0, 1, 2]))
+    for bad in (torch.ones(2, 2), float("nan"), "strong"):
+        with pytest.raises(ValueError, match="scale must be"):
+            flows.GuidedModel(linear, bad)
