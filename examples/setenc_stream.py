@@ -126,7 +126,8 @@ def main() -> None:
     shots = {name: anytime(model, sets.x, cut) for name, cut in streams(sets.labels[0], generator).items()}
     ends = [torch.cat([t.flatten() for t in columns[-1][1]]) for columns in shots.values()]
     print(
-        f"largest difference between the four last predictions: {max(float((e - ends[0]).abs().max()) for e in ends):.1e}"
+        "largest difference between the four last predictions: "
+        f"{max(float((e - ends[0]).abs().max()) for e in ends):.1e}"
     )
     picture(sets, shots, args.out / "setenc_stream.png")
     print(f"written: {args.out}/setenc_stream.png")
