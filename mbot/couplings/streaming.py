@@ -228,6 +228,8 @@ def solve(
         elif rate > _RELAX_SLOW:
             relax = min(most, relax + 0.1)
         history.clear()
+    if relax != 1.0:  # leave with exact columns, as a plain iteration does
+        psi = -math.log(m) - layout.soft_cols(phi, psi)
     return Potentials(phi, psi, error, spent + iteration, error <= tol)
 
 
