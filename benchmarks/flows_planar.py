@@ -135,7 +135,7 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args = parser.parse_args()
     methods = ("I-CFM", "OT-CFM", "SB-CFM", "C²OT", "W-CFM")
@@ -165,9 +165,9 @@ def main() -> None:
     notes = (
         f"{args.steps:,} steps of batch 512 (published: about 20,000), seeds {args.seeds}, mean ± deviation; NPE and W2 "
         "on 4,096 fresh points, Euler with 100 steps. The time is the median of drawing one coupled training batch "
-        "(pairs, times, points on the path). C²OT is conditioned on the gaussian that a point belongs to, its model is not, so "
-        "that it solves the same problem: it cannot be as straight as OT. W-CFM: temperature 3. torchcfm's SB-CFM runs "
-        "with Sinkhorn; it draws pairs with replacement. Here N → 8 gaussians starts from a standard normal."
+        "(pairs, times, points on the path). C²OT is conditioned on the gaussian that a point belongs to, its model is "
+        "not, so that it solves the same problem: it cannot be as straight as OT. W-CFM: temperature 3. torchcfm's "
+        "SB-CFM runs with Sinkhorn; it draws pairs with replacement. N is a standard normal."
     )
     write("flows_planar", "Path energy and W2 in the plane", tables, notes)
 
