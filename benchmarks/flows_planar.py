@@ -163,8 +163,8 @@ def main() -> None:
             rows.append(row)
         tables[title] = rows
     notes = (
-        f"{args.steps:,} steps of batch 512 (published: about 20,000), seeds {args.seeds}, mean ± deviation; NPE and W2 "
-        "on 4,096 fresh points, Euler with 100 steps. The time is the median of drawing one coupled training batch "
+        f"{args.steps:,} steps of batch 512 (published: about 20,000), seeds {args.seeds}, mean ± deviation; NPE and "
+        "W2 on 4,096 fresh points, Euler with 100 steps. The time is the median of drawing one coupled training batch "
         "(pairs, times, points on the path). C²OT is conditioned on the gaussian that a point belongs to, its model is "
         "not, so that it solves the same problem: it cannot be as straight as OT. W-CFM: temperature 3. torchcfm's "
         "SB-CFM runs with Sinkhorn; it draws pairs with replacement. N is a standard normal."
