@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flows import config as settings
 from flows.config import ConfigError, DiagnoseConfig, EvaluateConfig, SampleConfig, TrainConfig
-from flows.interrupt import Interrupted
+from flows.interrupt import Interrupted, NonFiniteLoss
 
 USAGE = """usage: python -m flows COMMAND [options]
 
@@ -38,7 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unknown command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     from flows.checkpoint import CheckpointError
-    from flows.trainer import NonFiniteLoss
 
     try:
         commands[arguments[0]](arguments[1:])

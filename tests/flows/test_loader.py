@@ -205,6 +205,13 @@ def test_a_worker_that_dies_is_explained_and_the_position_kept():
     assert done.stdout.endswith("at True\n")
 
 
+def test_batches_arrive_on_the_device_they_are_wanted_on(device):
+    for workers in (0, 1):
+        batches = list(loader(device=device, coupling=mbot.WeightedCoupling(reg=1.0), num_workers=workers))
+        assert {t.device.type for t in (batches[0].x0, batches[0].x1, batches[0].y, batches[0].weight)} == {device.type}
+        assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(N))
+
+
 class Broken(Items):
     def __getitem__(self, i):
         if i == 7:
