@@ -78,6 +78,7 @@ def train(arguments: list[str]) -> None:
     """The command ``train``."""
     config: TrainConfig = parse(TrainConfig, arguments, "train")
     from flows import evaluation, tasks
+    from flows.checkpoint import write_atomically
     from flows.datasets import save_grid
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -100,7 +101,8 @@ def train(arguments: list[str]) -> None:
         trainer = tasks.build_trainer(config, task, device, preview)
         if first:
             config.out.mkdir(parents=True, exist_ok=True)
-            (config.out / "config.toml").write_text(settings.to_toml(config))
+            resolved = settings.to_toml(config).encode()
+            write_atomically(config.out / "config.toml", lambda file: file.write(resolved))
         trainer.fit(resume=resume)
         if first and config.evaluate:
             model = trainer.sampling_model.eval()
