@@ -3,6 +3,7 @@
 from flows import datasets, metrics, models
 from flows.checkpoint import CheckpointError
 from flows.conditions import drop_conditions, null_condition
+from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
 from flows.guidance import GuidedModel
 from flows.integrate import Trajectory, integrate
 from flows.interrupt import Interrupted, NonFiniteLoss
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "CoupledBatch",
     "CoupledLoader",
+    "Diagnosis",
     "FlowBatch",
     "FlowMatching",
     "GuidedModel",
@@ -36,12 +38,14 @@ __all__ = [
     "along_path",
     "bellman_schedule",
     "datasets",
+    "diagnose",
     "drop_conditions",
     "integrate",
     "log_likelihood",
     "metrics",
     "models",
     "null_condition",
+    "plot_diagnosis",
     "regression_loss",
     "straighten",
     "warmup_schedule",

@@ -155,18 +155,14 @@ def evaluate(arguments: list[str]) -> None:
 def diagnose(arguments: list[str]) -> None:
     """The command ``diagnose``."""
     config: DiagnoseConfig = parse(DiagnoseConfig, arguments, "diagnose")
-    from importlib import import_module
-
+    from flows import diagnose as examine
     from flows import tasks
 
     task = tasks.load_task(config)
     generator = torch.Generator().manual_seed(config.seed)
     x1, y = task.draw(config.num, generator)
     x0 = torch.randn(x1.shape, generator=generator)
-    report = import_module("flows.diagnose").diagnose(
-        tasks.build_coupling(config, task), x0, x1, y, generator=generator
-    )
-    print(report)
+    print(examine(tasks.build_coupling(config, task), x0, x1, y, generator=generator))
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:

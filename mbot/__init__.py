@@ -5,6 +5,7 @@ from mbot.checks import ConvergenceWarning
 from mbot.cost import pairwise_cost
 from mbot.couplings import (
     BoMbCoupling,
+    Condition,
     ConditionalOTCoupling,
     Coupling,
     IndependentCoupling,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BoMbCoupling",
     "BoMbOT",
+    "Condition",
     "ConditionalOTCoupling",
     "ConvergenceWarning",
     "Coupling",

@@ -87,8 +87,12 @@ def condition_ratio(cost: Tensor, condition_cost: Tensor, weight: float) -> floa
     Returns:
         r(w) in [0, 1]; NaN if no partner counts.
     """
-    eligible = condition_cost > 0
-    eligible = eligible & ~torch.eye(len(cost), dtype=torch.bool, device=cost.device)
+    cheaper, total = ratio_counts(cost, condition_cost, weight)
+    return cheaper / total if total else float("nan")
+
+
+def ratio_counts(cost: Tensor, condition_cost: Tensor, weight: float) -> tuple[int, int]:
+    """Numerator and denominator of `condition_ratio`: partners that are at least as cheap, and partners that count."""
+    eligible = (condition_cost > 0).fill_diagonal_(False)
     cheaper = cost + weight * condition_cost <= cost.diagonal()[:, None]
-    total = int(eligible.count_nonzero())
-    return int((cheaper & eligible).count_nonzero()) / total if total else float("nan")
+    return int((cheaper & eligible).count_nonzero()), int(eligible.count_nonzero())

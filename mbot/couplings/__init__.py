@@ -3,12 +3,14 @@
 from mbot.couplings.base import Coupling, Pairs
 from mbot.couplings.bomb import BoMbCoupling
 from mbot.couplings.conditional import ConditionalOTCoupling
+from mbot.couplings.conditions import Condition
 from mbot.couplings.independent import IndependentCoupling
 from mbot.couplings.optimal import OTCoupling
 from mbot.couplings.weighted import RegCurve, WeightedCoupling, reg_curve, suggest_reg
 
 __all__ = [
     "BoMbCoupling",
+    "Condition",
     "ConditionalOTCoupling",
     "Coupling",
     "IndependentCoupling",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 from mbot import checks
 from mbot.random import draw
 
-Labels = Tensor | Sequence[Any] | Any
-"""Conditions, one a sample: a tensor ``(n,)`` or ``(n, c…)``, a NumPy array, or a sequence (strings included)."""
+Labels = Tensor | Sequence[Any] | Mapping[str, Any] | Any
+"""Conditions, one a sample: a tensor ``(n,)`` or ``(n, c…)``, a NumPy array, a sequence (strings included), or a dict
+of several of these by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +77,11 @@ class Coupling(ABC):
         """
         x0, x1 = checks.samples(x0, x1)
         for labels, samples, name in ((y0, x0, "y0"), (y1, x1, "y1")):
-            if labels is not None and not hasattr(labels, "__len__"):
-                raise TypeError(f"{name} must be a tensor, array or sequence; got {type(labels).__name__}")
-            if labels is not None and len(labels) != len(samples):
-                raise ValueError(
-                    f"{name} must hold one condition for each of the {len(samples)} samples of x{name[1]}; "
-                    f"got {len(labels)}"
-                )
+            if isinstance(labels, Mapping):
+                for key, part in labels.items():
+                    _check_labels(part, len(samples), f"{name}[{key!r}]", f"x{name[1]}")
+            elif labels is not None:
+                _check_labels(labels, len(samples), name, f"x{name[1]}")
         with torch.no_grad():
             return self._pair(x0, x1, y0, y1, generator)
 
@@ -96,6 +95,15 @@ class Coupling(ABC):
         generator: torch.Generator | None,
     ) -> Pairs:
         """Pair checked samples ``(n, d)`` and ``(m, d)``."""
+
+
+def _check_labels(labels: Any, size: int, name: str, samples: str) -> None:
+    if not hasattr(labels, "__len__") or (isinstance(labels, Tensor) and labels.ndim == 0):
+        raise TypeError(f"{name} must be a tensor, array or sequence; got {type(labels).__name__}")
+    if len(labels) != size:
+        raise ValueError(
+            f"{name} must hold one condition for each of the {size} samples of {samples}; got {len(labels)}"
+        )
 
 
 def in_order(x0: Tensor, x1: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -124,9 +124,3 @@ def check_transport(transport: Transport) -> None:
         raise TypeError(f"transport must be an mbot transport such as ExactOT(); got {transport!r}")
     if isinstance(transport, SlicedOT):
         raise TypeError(f"transport must have plans to pair by; {transport!r} has values only")
-
-
-def pairs_by_cost(cost: Tensor, transport: Transport, generator: torch.Generator | None) -> Pairs:
-    """Pairs along the plan of one cost matrix ``(n, m)``, with the mean cost of the drawn pairs in ``info``."""
-    source, target = every_target(transport.plan(cost), generator)
-    return Pairs(source, target, info={"transport_cost": float(cost[source, target].mean())})

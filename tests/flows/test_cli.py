@@ -194,6 +194,13 @@ def test_missing_data_and_runs(tmp_path, capsys):
     assert "has no config.toml" in capsys.readouterr().err
 
 
+def test_diagnose_tells_what_a_coupling_does(capsys):
+    assert main(["diagnose", "--data", "digits", "--coupling", "ot", "--num", "300"]) == 0
+    said = capsys.readouterr().out
+    assert "skew" in said
+    assert "C²OT" in said or "ConditionalOT" in said
+
+
 def test_usage(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0

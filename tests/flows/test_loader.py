@@ -142,6 +142,12 @@ def test_conditions_of_several_kinds_travel():
         assert batch.y["label"].tolist() == [i % 2 for i in batch.index.tolist()]
 
 
+def test_several_conditions_reach_a_coupling_that_looks_at_them():
+    coupling = mbot.ConditionalOTCoupling({"label": "discrete"})
+    for batch in loader(Items(), coupling=coupling, batch_size=6, ot_batch_size=12):
+        assert [int(n[1:]) % 2 for n in batch.y["name"]] == batch.y["label"].tolist()
+
+
 def test_the_last_batch_can_be_kept():
     batches = list(loader(labelled(31), drop_last=False))
     assert [len(b) for b in batches] == [4] * 6 + [4, 3]

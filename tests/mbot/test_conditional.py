@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 
 import mbot
 from mbot import ConditionalOTCoupling, condition_ratio, pairwise_cost
-from mbot.couplings.conditional import _mismatch
+from mbot.couplings.conditions import mismatch_cost
 
 
 def data(n=120, classes=4, d=2, seed=0):
@@ -193,7 +193,7 @@ def test_pairs_minimise_the_joint_cost():
 @pytest.mark.parametrize("c", [1, 3, 512])
 def test_equal_conditions_cost_exactly_nothing(condition_cost, c):
     y = torch.randn(30, c).repeat(2, 1) * 100 if c > 1 else (torch.randn(30, 1).sign()).repeat(2, 1)
-    between = _mismatch(y, y.clone(), condition_cost)
+    between = mismatch_cost(y, y.clone(), condition_cost)
     same = (y[:, None] == y[None]).all(-1)
     assert bool((between[same] == 0).all())
     assert bool((between >= 0).all())
