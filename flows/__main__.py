@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flows import config as settings
 from flows.config import ConfigError, DiagnoseConfig, EvaluateConfig, SampleConfig, TrainConfig
-from flows.interrupt import Interrupted
+from flows.interrupt import Interrupted, NonFiniteLoss
 
 USAGE = """usage: python -m flows COMMAND [options]
 
@@ -38,7 +38,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unknown command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     from flows.checkpoint import CheckpointError
-    from flows.trainer import NonFiniteLoss
 
     try:
         commands[arguments[0]](arguments[1:])
@@ -79,6 +78,7 @@ def train(arguments: list[str]) -> None:
     """The command ``train``."""
     config: TrainConfig = parse(TrainConfig, arguments, "train")
     from flows import evaluation, tasks
+    from flows.checkpoint import write_atomically
     from flows.datasets import save_grid
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -101,7 +101,8 @@ def train(arguments: list[str]) -> None:
         trainer = tasks.build_trainer(config, task, device, preview)
         if first:
             config.out.mkdir(parents=True, exist_ok=True)
-            (config.out / "config.toml").write_text(settings.to_toml(config))
+            resolved = settings.to_toml(config).encode()
+            write_atomically(config.out / "config.toml", lambda file: file.write(resolved))
         trainer.fit(resume=resume)
         if first and config.evaluate:
             model = trainer.sampling_model.eval()
@@ -154,18 +155,14 @@ def evaluate(arguments: list[str]) -> None:
 def diagnose(arguments: list[str]) -> None:
     """The command ``diagnose``."""
     config: DiagnoseConfig = parse(DiagnoseConfig, arguments, "diagnose")
-    from importlib import import_module
-
+    from flows import diagnose as examine
     from flows import tasks
 
     task = tasks.load_task(config)
     generator = torch.Generator().manual_seed(config.seed)
     x1, y = task.draw(config.num, generator)
     x0 = torch.randn(x1.shape, generator=generator)
-    report = import_module("flows.diagnose").diagnose(
-        tasks.build_coupling(config, task), x0, x1, y, generator=generator
-    )
-    print(report)
+    print(examine(tasks.build_coupling(config, task), x0, x1, y, generator=generator))
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:

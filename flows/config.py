@@ -14,6 +14,7 @@ from typing import Any, Literal
 Data = Literal[
     "digits", "mnist", "fashion-mnist", "cifar10", "folder", "arrays", "eight-gaussians", "moons", "checkerboard"
 ]
+Coupling = Literal["auto", "fm", "ot", "c2ot", "wcfm"]
 Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
 Model = Literal["auto", "mlp", "digits", "mnist", "cifar10-otcfm", "cifar10-c2ot", "imagenet32-c2ot"]
 
@@ -49,8 +50,9 @@ class TrainConfig:
     """Mirror a random half of the images."""
     conditional: bool = True
     """Train with the data's labels or condition vectors, where it has some."""
-    coupling: Literal["fm", "ot", "c2ot", "wcfm"] = "c2ot"
-    """Independent pairs, OT, conditional OT, or weighted pairs. Without conditions c2ot is ot."""
+    coupling: Coupling = "auto"
+    """Independent pairs, OT, conditional OT, weighted pairs. Without conditions c2ot is ot. auto: c2ot; for the
+    Schrödinger bridge its entropic pairs."""
     target_ratio: float | None = None
     """Of c2ot with continuous conditions: the ratio r that its weight is chosen for (paper: 0.01)."""
     reg: float | None = None
@@ -135,8 +137,8 @@ class DiagnoseConfig:
     """Pixels a side of the images of a folder."""
     conditional: bool = True
     """Use the data's conditions."""
-    coupling: Literal["fm", "ot", "c2ot", "wcfm"] = "c2ot"
-    """Independent pairs, OT, conditional OT, or weighted pairs."""
+    coupling: Coupling = "auto"
+    """Independent pairs, OT, conditional OT (auto), or weighted pairs."""
     target_ratio: float | None = None
     """Of c2ot with continuous conditions."""
     reg: float | None = None

@@ -117,6 +117,8 @@ def load_task(config: TrainConfig | DiagnoseConfig) -> Task:
 
 def build_coupling(config: TrainConfig | DiagnoseConfig, task: Task) -> mbot.Coupling:
     """The coupling of a configuration."""
+    if config.coupling == "auto" and isinstance(config, TrainConfig) and config.path == "schrodinger-bridge":
+        return build_path(config).default_coupling()
     if config.coupling == "fm":
         return mbot.IndependentCoupling()
     if config.coupling == "wcfm":

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import flows
+import mbot
 from flows import checkpoint, config, tasks
 from flows.__main__ import main, parse
 from flows.config import ConfigError, TrainConfig
@@ -144,7 +146,7 @@ def test_yaml_and_json_files(tmp_path):
         ("stepz = 3", "unknown keys: stepz. Known: out, config, preset"),
         ('steps = "many"', "steps in .* must be of type int; got 'many'"),
         ("steps = true", "must be of type int"),
-        ('coupling = "best"', "coupling in .* must be one of 'fm', 'ot', 'c2ot', 'wcfm'; got 'best'"),
+        ('coupling = "best"', "coupling in .* must be one of 'auto', 'fm', 'ot', 'c2ot', 'wcfm'; got 'best'"),
         ("betas = [1]", "betas in .* must be 2 values"),
         ("steps = ", "cannot read"),
     ],
@@ -190,6 +192,13 @@ def test_missing_data_and_runs(tmp_path, capsys):
     assert "no mnist under" in capsys.readouterr().err
     assert main(["sample", "--run", str(tmp_path)]) == 2
     assert "has no config.toml" in capsys.readouterr().err
+
+
+def test_diagnose_tells_what_a_coupling_does(capsys):
+    assert main(["diagnose", "--data", "digits", "--coupling", "ot", "--num", "300"]) == 0
+    said = capsys.readouterr().out
+    assert "skew" in said
+    assert "C²OT" in said or "ConditionalOT" in said
 
 
 def test_usage(capsys):
@@ -241,6 +250,23 @@ def test_vector_conditions_come_from_array_files(tmp_path):
     arguments = ["--data", "arrays", "--data-root", str(tmp_path / "a.npz"), *TINY, "--out", str(run)]
     assert main(["train", *arguments]) == 0
     assert main(["evaluate", "--run", str(run), "--num", "40"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "coupling"),
+    [
+        ([], mbot.ConditionalOTCoupling()),
+        (["--no-conditional"], mbot.OTCoupling()),
+        (["--coupling", "fm"], mbot.IndependentCoupling()),
+        (["--coupling", "ot"], mbot.OTCoupling()),
+        (["--coupling", "wcfm", "--reg", "5"], mbot.WeightedCoupling(reg=5.0)),
+        (["--path", "schrodinger-bridge", "--sigma", "0.5"], flows.SchrodingerBridgePath(sigma=0.5).default_coupling()),
+        (["--path", "schrodinger-bridge", "--coupling", "c2ot"], mbot.ConditionalOTCoupling()),
+    ],
+)
+def test_couplings_by_name(arguments, coupling):
+    settings = parse(TrainConfig, arguments, "train")
+    assert tasks.build_coupling(settings, tasks.load_task(settings)) == coupling
 
 
 def test_paper_presets_have_the_papers_models():

@@ -4,6 +4,7 @@ import math
 import sys
 
 import numpy as np
+import ot
 import pytest
 import scipy.linalg
 import torch
@@ -21,6 +22,12 @@ def test_sliced_distance_of_a_shift_is_the_shift_over_root_d():
     value = metrics.sliced_wasserstein2(x, moved, num_projections=20_000, generator=torch.Generator().manual_seed(0))
     assert value == pytest.approx(5 / math.sqrt(3), rel=0.02)
     assert metrics.sliced_wasserstein2(x, x[torch.randperm(300)]) == pytest.approx(0, abs=1e-7)
+
+
+def test_the_earth_movers_distance_against_pot():
+    x, y = gaussians(40), gaussians(25, shift=0.7, seed=1)
+    expected = ot.emd2([], [], ot.dist(x.numpy(), y.numpy(), metric="euclidean"))
+    assert metrics.wasserstein1(x, y) == pytest.approx(expected, rel=1e-9)
 
 
 def test_mmd_against_a_double_loop_and_at_zero():

@@ -308,6 +308,18 @@ def test_previews_and_reports(straight, tmp_path):
     assert float(row["grad_norm"]) > 0
 
 
+def test_tensorboard_files_and_what_they_need(tmp_path, monkeypatch):
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(ImportError, match="pip install tensorboard"):
+            trainer(tmp_path, tensorboard=True).fit()
+    pytest.importorskip("tensorboard")
+    with pytest.raises(ValueError, match="give the run a folder"):
+        trainer(tensorboard=True).fit()
+    trainer(tmp_path, tensorboard=True, steps=4).fit()
+    assert [p.name.startswith("events") for p in (tmp_path / "tensorboard").iterdir()] == [True]
+
+
 def test_the_rate_warms_up_and_decays():
     rates = []
     for steps in (None, 10):
