@@ -6,12 +6,15 @@ from flows.conditions import drop_conditions, null_condition
 from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
 from flows.guidance import GuidedModel
 from flows.integrate import Trajectory, integrate
-from flows.interrupt import Interrupted
+from flows.interrupt import Interrupted, NonFiniteLoss
+from flows.likelihood import log_likelihood
 from flows.loader import CoupledBatch, CoupledLoader
+from flows.logs import TrainResult
 from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
 from flows.rates import warmup_schedule
-from flows.trainer import NonFiniteLoss, Trainer, TrainResult
+from flows.schedule import bellman_schedule, straighten
+from flows.trainer import Trainer
 
 __all__ = [
     "CheckpointError",
@@ -32,14 +35,17 @@ __all__ = [
     "Trajectory",
     "VariancePreservingPath",
     "along_path",
+    "bellman_schedule",
     "datasets",
     "diagnose",
     "drop_conditions",
     "integrate",
+    "log_likelihood",
     "metrics",
     "models",
     "null_condition",
     "plot_diagnosis",
     "regression_loss",
+    "straighten",
     "warmup_schedule",
 ]

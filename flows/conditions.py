@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbot import ConditionalOTCoupling, Coupling, Pairs, checks
+from mbot import checks
 from mbot.random import draw
 
 
@@ -39,12 +39,6 @@ def to_device(y: Any, device: torch.device | str) -> Any:
     if isinstance(y, dict):
         return {key: to_device(value, device) for key, value in y.items()}
     return y.to(device, non_blocking=True) if isinstance(y, Tensor) else y
-
-
-def pair(coupling: Coupling, x0: Tensor, x1: Tensor, y: Any, generator: torch.Generator | None) -> Pairs:
-    """The coupling of two batches; a dict of conditions reaches only couplings that look at conditions."""
-    seen = y if not isinstance(y, dict) or isinstance(coupling, ConditionalOTCoupling) else None
-    return coupling(x0, x1, y1=seen, generator=generator)
 
 
 def null_condition(y: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from flows.conditions import pair, select, to_device
+from flows.conditions import select, to_device
 from flows.seeds import derive_seed, generator_at, seeded
 from mbot import Coupling, Pairs, checks
 
@@ -156,7 +156,7 @@ class OTBatches:
         if together and self.world > 1:
             pairs = self._solve_together(x0, x1, y, generator)
         else:
-            pairs = pair(self.coupling, x0, x1, y, generator)
+            pairs = self.coupling(x0, x1, y1=y, generator=generator)
         x0, x1 = pairs.apply(x0, x1)
         return x0, x1, select(y, pairs.target), pairs.weight, index[pairs.target.cpu()], pairs.info
 
@@ -191,7 +191,7 @@ class OTBatches:
                 order = torch.cat(list(places)).argsort()
                 whole = torch.cat(gathered)[order].to(x1.device)
                 conditions = select(_concatenate(labels), order)
-                pairs = pair(self.coupling, x0, whole, to_device(conditions, x1.device), generator)
+                pairs = self.coupling(x0, whole, y1=to_device(conditions, x1.device), generator=generator)
                 weight = None if pairs.weight is None else pairs.weight.cpu()
                 result = [(pairs.source.cpu(), pairs.target.cpu(), weight, pairs.info)]
             except Exception as error:
@@ -233,6 +233,9 @@ class OTBatches:
             return dataset[index]
         rows = index.tolist()
         with seeded(seed):
+            whole = getattr(dataset, "rows", None)  # data sets of ours serve many rows at once
+            if whole is not None and self.collate is None:
+                return whole(index)
             many = getattr(dataset, "__getitems__", None)
             items = many(rows) if many is not None else [dataset[row] for row in rows]
         return default_collate(items) if self.collate is None else self.collate(items)

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: a signal is noticed, the step is finished, the state is saved, a code says so."""
+"""How a run stops early: a signal is noticed, the step finished, the state saved; or the loss is no number."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient stopped being a number; the weights of the last checkpoint are untouched."""
 
 
 class Signals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ from tqdm import tqdm
 from flows.checkpoint import write_atomically
 
 COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "steps_per_second", "wait_share", "seconds")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Facts of a finished run: steps done, last loss, seconds of this call, of which waiting for the loader."""
+
+    step: int
+    loss: float
+    seconds: float
+    wait_seconds: float
+    checkpoint: Path | None
 
 
 class RunLog:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.conditions import pair, select
+from flows.conditions import select
 from flows.paths import LinearPath, Path, check_path
 from mbot import Coupling
 from mbot.random import draw
@@ -118,7 +118,7 @@ class FlowMatching:
             y: conditions of the data, one a sample; they follow their samples.
             generator: source of randomness for the coupling, the times and the path's noise.
         """
-        pairs = pair(self.coupling, x0, x1, y, generator)
+        pairs = self.coupling(x0, x1, y1=y, generator=generator)
         start, end = pairs.apply(x0, x1)
         batch = along_path(self.path, start, end, generator)
         return replace(batch, y=select(y, pairs.target), weight=pairs.weight, info=pairs.info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from flows.integrate import integrate
 from flows.matching import VelocityModel
-from mbot import ExactOT, checks, pairwise_cost
+from mbot import ExactOT, SlicedOT, checks, pairwise_cost
 
 
 def squared_wasserstein2(x: Tensor, y: Tensor) -> float:
@@ -38,6 +39,166 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
     3.0
     """
     return squared_wasserstein2(x, y) ** 0.5
+
+
+def wasserstein1(x: Tensor, y: Tensor) -> float:
+    """1-Wasserstein distance between two samples (earth mover's distance): exact, Euclidean cost.
+
+    The measure of the published single-cell tables.
+
+    Args:
+        x: ``(n, d…)`` points.
+        y: ``(m, d…)`` points, same features.
+
+    >>> wasserstein1(torch.zeros(2, 1), torch.tensor([[1.0], [3.0]]))
+    2.0
+    """
+    x, y = checks.samples(x, y, "x", "y")
+    cost = pairwise_cost(x.detach().double(), y.detach().double(), "euclidean")
+    return max(0.0, float(ExactOT().plan(cost).cost(cost)))
+
+
+def sliced_wasserstein2(
+    x: Tensor, y: Tensor, *, num_projections: int = 500, generator: torch.Generator | None = None
+) -> float:
+    """Sliced 2-Wasserstein distance: the root of the mean squared W2 over random directions (Bonneel et al. 2015).
+
+    Args:
+        x: ``(n, d…)`` points.
+        y: ``(m, d…)`` points, same features.
+        num_projections: directions.
+        generator: source of the directions.
+
+    >>> sliced_wasserstein2(torch.zeros(2, 1), torch.tensor([[3.0], [3.0]]))
+    3.0
+    """
+    x, y = checks.samples(x, y, "x", "y")
+    squared = SlicedOT(num_projections=num_projections)(x.detach().double(), y.detach().double(), generator=generator)
+    return max(0.0, float(squared)) ** 0.5
+
+
+def squared_mmd(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
+    """Squared maximum mean discrepancy, unbiased, of a Gaussian kernel mixture (Gretton et al. 2012, Eq. 3).
+
+    The kernel is the mean of ``exp(-|x - y|² / (2 s² b²))`` for s in 1/4, 1/2, 1, 2, 4. Around 0 (below it as often as
+    above) for samples of one distribution.
+
+    Args:
+        x: ``(n, d…)`` points, n >= 2.
+        y: ``(m, d…)`` points, m >= 2.
+        bandwidth: b; None for the median distance in ``y``, so that values are comparable for one reference ``y``.
+    """
+    x, y = checks.samples(x, y, "x", "y")
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"squared_mmd needs at least two points a side; got {len(x)} and {len(y)}")
+    x, y = x.detach().double(), y.detach().double()
+    within_y = pairwise_cost(y, y)
+    if bandwidth is None:
+        distinct = within_y[~torch.eye(len(y), dtype=torch.bool, device=y.device)]
+        bandwidth = float(distinct.median()) ** 0.5
+        if bandwidth == 0:
+            raise ValueError("most points of y are equal, so their median distance is 0: give a bandwidth")
+    scales = [2 * (checks.positive(bandwidth, "bandwidth") * s) ** 2 for s in (0.25, 0.5, 1.0, 2.0, 4.0)]
+
+    def mean(cost: Tensor, same: bool) -> Tensor:
+        kernel = torch.stack([(-cost / scale).exp() for scale in scales]).mean(0)
+        if not same:
+            return kernel.mean()
+        return (kernel.sum() - kernel.diagonal().sum()) / (len(kernel) * (len(kernel) - 1))
+
+    return float(mean(pairwise_cost(x, x), True) + mean(within_y, True) - 2 * mean(pairwise_cost(x, y), False))
+
+
+class ConditionConsistency(NamedTuple):
+    """How well a classifier finds the condition in generated samples: share found, mean cross-entropy."""
+
+    accuracy: float
+    cross_entropy: float
+
+
+def condition_consistency(
+    classifier: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_size: int = 500
+) -> ConditionConsistency:
+    """Condition consistency of Cheng and Schwing (2025) by a given classifier.
+
+    Args:
+        classifier: samples ``(B, d…)`` to logits ``(B, classes)``; put modules in eval mode yourself.
+        x: ``(n, d…)`` generated samples.
+        y: ``(n,)`` int64 labels that they were generated for.
+        batch_size: samples a call.
+    """
+    if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point():
+        raise ValueError(f"y must hold one integer label for each of the {len(x)} samples")
+    logits = in_batches(classifier, x, batch_size).double()
+    found = (logits.argmax(1) == y.to(logits.device)).double().mean()
+    return ConditionConsistency(float(found), float(torch.nn.functional.cross_entropy(logits, y.to(logits.device))))
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Fréchet distance of two Gaussians fitted to features: ``|m - m'|² + tr(S + S' - 2 (S S')^(1/2))``.
+
+    With features of an Inception network this is FID (Heusel et al. 2017, arXiv 1706.08500). Computed in float64 from
+    unbiased covariances; biased upwards for few samples, so compare only equal sample sizes.
+
+    Args:
+        x: ``(n, d)`` features of generated samples.
+        y: ``(m, d)`` features of real samples.
+
+    >>> round(frechet_distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [3.0]])), 6)
+    1.0
+    """
+    x, y = checks.samples(x, y, "x", "y")
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"frechet_distance needs at least two samples a side; got {len(x)} and {len(y)}")
+    x, y = x.detach().double(), y.detach().double()
+    cov_x, cov_y = (torch.atleast_2d(torch.cov(f.T)) for f in (x, y))
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
+    shift = (x.mean(0) - y.mean(0)).square().sum()
+    return max(0.0, float(shift + cov_x.trace() + cov_y.trace() - 2 * cross))
+
+
+def fid(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    extractor: Callable[[Tensor], Tensor] | None = None,
+    weights: str | None = None,
+    batch_size: int = 100,
+) -> float:
+    """Fréchet inception distance of images, by torchmetrics, or of a feature extractor of one's own.
+
+    Args:
+        generated: ``(n, 3, H, W)`` in [-1, 1]; any samples ``(n, d…)`` with an extractor.
+        real: ``(m, 3, H, W)``, the same.
+        extractor: samples ``(B, d…)`` to features ``(B, k)``; needs no further package and no network.
+        weights: path of the Inception weights of torch-fidelity; None lets it fetch them.
+        batch_size: images a call.
+
+    Raises:
+        ImportError: no extractor, and torchmetrics (extra ``fid``) is not installed.
+    """
+    if extractor is not None:
+        return frechet_distance(in_batches(extractor, generated, batch_size), in_batches(extractor, real, batch_size))
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise ImportError(
+            "fid without an extractor needs torchmetrics: pip install 'minibatch-transport[fid]'; or give extractor, a "
+            "function from images to features"
+        ) from error
+    measure = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=weights).to(generated.device)
+    for images, are_real in ((generated, False), (real, True)):
+        for part in images.split(batch_size):
+            measure.update((part.clamp(-1, 1) + 1) / 2, real=are_real)
+    return float(measure.compute())
+
+
+def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int) -> Tensor:
+    """A function of samples applied to some at a time, without gradients."""
+    with torch.no_grad():
+        return torch.cat([function(part) for part in x.split(checks.count(batch_size, "batch_size"))])
 
 
 def _speeds(model: VelocityModel, x0: Tensor, y: Any, steps: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,9 +20,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from flows import checkpoint
 from flows.checkpoint import CheckpointError
 from flows.conditions import drop_conditions
-from flows.interrupt import Interrupted, Signals
+from flows.interrupt import Interrupted, NonFiniteLoss, Signals
 from flows.loader import CoupledLoader, worker_death
-from flows.logs import RunLog
+from flows.logs import RunLog, TrainResult
 from flows.matching import FlowBatch, along_path, regression_loss
 from flows.paths import LinearPath, Path, check_path
 from flows.seeds import derive_seed, generator_at
@@ -31,21 +30,6 @@ from mbot import __version__, checks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SIGNAL, _NON_FINITE = 1, 2
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient stopped being a number; the weights of the last checkpoint are untouched."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Facts of a finished run: steps done, last loss, seconds of this call, of which waiting for the loader."""
-
-    step: int
-    loss: float
-    seconds: float
-    wait_seconds: float
-    checkpoint: FilePath | None
 
 
 class Trainer:

@@ -9,6 +9,7 @@ from setenc.decoders import (
     MLPDecoder,
     SetTransformerDecoder,
 )
+from setenc.encode import encode
 from setenc.encoder import UMBC
 from setenc.pooling import DeepSetsPooling, GatedAttentionPooling, Pooling, SlotPooling
 from setenc.ragged import Ragged
@@ -29,4 +30,5 @@ __all__ = [  # noqa: RUF022 - plain order, as in the other packages
     "SetTransformerDecoder",
     "SlotPooling",
     "UMBC",
+    "encode",
 ]

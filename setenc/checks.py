@@ -92,6 +92,21 @@ def element_weights(weights: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     return weights
 
 
+def constant(x: Any, name: str) -> None:
+    """The driver's backward passes gradients on to the parameters and to a whole tensor of elements only."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name} must not require gradients in encode. Detach it, or give the whole set as one tensor")
+
+
+def same_chunks(first: int, second: int) -> None:
+    """Both passes over a user's chunks see as many."""
+    if first != second:
+        raise ValueError(
+            f"the chunks must be the same in both passes; the first saw {first}, the second "
+            f"{'more' if second > first else second}. The callable must return a fresh iterator each time"
+        )
+
+
 def packed_weights(weights: Any, values: Tensor) -> Tensor:
     """Weights ``(T,)`` of the elements of a ragged batch."""
     if not isinstance(weights, Tensor) or weights.shape != values.shape[:1]:

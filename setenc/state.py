@@ -36,7 +36,7 @@ class SetState:
         mass: ``(B, H, K)`` sums of weights in units of ``exp(peak)``.
         peak: ``(B, H, K)`` largest log-weight so far, -inf before the first element.
         count: ``(B,)`` number of elements so far, or the sum of their weights.
-        slots: ``(K, h)`` the slots of this stream, sampled once; ``(0, 0)`` for poolings without slots.
+        slots: ``(K, h)`` the slots of this stream as the pooling projects them, sampled once; ``(0, 0)`` without slots.
 
     >>> pooling = setenc.DeepSetsPooling(3, 8, "mean")
     >>> state = pooling.update(pooling.init_state(2), torch.randn(2, 5, 3))
@@ -132,9 +132,11 @@ class SetState:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group)
         scale = _scale(self.peak, peak)
         parts = (self.total * scale[..., None], self.mass * scale)
-        sums = _SumOverRanks.apply(torch.cat([part.flatten() for part in parts]), group)
-        total, mass = sums.split([part.numel() for part in parts])
-        count = _SumOverRanks.apply(self.count, group)
+        total, mass = _sum_over_ranks(torch.cat([part.flatten() for part in parts]), group).split(
+            [part.numel() for part in parts]
+        )
+        count = self.count.detach().clone()
+        dist.all_reduce(count, dist.ReduceOp.SUM, group)
         if self.is_maximum:
             peak = _first_rank_at(peak, self.peak, group)
         return SetState(total.view_as(self.total), mass.view_as(self.mass), peak, count, self.slots)
@@ -203,10 +205,15 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient, None
 
 
+def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    # A rank without elements takes part in the backward of the others.
+    return _SumOverRanks.apply(values if values.requires_grad else values.detach().requires_grad_(), group)
+
+
 def _first_rank_at(peak: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The common ``peak``, with its gradient on the first rank that holds it."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     first = torch.where(mine.detach() == peak, rank, size)
     dist.all_reduce(first, dist.ReduceOp.MIN, group)
     held = torch.where((first == rank) & (peak > -torch.inf), mine, 0)
-    return torch.where(peak > -torch.inf, _SumOverRanks.apply(held, group), peak)
+    return torch.where(peak > -torch.inf, _sum_over_ranks(held, group), peak)

@@ -71,3 +71,24 @@ def moons(
     points = torch.stack((label + sign * angle.cos(), label / 2 + sign * angle.sin()), 1)
     shift = noise * draw(torch.rand, n, 1, generator=generator, device=cpu)
     return 3 * (points + shift) - 1, label
+
+
+def checkerboard(n: int, *, squares: int = 4, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Points spread evenly over the dark squares of a board on ``[-4, 4]²``.
+
+    Args:
+        n: number of points.
+        squares: a side; even.
+        generator: source of randomness.
+
+    Returns:
+        ``(n, 2)`` float32 points, ``(n,)`` int64 columns of the board.
+    """
+    checks.count(n, "n")
+    if checks.count(squares, "squares", at_least=2) % 2:
+        raise ValueError(f"squares must be even; got {squares}")
+    cpu = torch.device("cpu")
+    column = draw(torch.rand, n, generator=generator, device=cpu).mul(squares).long()
+    row = 2 * draw(torch.rand, n, generator=generator, device=cpu).mul(squares // 2).long() + column % 2
+    inside = draw(torch.rand, n, 2, generator=generator, device=cpu)
+    return (torch.stack((column, row), 1) + inside) * (8 / squares) - 4, column

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -34,3 +36,26 @@ def test_c2ot_moons_keeps_finished_runs(tmp_path):
     assert second[0] == first[0]
     assert {(r["condition"], r["coupling"]) for r in second} == {("x", "c2ot"), ("x", "fm"), ("none", "fm")}
     assert "| x | fm | 1 |" in (tmp_path / "c2ot_moons.md").read_text()
+
+
+def test_couplings_on_digits_keeps_finished_runs(tmp_path):
+    script = (EXAMPLES / "couplings_on_digits.py", "--steps", 4, "--samples", 40, "--out", tmp_path, "--couplings")
+    run(*script, "fm", "--seeds", 0)
+    first = json.loads((tmp_path / "couplings_on_digits.json").read_text())["runs"]
+    done = run(*script, "fm", "wcfm", "--seeds", 0)
+    assert json.loads((tmp_path / "couplings_on_digits.json").read_text())["runs"][0] == first[0]
+    assert "| W-CFM |" in done.stdout
+    assert "| OT |" not in done.stdout
+
+
+def test_single_cell_leaves_each_inner_time_out(tmp_path):
+    rng = np.random.default_rng(0)
+    t = np.repeat(np.arange(4), 30)
+    np.savez(tmp_path / "cells.npz", x=rng.normal(size=(120, 3)) + t[:, None], t=t)
+    done = run(
+        EXAMPLES / "single_cell.py", "--data", tmp_path / "cells.npz", "--steps", 3, "--seeds", 0, "--out", tmp_path
+    )
+    assert "| method | t = 1 | t = 2 | mean |" in done.stdout
+    errors = json.loads((tmp_path / "single_cell_cells.json").read_text())["errors"]
+    assert set(errors) == {"unmoved", "middle of OT pairs", "I-CFM", "OT-CFM", "SB-CFM"}
+    assert errors["middle of OT pairs"]["1"][0] < errors["unmoved"]["1"][0]

@@ -51,3 +51,13 @@ def test_seeds_and_errors():
         )
         with pytest.raises(ValueError, match="n must be at least 1"):
             make(0, generator=None)
+
+
+def test_checkerboard():
+    x, column = datasets.checkerboard(4000, generator=torch.Generator().manual_seed(0))
+    cell = ((x + 4) / 2).floor().long()
+    assert torch.equal(cell[:, 0], column)
+    assert bool(((cell.sum(1)) % 2 == 0).all())
+    assert torch.bincount(4 * cell[:, 0] + cell[:, 1])[[0, 2, 5, 7, 8, 10, 13, 15]].min() > 400
+    with pytest.raises(ValueError, match="even"):
+        datasets.checkerboard(4, squares=3)

@@ -142,6 +142,12 @@ def test_conditions_of_several_kinds_travel():
         assert batch.y["label"].tolist() == [i % 2 for i in batch.index.tolist()]
 
 
+def test_several_conditions_reach_a_coupling_that_looks_at_them():
+    coupling = mbot.ConditionalOTCoupling({"label": "discrete"})
+    for batch in loader(Items(), coupling=coupling, batch_size=6, ot_batch_size=12):
+        assert [int(n[1:]) % 2 for n in batch.y["name"]] == batch.y["label"].tolist()
+
+
 def test_the_last_batch_can_be_kept():
     batches = list(loader(labelled(31), drop_last=False))
     assert [len(b) for b in batches] == [4] * 6 + [4, 3]
@@ -203,6 +209,13 @@ def test_a_worker_that_dies_is_explained_and_the_position_kept():
     assert done.stdout.startswith("a data worker died (")
     assert "lower num_workers" in done.stdout
     assert done.stdout.endswith("at True\n")
+
+
+def test_batches_arrive_on_the_device_they_are_wanted_on(device):
+    for workers in (0, 1):
+        batches = list(loader(device=device, coupling=mbot.WeightedCoupling(reg=1.0), num_workers=workers))
+        assert {t.device.type for t in (batches[0].x0, batches[0].x1, batches[0].y, batches[0].weight)} == {device.type}
+        assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(N))
 
 
 class Broken(Items):

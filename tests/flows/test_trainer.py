@@ -6,7 +6,10 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ import flows
 from flows import checkpoint
 from tests.flows.toy_run import STEPS, Net, trainer, weights
 
+ROOT = Path(__file__).parents[2]
 fork = multiprocessing.get_context("fork")
 
 
@@ -304,6 +308,18 @@ def test_previews_and_reports(straight, tmp_path):
     assert float(row["grad_norm"]) > 0
 
 
+def test_tensorboard_files_and_what_they_need(tmp_path, monkeypatch):
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(ImportError, match="pip install tensorboard"):
+            trainer(tmp_path, tensorboard=True).fit()
+    pytest.importorskip("tensorboard")
+    with pytest.raises(ValueError, match="give the run a folder"):
+        trainer(tensorboard=True).fit()
+    trainer(tmp_path, tensorboard=True, steps=4).fit()
+    assert [p.name.startswith("events") for p in (tmp_path / "tensorboard").iterdir()] == [True]
+
+
 def test_the_rate_warms_up_and_decays():
     rates = []
     for steps in (None, 10):
@@ -357,3 +373,44 @@ def test_bad_settings(settings, error, says):
         flows.Trainer(Net(), [1, 2], steps=3)
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         flows.Trainer(lambda t, x, y: x, trainer().loader, steps=3)
+
+
+DYING = """
+import os, sys, torch
+import flows
+from tests.flows.toy_run import trainer
+
+class Dies(torch.utils.data.Dataset):
+    def __len__(self):
+        return 60
+    def __getitem__(self, i):
+        if i == 59 and os.environ.get("DIE"):
+            os._exit(3)
+        return torch.full((2,), float(i)), i % 3
+
+run = trainer(sys.argv[1], loader={"num_workers": 1, "shuffle": False, "prefetch": 1}, checkpoint_every=1)
+run.loader.batches.dataset = Dies()
+try:
+    print("done", run.fit(resume=True).step)
+except RuntimeError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_data_worker_that_dies_costs_nothing_but_a_restart(tmp_path):
+    """Sample 59 kills the worker in the first run; the second goes on and the two end where a whole one does."""
+
+    def start(folder, **environment):
+        command = [sys.executable, "-c", DYING, str(tmp_path / folder)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, check=True, env={**os.environ, **environment}
+        )
+        return done.stdout
+
+    assert "RuntimeError a data worker died" in start("two", DIE="1")
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "two" / "checkpoints"))["step"]
+    assert 0 < saved < STEPS
+    assert start("two") == f"done {STEPS}\n"
+    start("one")
+    ends = [checkpoint.load(checkpoint.path_of(tmp_path / f / "checkpoints", STEPS))["model"] for f in ("one", "two")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

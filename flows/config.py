@@ -1,0 +1,291 @@
+"""Typed settings of the command line: one flat dataclass a command, read from flags and TOML or YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Data = Literal[
+    "digits", "mnist", "fashion-mnist", "cifar10", "folder", "arrays", "eight-gaussians", "moons", "checkerboard"
+]
+Coupling = Literal["auto", "fm", "ot", "c2ot", "wcfm"]
+Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
+Model = Literal["auto", "mlp", "digits", "mnist", "cifar10-otcfm", "cifar10-c2ot", "imagenet32-c2ot"]
+
+
+class ConfigError(ValueError):
+    """Settings that do not fit together, or a file with unknown or mistyped keys."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a flow and end with samples and a table of metrics.
+
+    Writes into --out: config.toml (these settings, resolved), checkpoints/, metrics.csv, samples/*.png, evaluation.json
+    and evaluation.md. Exit codes: 0 done, 2 wrong settings, 3 unusable checkpoint or data, 4 loss not finite, 75
+    stopped by SIGTERM or SIGINT after saving (run the same command with --resume).
+    """
+
+    out: Path = Path("runs/flow")
+    """Folder of the run."""
+    config: Path | None = None
+    """TOML or YAML file with settings under these names; flags win over it."""
+    preset: Literal["none", "cifar10-c2ot", "cifar10-otcfm", "imagenet32-c2ot"] = "none"
+    """Settings of a paper; the file and the flags win over it."""
+    data: Data = "digits"
+    """What to learn. digits and the planar families need no files."""
+    data_root: Path | None = None
+    """Folder (mnist, fashion-mnist, cifar10, folder) or file (arrays: .npy, .npz with x and y) of the data."""
+    download: bool = False
+    """Fetch missing data through torchvision, where that is installed."""
+    image_size: int = 32
+    """Pixels a side of the images of a folder."""
+    flip: bool = False
+    """Mirror a random half of the images."""
+    conditional: bool = True
+    """Train with the data's labels or condition vectors, where it has some."""
+    coupling: Coupling = "auto"
+    """Independent pairs, OT, conditional OT, weighted pairs. Without conditions c2ot is ot. auto: c2ot; for the
+    Schrödinger bridge its entropic pairs."""
+    target_ratio: float | None = None
+    """Of c2ot with continuous conditions: the ratio r that its weight is chosen for (paper: 0.01)."""
+    reg: float | None = None
+    """Temperature of wcfm; by default 0.09 sqrt(d), the paper's choice on CIFAR-10."""
+    path: Literal["linear", "schrodinger-bridge", "target", "variance-preserving"] = "linear"
+    """How pairs are connected."""
+    sigma: float | None = None
+    """Noise of the path; by default the path's own."""
+    model: Model = "auto"
+    """auto: the preset that fits the data, an MLP for points."""
+    steps: int = 1500
+    """Optimiser steps."""
+    batch_size: int = 128
+    """Pairs a training step (and process)."""
+    ot_batch_size: int = 640
+    """Pairs coupled at once, a multiple of batch_size."""
+    coupling_scope: Literal["rank", "global"] = "rank"
+    """Under torchrun: couple the batch of each process, or all of them together."""
+    num_workers: int = 0
+    """Worker processes that load and couple; 0: a background thread."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of Adam."""
+    eps: float = 1e-8
+    """Of Adam."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "linear"] = "linear"
+    """Learning rate after the warm-up."""
+    ema: float | None = 0.999
+    """Decay of the averaged weights that are sampled from; None for none."""
+    clip: float | None = 1.0
+    """Largest gradient norm; None for no clipping."""
+    accumulate: int = 1
+    """Training batches an optimiser step."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    dropout: float | None = None
+    """Of the U-Net; by default its preset's."""
+    condition_dropout: float = 0.1
+    """Share of conditions dropped, so that samples can be guided; 0 for none."""
+    guidance: float = 1.0
+    """Guidance scale of the samples at the end; 1 for none."""
+    seed: int = 0
+    """Of everything."""
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints kept."""
+    log_every: int = 50
+    """Steps between rows of metrics.csv."""
+    preview_every: int | None = None
+    """Steps between grids of samples; None for one at the end."""
+    evaluate: int = 1000
+    """Samples that the table at the end is measured on; 0 for no table."""
+    tensorboard: bool = False
+    """Write TensorBoard event files."""
+    progress: bool = True
+    """Show a progress bar."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out (or from the start where there is none)."""
+    resume_from: Path | None = None
+    """Go on from this checkpoint."""
+
+
+@dataclass(frozen=True)
+class DiagnoseConfig:
+    """Report what a coupling does to a data set before anything is trained: cost, skew, unique samples, advice."""
+
+    data: Data = "digits"
+    """What is paired with standard normal noise."""
+    data_root: Path | None = None
+    """Folder or file of the data."""
+    download: bool = False
+    """Fetch missing data through torchvision, where that is installed."""
+    image_size: int = 32
+    """Pixels a side of the images of a folder."""
+    conditional: bool = True
+    """Use the data's conditions."""
+    coupling: Coupling = "auto"
+    """Independent pairs, OT, conditional OT (auto), or weighted pairs."""
+    target_ratio: float | None = None
+    """Of c2ot with continuous conditions."""
+    reg: float | None = None
+    """Temperature of wcfm."""
+    num: int = 1000
+    """Samples in the batch that is coupled."""
+    seed: int = 0
+    """Of everything."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw samples from a trained run: a picture, and an .npz file with samples, conditions and noise."""
+
+    run: Path
+    """Folder of the run."""
+    checkpoint: Path | None = None
+    """A certain checkpoint; by default the newest."""
+    num: int = 100
+    """How many."""
+    label: int | None = None
+    """Class of all samples; by default all classes in turn."""
+    guidance: float = 1.0
+    """Guidance scale; 1 for none, negative leads away from the class."""
+    method: Method = "dopri5"
+    """Solver."""
+    steps: int | None = None
+    """Steps of a fixed-step solver."""
+    tolerance: float = 1e-4
+    """Of dopri5, relative and absolute."""
+    seed: int = 0
+    """Of the noise."""
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+    out: Path | None = None
+    """Prefix of the files written; by default samples/sample in the run's folder."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a trained run with few and many steps; prints a table and writes evaluation.json and evaluation.md."""
+
+    run: Path
+    """Folder of the run."""
+    checkpoint: Path | None = None
+    """A certain checkpoint; by default the newest."""
+    num: int = 1000
+    """Samples a row of the table."""
+    guidance: float = 1.0
+    """Guidance scale; 1 for none."""
+    seed: int = 0
+    """Of noise and classifier."""
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    # Cheng and Schwing 2025 (arXiv 2503.10636), their CIFAR-10 run: two GPUs of this batch size
+    "cifar10-c2ot": {
+        "data": "cifar10", "model": "cifar10-c2ot", "flip": True, "coupling": "c2ot", "steps": 100_000,
+        "batch_size": 128, "ot_batch_size": 640, "lr": 2e-4, "betas": (0.9, 0.95), "eps": 1e-6, "warmup": 5000,
+        "decay": "constant", "ema": 0.9999, "clip": 1.0, "precision": "bf16", "compile": True,
+        "condition_dropout": 0.0, "checkpoint_every": 5000, "preview_every": 10_000,
+    },
+    # Tong et al. 2024 (arXiv 2302.00482), unconditional
+    "cifar10-otcfm": {
+        "data": "cifar10", "model": "cifar10-otcfm", "flip": True, "coupling": "ot", "conditional": False,
+        "steps": 400_000, "batch_size": 128, "ot_batch_size": 128, "lr": 2e-4, "betas": (0.9, 0.999), "warmup": 5000,
+        "decay": "constant", "ema": 0.9999, "clip": 1.0, "condition_dropout": 0.0, "checkpoint_every": 20_000,
+        "preview_every": 20_000,
+    },
+    # Cheng and Schwing 2025, ImageNet-32 with text features: four GPUs; --data arrays with x (images) and y (features)
+    "imagenet32-c2ot": {
+        "data": "arrays", "model": "imagenet32-c2ot", "flip": True, "coupling": "c2ot", "target_ratio": 0.2,
+        "steps": 300_000, "batch_size": 128, "ot_batch_size": 6400, "lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-6,
+        "warmup": 20_000, "decay": "linear", "ema": 0.9999, "clip": 1.0, "precision": "bf16", "compile": True,
+        "condition_dropout": 0.0, "checkpoint_every": 10_000, "preview_every": 20_000,
+    },
+}  # fmt: skip
+"""Settings of the papers' image runs, by name (flows' command line: --preset)."""
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A TOML, YAML or JSON file as a dict of settings; dashes in names count as underscores."""
+    try:
+        text = path.read_text()
+        if path.suffix == ".toml":
+            values = tomllib.loads(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            try:
+                import yaml  # type: ignore[import-untyped, import-not-found, unused-ignore]
+            except ImportError as error:
+                raise ConfigError("a YAML file needs pyyaml: pip install pyyaml, or use TOML") from error
+            values = yaml.safe_load(text)
+        else:
+            raise ConfigError(f"settings are read from .toml, .yaml, .yml or .json files; got {path}")
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold names and values; got {type(values).__name__}")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def typed(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Plain values as the types of a settings class; unknown names and wrong types are refused.
+
+    Raises:
+        ConfigError: names what is wrong and what there is.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}. Known: {', '.join(hints)}")
+    return {name: _convert(value, hints[name], f"{name} in {where}") for name, value in values.items()}
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in options:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return (
+            None if value in (None, "none") else _convert(value, next(o for o in options if o is not type(None)), name)
+        )
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(options):
+            raise ConfigError(f"{name} must be {len(options)} values; got {value!r}")
+        return tuple(_convert(v, o, name) for v, o in zip(value, options, strict=True))
+    if hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} must be of type {hint.__name__}; got {value!r}")
+    return value
+
+
+def to_toml(config: Any) -> str:
+    """A settings object as a TOML file that `read_file` and `typed` take back to the same object."""
+
+    def text(value: Any) -> str:
+        plain = "none" if value is None else str(value) if isinstance(value, Path) else value
+        return json.dumps(plain, ensure_ascii=False)
+
+    return "".join(f"{f.name} = {text(getattr(config, f.name))}\n" for f in dataclasses.fields(config))

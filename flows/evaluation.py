@@ -1,0 +1,142 @@
+"""The table at the end of a run: samples of few and many steps, measured against the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flows import metrics
+from flows.seeds import derive_seed, generator_at
+from flows.tasks import Task, generate
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "Euler-2": {"method": "euler", "steps": 2},
+    "Euler-5": {"method": "euler", "steps": 5},
+    "Euler-10": {"method": "euler", "steps": 10},
+    "adaptive": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4},
+}
+
+
+class SmallClassifier(nn.Module):
+    """Two convolutions and a layer of 64 features, on which samples are compared; returns logits."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU(),
+        )  # fmt: skip
+        self.logits = nn.Linear(64, max(1, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to logits."""
+        return self.logits(self.features(x))
+
+
+def train_classifier(
+    task: Task, seed: int, *, steps: int = 500, largest: int = 20_000
+) -> tuple[SmallClassifier, float]:
+    """A small classifier of a labelled data set and its accuracy on a held-out tenth (at most ``largest`` samples)."""
+    generator = generator_at(seed, "classifier")
+    x, y = task.draw(largest, generator)
+    if y is None:
+        raise ValueError("a classifier needs labels")
+    held = len(x) // 10
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "classifier"))
+        model = SmallClassifier(task.shape[0], task.num_classes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        rows = held + torch.randint(len(x) - held, (128,), generator=generator)
+        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    accuracy = metrics.condition_consistency(model, x[:held], y[:held]).accuracy
+    return model, accuracy
+
+
+def evaluate(
+    model: Any, task: Task, *, num: int, seed: int, guidance: float = 1.0, classifier: SmallClassifier | None = None
+) -> dict[str, Any]:
+    """Measure a model with each of `SOLVERS`.
+
+    Images with labels: consistency and Fréchet distance by a small classifier that is trained here; other images:
+    sliced W2. Points: squared W2 (exact), straightness. The row "data" compares the data with themselves: what a
+    perfect model would reach.
+
+    Args:
+        model: velocity model in eval mode.
+        task: its data.
+        num: samples a row; at most half of the data.
+        seed: of noise and classifier.
+        guidance: guidance scale.
+        classifier: to measure by, in place of a fresh one.
+
+    Returns:
+        ``{"rows": {solver: {measure: value}}, "facts": {...}}``, plain values.
+    """
+    generator = generator_at(seed, "evaluate")
+    real, labels = task.draw(2 * num, generator)
+    num = len(real) // 2
+    reference, other = real[:num], real[num : 2 * num]
+    y = task.conditions(num, generator)
+    facts: dict[str, Any] = {"samples": num, "guidance": guidance}
+    measure: Callable[[Tensor, Tensor | None], dict[str, float]]
+    if task.images and task.num_classes:
+        if classifier is None:
+            classifier, facts["classifier_accuracy"] = train_classifier(task, seed)
+        judge = classifier
+        features = metrics.in_batches(judge.features, reference, 500)
+
+        def measure(x: Tensor, y: Tensor | None) -> dict[str, float]:
+            assert y is not None
+            found = metrics.condition_consistency(judge, x, y)
+            distance = metrics.frechet_distance(metrics.in_batches(judge.features, x, 500), features)
+            return {"consistency": found.accuracy, "cross-entropy": found.cross_entropy, "Fréchet": distance}
+
+    elif task.images:
+
+        def measure(x: Tensor, y: Tensor | None) -> dict[str, float]:
+            return {"sliced W2": metrics.sliced_wasserstein2(x, reference, generator=generator_at(seed, "sliced"))}
+
+    else:
+
+        def measure(x: Tensor, y: Tensor | None) -> dict[str, float]:
+            return {"W2²": metrics.squared_wasserstein2(x, reference)}
+
+    rows: dict[str, dict[str, float]] = {}
+    for name, solver in SOLVERS.items():
+        x, _, nfe = generate(model, task, y, num, generator_at(seed, "noise"), guidance=guidance, **solver)
+        rows[name] = {"NFE": nfe, **measure(x, y)}
+    rows["data"] = {"NFE": 0, **measure(other, None if labels is None else labels[num : 2 * num])}
+    if not task.images:
+        x0 = torch.randn(num, *task.shape, generator=generator_at(seed, "noise"))
+        facts["straightness"] = metrics.straightness(model, x0, y=y)
+        facts["path_energy"] = metrics.path_energy(model, x0, y=y)
+    return {"rows": rows, "facts": facts}
+
+
+def as_table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    rows = result["rows"]
+    columns = list(next(iter(rows.values())))
+    lines = ["| solver | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [f"{row[c]:.0f}" if c == "NFE" and row[c] == int(row[c]) else f"{row[c]:.4g}" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    facts = "; ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in result["facts"].items())
+    return "\n".join([*lines, "", f"{facts}."])
+
+
+def write(result: dict[str, Any], out: Path) -> None:
+    """``evaluation.json`` and ``evaluation.md`` in a folder."""
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (out / "evaluation.md").write_text(as_table(result) + "\n")

@@ -1,0 +1,262 @@
+"""From settings to objects: data, coupling, model and trainer of a command-line run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+import mbot
+from flows import checkpoint, datasets, paths
+from flows.config import ConfigError, DiagnoseConfig, TrainConfig, read_file, typed
+from flows.guidance import GuidedModel
+from flows.integrate import integrate
+from flows.loader import CoupledLoader
+from flows.models import PRESETS, ResidualMLP, UNet
+from flows.rates import warmup_schedule
+from flows.seeds import derive_seed, generator_at
+from flows.trainer import Trainer
+
+_PLANAR = ("eight-gaussians", "moons", "checkerboard")
+_PATHS = {
+    "linear": paths.LinearPath,
+    "schrodinger-bridge": paths.SchrodingerBridgePath,
+    "target": paths.TargetPath,
+    "variance-preserving": paths.VariancePreservingPath,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A data set and what a model of it must know.
+
+    Attributes:
+        dataset: map-style.
+        shape: of a sample.
+        num_classes: of labels, or 0.
+        condition_dim: of condition vectors, or 0.
+    """
+
+    dataset: Dataset[Any]
+    shape: tuple[int, ...]
+    num_classes: int = 0
+    condition_dim: int = 0
+
+    @property
+    def images(self) -> bool:
+        """Whether samples are images."""
+        return len(self.shape) == 3
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Samples and conditions drawn without replacement, as many as there are up to ``n``."""
+        rows = torch.randperm(len(self.dataset), generator=generator)[:n]  # type: ignore[arg-type]
+        items = [self.dataset[int(row)] for row in rows]
+        if not isinstance(items[0], (tuple, list)):
+            return torch.stack(items), None
+        x = torch.stack([item[0] for item in items])
+        if len(items[0]) == 1 or not (self.num_classes or self.condition_dim):
+            return x, None
+        return x, torch.stack([torch.as_tensor(item[1]) for item in items])
+
+    def conditions(self, n: int, generator: torch.Generator) -> Tensor | None:
+        """Conditions to sample for: every class in turn, or vectors of the data."""
+        if self.num_classes:
+            return torch.arange(n) % self.num_classes
+        if not self.condition_dim:
+            return None
+        rows = torch.randint(len(self.dataset), (n,), generator=generator)  # type: ignore[arg-type]
+        return torch.stack([self.dataset[int(row)][1] for row in rows])
+
+
+def load_task(config: TrainConfig | DiagnoseConfig) -> Task:
+    """The data set of a configuration.
+
+    Raises:
+        ConfigError: it needs --data-root.
+        FileNotFoundError, ValueError: the files are missing or damaged.
+    """
+    name, root, flip = config.data, config.data_root, getattr(config, "flip", False)
+    if root is None and name not in ("digits", *_PLANAR):
+        raise ConfigError(f"--data {name} is read from files: say where they are with --data-root")
+    dataset: Any
+    if name in _PLANAR:
+        generator = generator_at(config.seed, "data")
+        made = getattr(datasets, name.replace("-", "_"))(20_000, generator=generator)
+        dataset = TensorDataset(*made) if isinstance(made, tuple) else TensorDataset(made)
+    elif name == "digits":
+        dataset = datasets.digits()
+    elif name == "cifar10":
+        dataset = datasets.cifar10(root or "", flip=flip, download=config.download)
+    elif name == "folder":
+        dataset = datasets.ImageFolder(root or "", config.image_size, flip=flip)
+    elif name == "arrays":
+        dataset = datasets.load_arrays(root or "", y="y" if config.conditional else None)
+    else:
+        dataset = datasets.mnist(root or "", name=name, download=config.download)
+    if isinstance(dataset, datasets.ImageData):
+        dataset.flip = flip
+        if not config.conditional:
+            dataset.labels = None
+    elif isinstance(dataset, TensorDataset) and not config.conditional:
+        dataset = TensorDataset(dataset.tensors[0])
+    item = dataset[0]
+    if not isinstance(item, (tuple, list)) or len(item) == 1 or not config.conditional:
+        return Task(dataset, tuple((item[0] if isinstance(item, (tuple, list)) else item).shape))
+    x, y = item
+    if torch.is_tensor(y) and y.is_floating_point():
+        return Task(dataset, tuple(x.shape), condition_dim=y.numel())
+    if isinstance(dataset, TensorDataset):
+        return Task(dataset, tuple(x.shape), num_classes=int(dataset.tensors[1].max()) + 1)
+    return Task(dataset, tuple(x.shape), num_classes=len(dataset.classes))
+
+
+def build_coupling(config: TrainConfig | DiagnoseConfig, task: Task) -> mbot.Coupling:
+    """The coupling of a configuration."""
+    if config.coupling == "auto" and isinstance(config, TrainConfig) and config.path == "schrodinger-bridge":
+        return build_path(config).default_coupling()
+    if config.coupling == "fm":
+        return mbot.IndependentCoupling()
+    if config.coupling == "wcfm":
+        features = torch.Size(task.shape).numel()
+        return mbot.WeightedCoupling(reg=config.reg or 0.09 * features**0.5)
+    if config.coupling == "ot" or not (task.num_classes or task.condition_dim):
+        return mbot.OTCoupling()
+    if task.num_classes:
+        return mbot.ConditionalOTCoupling("discrete")
+    return mbot.ConditionalOTCoupling("continuous", target_ratio=config.target_ratio)
+
+
+def build_path(config: TrainConfig) -> paths.Path:
+    """The path of a configuration."""
+    kind: Any = _PATHS[config.path]
+    return kind() if config.sigma is None else kind(sigma=config.sigma)
+
+
+def build_model(config: TrainConfig, task: Task) -> nn.Module:
+    """A freshly initialised model, the same for the same seed."""
+    conditions = {"num_classes": task.num_classes, "condition_dim": task.condition_dim}
+    name = config.model
+    if name == "auto":
+        fits = [key for key, sizes in PRESETS.items() if task.images and sizes["image_size"] >= task.shape[-1]]
+        name = fits[0] if fits else "mlp"  # type: ignore[assignment]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "model"))
+        if name == "mlp":
+            return ResidualMLP(torch.Size(task.shape).numel(), **conditions)
+        if not task.images:
+            raise ConfigError(f"--model {name} is for images; {config.data} has samples of shape {task.shape}")
+        changes: dict[str, Any] = {"in_channels": task.shape[0], "image_size": task.shape[-1]}
+        if config.dropout is not None:
+            changes["dropout"] = config.dropout
+        shift = PRESETS[name]["image_size"] / task.shape[-1]
+        changes["attention"] = tuple(int(size / shift) for size in PRESETS[name]["attention"])
+        return UNet.preset(name, **changes, **conditions)
+
+
+def device_of(name: str) -> torch.device:
+    """A device by name; ``auto`` is this process's GPU where there is one."""
+    import os
+
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview: Any = None) -> Trainer:
+    """The trainer of a configuration."""
+    model = build_model(config, task).to(device)
+    loader = CoupledLoader(
+        task.dataset,
+        None,
+        build_coupling(config, task),
+        config.batch_size,
+        config.ot_batch_size,
+        config.num_workers,
+        seed=config.seed,
+        device=device,
+        coupling_scope=config.coupling_scope,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps)
+    length = config.steps if config.decay == "linear" else None
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    return Trainer(
+        model,
+        loader,
+        steps=config.steps,
+        path=build_path(config),
+        optimizer=optimizer,
+        scheduler=warmup_schedule(optimizer, warmup=config.warmup, steps=length),
+        out=config.out,
+        seed=config.seed,
+        ema=config.ema,
+        precision=config.precision,
+        clip=config.clip,
+        accumulate=config.accumulate,
+        compile=config.compile,
+        condition_dropout=config.condition_dropout if task.num_classes or task.condition_dim else 0.0,
+        checkpoint_every=config.checkpoint_every,
+        keep=config.keep,
+        log_every=config.log_every,
+        tensorboard=config.tensorboard,
+        progress=config.progress,
+        preview=preview,
+        preview_every=config.preview_every,
+        config=plain,
+    )
+
+
+def load_run(run: Path, which: Path | None, device: torch.device) -> tuple[TrainConfig, Task, nn.Module]:
+    """Settings, data and the (averaged) model of a trained run, in eval mode.
+
+    Raises:
+        ConfigError: no run there.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    settings = run / "config.toml"
+    if not settings.is_file():
+        raise ConfigError(f"{run} is not the folder of a run: it has no config.toml")
+    config = TrainConfig(**typed(TrainConfig, read_file(settings), str(settings)))
+    found = which or checkpoint.latest(run / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{run} has no checkpoint yet")
+    state = checkpoint.load(found)
+    task = load_task(config)
+    model = build_model(config, task)
+    if state["ema"] is None:
+        model.load_state_dict(state["model"])
+    else:
+        averaged = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+        model.load_state_dict(averaged)
+    return config, task, model.to(device).eval()
+
+
+def generate(
+    model: Any,
+    task: Task,
+    y: Tensor | None,
+    n: int,
+    generator: torch.Generator,
+    *,
+    guidance: float = 1.0,
+    batch_size: int = 500,
+    **solver: Any,
+) -> tuple[Tensor, Tensor, float]:
+    """Samples from standard normal noise, on the CPU: ``(x1, x0, mean NFE of a batch)``."""
+    x0 = torch.randn(n, *task.shape, generator=generator)
+    field = model if guidance == 1 or y is None else GuidedModel(model, guidance)
+    device = next(model.parameters()).device
+    ends, evaluations = [], []
+    for begin in range(0, n, batch_size):
+        rows = slice(begin, begin + batch_size)
+        solved = integrate(field, x0[rows].to(device), y=None if y is None else y[rows].to(device), **solver)
+        ends.append(solved.final.cpu())
+        evaluations.append(solved.nfe)
+    return torch.cat(ends), x0, sum(evaluations) / len(evaluations)

@@ -1,0 +1,99 @@
+"""Sets spread over processes: states merge, and gradients are those of one process that holds everything."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import setenc
+
+POOLINGS = (
+    lambda: setenc.SlotPooling(8, 8, 3, num_heads=2),
+    lambda: setenc.SlotPooling(8, 8, 3, num_heads=2, activation="slot-sigmoid", slots="learned"),
+    lambda: setenc.DeepSetsPooling(8, 8, "max"),
+    lambda: setenc.DeepSetsPooling(8, 8, "sum"),
+)
+
+
+def encoder(make):
+    torch.manual_seed(4)
+    extractor = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8))
+    return setenc.UMBC(extractor, make(), setenc.MLPDecoder(8, 2), size_feature=True).double().train()
+
+
+def gradients(enc, x, *, seed, average=False, **options):
+    enc.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    loss = setenc.encode(enc, x, **options).sin().sum()
+    loss.backward()
+    found = {
+        name.removeprefix("module."): torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in enc.named_parameters()
+    }
+    if average:
+        for gradient in found.values():
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+    return (
+        loss.detach(),
+        {name: g.clone() for name, g in found.items()},
+        torch.zeros_like(x) if x.grad is None else x.grad,
+    )
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], gradient, rtol=1e-10, atol=1e-11, msg=name)
+
+
+def worker(rank, world, file):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    everything = dist.group.WORLD
+    x = torch.randn(2, 13, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = x.tensor_split([7] if world == 2 else [7, 7], 1)  # of three ranks, one has no element
+    for make in POOLINGS:
+        enc = encoder(make)
+        whole = gradients(enc, x, seed=0, chunk_size=4, gradient="exact")
+        for mode in ("full", "exact"):
+            options = {"chunk_size": 4, "gradient": mode, "group": everything}
+            split = gradients(enc, parts[rank], seed=rank, average=True, **options)
+            same(split, whole)
+            mine = whole[2].tensor_split([7] if world == 2 else [7, 7], 1)[rank]
+            torch.testing.assert_close(split[2], world * mine, rtol=1e-10, atol=1e-11)
+            if mode == "exact" or world == 2:  # DistributedDataParallel wants gradients on every rank
+                same(gradients(DistributedDataParallel(enc), parts[rank], seed=rank, **options), whole)
+        # Ranks with sets of their own: plain data parallelism, scales applied before the reduction.
+        for mode in ("full", "exact", "sampled"):
+            alone = [gradients(enc, x[:, r:], seed=9, chunk_size=3, gradient=mode) for r in range(world)]
+            mean = {name: sum(a[1][name] for a in alone) / world for name in alone[0][1]}
+            ours = gradients(DistributedDataParallel(enc), x[:, rank:], seed=9, chunk_size=3, gradient=mode)
+            same(ours, (alone[rank][0], mean))
+    states(rank, parts, x)
+    dist.destroy_process_group()
+
+
+def states(rank, parts, x):
+    pooling = setenc.SlotPooling(2, 8, 3).double().train()
+    torch.manual_seed(rank)
+    start = pooling.init_state(2, group=dist.group.WORLD)
+    mine = pooling.update(start, parts[rank]).all_reduce()
+    everything = pooling.update(start.empty(), x)
+    torch.testing.assert_close(pooling.readout(mine), pooling.readout(everything), rtol=1e-12, atol=1e-12)
+    assert mine.count.tolist() == [13, 13]
+    with pytest.raises(ValueError, match="ranks must share their slots"):
+        pooling.init_state(2).all_reduce()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_equal_one_process(world, tmp_path):
+    multiprocessing.spawn(worker, (world, tmp_path / "rendezvous"), nprocs=world)
+
+
+def test_all_reduce_without_a_process_group():
+    with pytest.raises(ValueError, match="init_process_group"):
+        setenc.DeepSetsPooling(2, 2).init_state(1).all_reduce()

@@ -1,0 +1,280 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flows
+import mbot
+from flows import checkpoint, config, tasks
+from flows.__main__ import main, parse
+from flows.config import ConfigError, TrainConfig
+from flows.models import parameter_count
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--model", "mlp", "--batch-size", "32", "--ot-batch-size", "64", "--no-progress", "--device", "cpu"]
+TINY = [*SMALL, "--steps", "6", "--checkpoint-every", "2", "--evaluate", "0", "--seed", "3"]
+
+
+def weights(run, step=6):
+    return checkpoint.load(checkpoint.path_of(run / "checkpoints", step))["model"]
+
+
+def test_train_sample_evaluate(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert (
+        main(["train", "--data", "digits", "--coupling", "c2ot", *TINY[:-6], "--evaluate", "60", "--out", str(run)])
+        == 0
+    )
+    table = capsys.readouterr().out
+    assert "| solver | NFE | consistency | cross-entropy | Fréchet |" in table
+    assert "classifier accuracy" in table
+    assert (run / "samples" / "step-00000006.png").stat().st_size > 1000
+    assert json.loads((run / "evaluation.json").read_text())["rows"]["Euler-2"]["NFE"] == 2
+    assert (run / "evaluation.md").read_text() in table
+    assert main(["sample", "--run", str(run), "--num", "7", "--label", "4", "--guidance", "2", "--method", "euler",
+                 "--steps", "3", "--device", "cpu"]) == 0  # fmt: skip
+    with np.load(run / "samples" / "sample.npz") as drawn:
+        assert drawn["x"].shape == (7, 1, 8, 8)
+        assert (drawn["y"] == 4).all()
+    assert "7 samples at 3 NFE" in capsys.readouterr().out
+    assert main(["evaluate", "--run", str(run), "--num", "40", "--device", "cpu"]) == 0
+    assert "| adaptive |" in capsys.readouterr().out
+    assert main(["sample", "--run", str(run), "--label", "10", "--device", "cpu"]) == 2
+    assert "--label must lie in 0 … 9" in capsys.readouterr().err
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["train", *TINY, "--out", str(whole)]) == 0
+    assert main(["train", *TINY, "--out", str(parts), "--num-workers", "1"]) == 0
+    (parts / "checkpoints" / "step-00000006.pt").unlink()
+    assert main(["train", *TINY, "--out", str(parts)]) == 2
+    assert "holds a run already: --resume" in capsys.readouterr().err
+    assert main(["train", *TINY, "--out", str(parts), "--resume"]) == 0
+    a, b = weights(whole), weights(parts)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_damaged_checkpoint_is_refused_with_the_flag_that_helps(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", *TINY, "--out", str(run)]) == 0
+    last = run / "checkpoints" / "step-00000006.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    assert main(["train", *TINY, "--out", str(run), "--resume"]) == 3
+    said = capsys.readouterr().err
+    assert "truncated or damaged" in said
+    previous = run / "checkpoints" / "step-00000004.pt"
+    assert f"--resume-from {previous}" in said
+    assert main(["train", *TINY, "--out", str(run), "--resume-from", str(previous)]) == 0
+
+
+def test_sigterm_saves_and_the_exit_code_says_so(tmp_path):
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "flows",
+        "train",
+        *SMALL,
+        "--steps",
+        "100000",
+        "--checkpoint-every",
+        "5",
+        "--out",
+        str(run),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while checkpoint.latest(run / "checkpoints") is None and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "--resume to go on" in said
+    assert checkpoint.load(checkpoint.latest(run / "checkpoints"))["step"] > 0
+
+
+def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "flows", "train",
+         *TINY, "--coupling-scope", "global", "--out", str(run)],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written:") == 1
+    state = checkpoint.load(run / "checkpoints" / "step-00000006.pt")
+    assert state["settings"]["processes"] == 2
+    assert len(state["generators"]) == 2
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('lr = 0.5\nbatch-size = 64\nema = "none"\nbetas = [0.1, 0.2]\n')
+    got = parse(TrainConfig, ["--preset", "cifar10-c2ot", "--config", str(file), "--batch-size", "32"], "train")
+    assert (got.lr, got.batch_size, got.ema, got.betas) == (0.5, 32, None, (0.1, 0.2))
+    assert (got.ot_batch_size, got.eps, got.warmup, got.model) == (640, 1e-6, 5000, "cifar10-c2ot")
+
+
+def test_resolved_settings_are_read_back(tmp_path):
+    for preset in config.PRESETS:
+        got = parse(TrainConfig, ["--preset", preset, "--data-root", 'a "quoted" folder', "--clip", "None"], "train")
+        (tmp_path / "config.toml").write_text(config.to_toml(got))
+        again = TrainConfig(**config.typed(TrainConfig, config.read_file(tmp_path / "config.toml"), "file"))
+        assert again == got
+
+
+def test_yaml_and_json_files(tmp_path):
+    pytest.importorskip("yaml")
+    (tmp_path / "a.yaml").write_text("steps: 7\nclip: null\n")
+    got = parse(TrainConfig, ["--config", str(tmp_path / "a.yaml")], "train")
+    assert (got.steps, got.clip) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("stepz = 3", "unknown keys: stepz. Known: out, config, preset"),
+        ('steps = "many"', "steps in .* must be of type int; got 'many'"),
+        ("steps = true", "must be of type int"),
+        ('coupling = "best"', "coupling in .* must be one of 'auto', 'fm', 'ot', 'c2ot', 'wcfm'; got 'best'"),
+        ("betas = [1]", "betas in .* must be 2 values"),
+        ("steps = ", "cannot read"),
+    ],
+)
+def test_bad_files(content, says, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        parse(TrainConfig, ["--config", str(tmp_path / "run.toml")], "train")
+    assert main(["train", "--config", str(tmp_path / "run.toml")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_files_that_are_none(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.json").write_text("[1]")
+    (tmp_path / "a.yaml").write_text("a: 1")
+    for name, says in (("a.txt", "read from .toml"), ("a.json", "names and values"), ("b.toml", "cannot read")):
+        with pytest.raises(ConfigError, match=says):
+            config.read_file(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ConfigError, match="pip install pyyaml, or use TOML"):
+        config.read_file(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data", "mnist"], "--data mnist is read from files: say where they are with --data-root"),
+        (["--data", "moons", "--model", "mnist"], "--model mnist is for images"),
+        (["--device", "tpu9"], "--device tpu9 cannot be used"),
+        (["--ot-batch-size", "100"], "multiple of batch_size=128"),
+        (["--batch-size", "4000", "--ot-batch-size", "4000"], "1797 samples, fewer than one OT batch"),
+    ],
+)
+def test_settings_that_do_not_fit(arguments, says, tmp_path, capsys):
+    assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_and_runs(tmp_path, capsys):
+    assert main(["train", "--data", "mnist", "--data-root", str(tmp_path)]) == 3
+    assert "no mnist under" in capsys.readouterr().err
+    assert main(["sample", "--run", str(tmp_path)]) == 2
+    assert "has no config.toml" in capsys.readouterr().err
+
+
+def test_diagnose_tells_what_a_coupling_does(capsys):
+    assert main(["diagnose", "--data", "digits", "--coupling", "ot", "--num", "300"]) == 0
+    said = capsys.readouterr().out
+    assert "skew" in said
+    assert "C²OT" in said or "ConditionalOT" in said
+
+
+def test_usage(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    assert "diagnose" in capsys.readouterr().out
+    assert main(["fly"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--checkpoint-every", "--coupling-scope", "Share of conditions dropped"):
+        assert flag in text
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--stepz", "3"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape", "classes", "model"),
+    [
+        ([], (1, 8, 8), 10, "UNet"),
+        (["--no-conditional"], (1, 8, 8), 0, "UNet"),
+        (["--data", "moons"], (2,), 2, "ResidualMLP"),
+        (["--data", "eight-gaussians"], (2,), 0, "ResidualMLP"),
+        (["--data", "checkerboard"], (2,), 4, "ResidualMLP"),
+    ],
+)
+def test_data_and_models_fit_each_other(arguments, shape, classes, model):
+    settings = parse(TrainConfig, arguments, "train")
+    task = tasks.load_task(settings)
+    assert (task.shape, task.num_classes) == (shape, classes)
+    built = tasks.build_model(settings, task)
+    assert type(built).__name__ == model
+    x, y = task.draw(3, torch.Generator().manual_seed(0))
+    assert built(torch.rand(3), x, y).shape == x.shape
+    assert (y is None) == (classes == 0)
+
+
+def test_vector_conditions_come_from_array_files(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", x=rng.normal(size=(100, 3)), y=rng.normal(size=(100, 2)))
+    settings = parse(TrainConfig, ["--data", "arrays", "--data-root", str(tmp_path / "a.npz")], "train")
+    task = tasks.load_task(settings)
+    assert task.condition_dim == 2
+    assert tasks.build_coupling(settings, task).condition == "continuous"
+    assert task.conditions(5, torch.Generator().manual_seed(0)).shape == (5, 2)
+    run = tmp_path / "run"
+    arguments = ["--data", "arrays", "--data-root", str(tmp_path / "a.npz"), *TINY, "--out", str(run)]
+    assert main(["train", *arguments]) == 0
+    assert main(["evaluate", "--run", str(run), "--num", "40"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "coupling"),
+    [
+        ([], mbot.ConditionalOTCoupling()),
+        (["--no-conditional"], mbot.OTCoupling()),
+        (["--coupling", "fm"], mbot.IndependentCoupling()),
+        (["--coupling", "ot"], mbot.OTCoupling()),
+        (["--coupling", "wcfm", "--reg", "5"], mbot.WeightedCoupling(reg=5.0)),
+        (["--path", "schrodinger-bridge", "--sigma", "0.5"], flows.SchrodingerBridgePath(sigma=0.5).default_coupling()),
+        (["--path", "schrodinger-bridge", "--coupling", "c2ot"], mbot.ConditionalOTCoupling()),
+    ],
+)
+def test_couplings_by_name(arguments, coupling):
+    settings = parse(TrainConfig, arguments, "train")
+    assert tasks.build_coupling(settings, tasks.load_task(settings)) == coupling
+
+
+def test_paper_presets_have_the_papers_models():
+    class Images:
+        shape, num_classes, condition_dim, images = (3, 32, 32), 10, 0, True
+
+    for preset, count in (("cifar10-c2ot", 83_351_043), ("cifar10-otcfm", 35_746_307)):
+        Images.num_classes = 10 if preset == "cifar10-c2ot" else 0
+        settings = parse(TrainConfig, ["--preset", preset], "train")
+        with torch.device("meta"):
+            assert parameter_count(tasks.build_model(settings, Images())) == count
