@@ -190,3 +190,10 @@ def test_another_data_set_and_unknown_classes_are_refused(fitted):
         by_class(torch.randn(2, 2), data(30), y0=[0, 3], y1=y)
     with pytest.raises(ValueError, match="y1"):
         by_class(torch.randn(2, 2), data(30))
+
+
+def test_flow_matching_trains_on_the_whole_data_set(fitted):
+    points, coupling = fitted
+    batch = flows.FlowMatching(coupling).sample(torch.randn(10, 2), points, torch.arange(64))
+    assert len(batch) == 10
+    torch.testing.assert_close(batch.xt + (1 - batch.t)[:, None] * batch.ut, points[batch.y])
