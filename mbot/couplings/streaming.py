@@ -91,7 +91,7 @@ class Held:
         kernel = self._renewed(self.phi if self.kernel is not None else phi, psi)
         scaled = (psi - self.psi).exp().to(kernel.dtype)
         soft = (kernel @ scaled).double().log() - self.phi
-        return soft if bool(soft.isfinite().all()) else self._exact(self.cost, psi)
+        return soft if bool(soft.sum().isfinite()) else self._exact(self.cost, psi)
 
     def soft_cols(self, phi: Tensor, psi: Tensor) -> Tensor:
         """See `Layout`."""
@@ -100,7 +100,7 @@ class Held:
         top = shift.amax()
         scaled = (shift - top).exp().to(kernel.dtype)
         soft = (scaled @ kernel).double().log() + top - self.psi
-        return soft if bool(soft.isfinite().all()) else self._exact(self.cost.T, phi)
+        return soft if bool(soft.sum().isfinite()) else self._exact(self.cost.T, phi)
 
     def _exact(self, cost: Tensor, potential: Tensor) -> Tensor:
         """A pass without the kernel, for potentials that it underflows at."""
