@@ -165,7 +165,7 @@ class CoupledLoader:
 
     def __len__(self) -> int:
         """Training batches in an epoch."""
-        return self.batches.steps_before(self.batches.per_epoch)
+        return self.batches.steps_per_epoch
 
     def __iter__(self) -> Iterator[CoupledBatch]:
         epoch = self.epoch
