@@ -98,11 +98,10 @@ class OTBatches:
             return self.ot_batch_size // self.batch_size
         return -(-self.rest // self.batch_size)
 
-    def steps_before(self, inside: int) -> int:
-        """Training batches in the first ``inside`` OT batches of an epoch."""
-        return sum(self.steps_in(i) for i in (inside - 1,) if inside > self.full) + min(inside, self.full) * (
-            self.ot_batch_size // self.batch_size
-        )
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches in an epoch."""
+        return self.full * (self.ot_batch_size // self.batch_size) + -(-self.rest // self.batch_size)
 
     def locate(self, epoch: int, batch: int) -> tuple[int, int]:
         """The OT batch that holds training batch ``batch`` of an epoch, and the place inside it."""

@@ -185,7 +185,7 @@ def test_images_arrays_and_dtype():
 
 DYING = """
 import os, torch, mbot
-from flows.loader import CoupledLoader, worker_death
+from flows import CoupledLoader, WorkerDied
 class Dies(torch.utils.data.Dataset):
     def __len__(self):
         return 24
@@ -197,14 +197,13 @@ loader = CoupledLoader(Dies(), None, mbot.OTCoupling(), 2, 2, num_workers=1, shu
 try:
     while True:
         loader.next_batch()
-except RuntimeError as error:
-    print(worker_death(error) or error)
+except WorkerDied as error:
+    print(error)
     print("at", loader.state_dict()["batch"] <= 7)
 """
 
 
 def test_a_worker_that_dies_is_explained_and_the_position_kept():
-    """In a process of its own: torch may raise its error from a signal handler, wherever the main thread is."""
     done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.startswith("a data worker died (")
     assert "lower num_workers" in done.stdout
