@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 # Elements meet the slots before the linear maps to keys and values (q'(W f) = (W'q)'f, sum a W f = W sum a f) unless
 # that takes more than this many times the multiplications: they are fewer matrix products, and larger ones.
-_FOLD = 1.5
+_FOLD = 1.0
 
 # Elements whose weights are held at a time where attention is not fused.
 _BLOCK = 4096
