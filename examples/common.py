@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -70,10 +71,18 @@ def save_picture(figure: Any, path: Path, dpi: int = 80) -> None:
     plotter().close(figure)
 
 
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments without ``--out``, and with folders of one's own by their names."""
+    pairs = zip(arguments, [None, *arguments], strict=False)
+    kept = [a for a, before in pairs if "--out" not in (a, before)]
+    return [Path(a).name if "/" in a else a for a in kept]
+
+
 def save(name: str, args: argparse.Namespace, page: str, figures: dict[str, Any]) -> None:
     """Write ``name.md`` and ``name.json`` (figures, options, machine) under ``args.out``, and print the page."""
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "data_root")}
-    page = f"{page.rstrip()}\n\nMachine: {machine()}.\n"
+    options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "data_root")}
+    command = " ".join([f"python examples/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])])
+    page = f"{page.rstrip()}\n\nCommand: `{command}`. Machine: {machine()}.\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text(page)
     content = {"machine": machine(), "options": options, **figures}

@@ -22,7 +22,7 @@ def quick(tmp_path):
             list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT, env=environment
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert (tmp_path / f"{name}.{picture}").stat().st_size > 5000
+        assert (tmp_path / f"{name}.{picture}").stat().st_size > 3000
         page = (tmp_path / f"{name}.md").read_text()
         assert page.strip() in done.stdout
         assert "nan" not in page
@@ -49,3 +49,19 @@ def test_color_transfer_of_all_pixels(quick):
     figures = quick("color_transfer", "--clusters", 0, "--visits", 1, picture="jpg")
     assert "full OT" not in figures["methods"]
     assert figures["methods"]["BoMb-OT"]["w2"] < figures["methods"]["source"]["w2"]
+
+
+def test_approximate_bayes(quick):
+    figures = quick("approximate_bayes")
+    cells = {(cell["m"], cell["k"]): cell for cell in figures["cells"]}
+    assert set(cells) == {(8, 2), (8, 8), (16, 2), (16, 8)}
+    assert cells[8, 8]["BoMb-OT"] < cells[8, 8]["m-OT"]
+    assert all(run["populations"] >= 2 for run in figures["runs"])
+
+
+def test_abc_runs_although_the_standard_library_has_a_module_of_that_name():
+    command = [sys.executable, ROOT / "examples" / "abc.py", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert "--simulations" in done.stdout
