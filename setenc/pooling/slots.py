@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from setenc import checks
-from setenc.pooling.base import Pooling, _log_weights, accumulate
+from setenc.pooling.base import Pooling, _log_weights
 from setenc.state import SetState
 
 # Log-weights of elements from logits (…, K, n); each looks at one element and all slots, never at other elements.
@@ -120,23 +120,18 @@ class SlotPooling(Pooling):
         """``(…, m, dim)`` to ``(…, H, m, dim / H)``."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
-    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
+    def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         activate = ACTIVATIONS[self.activation]
         if not self.folded:
             keys, values = self.key_value(features).chunk(2, -1)
             with torch.autocast(features.device.type, enabled=False):
                 q, k, v = (self._heads(t.to(self._dtype)) for t in (slots, keys, values))
-                return accumulate(activate(q * self.head_dim**-0.5 @ k.mT), v, offset, peak)
-        heads = (self.num_heads, self.num_slots)
+                return activate(q * self.head_dim**-0.5 @ k.mT), v
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(self._dtype)
             q, shift = self._heads(slots[:, self.out_dim :]).flatten(0, 1).split([self.in_dim, 1], -1)
             logits = torch.baddbmm(shift, q.expand(len(features), -1, -1), features.mT)
-            logits = activate(logits.unflatten(1, heads)).flatten(1, 2)
-            if peak is not None:
-                peak = peak.flatten(1)[:, None]
-            parts = accumulate(logits[:, None], features[:, None], offset, peak)
-            return tuple(part[:, 0].unflatten(1, heads) for part in parts)
+            return activate(logits.unflatten(1, (self.num_heads, self.num_slots))), features[:, None]
 
     def readout(self, state: SetState) -> Tensor:
         """Slots ``(B, K, dim)``: means, plus ``q(s_k)`` with the residual, normalised."""
