@@ -183,12 +183,14 @@ class OTPlanSampler:
         return cost / cost.max().clamp_min(torch.finfo(cost.dtype).tiny) if self.normalize_cost else cost
 
     def _plan(self, x0: Tensor, x1: Tensor) -> Plan:
+        cost = self._cost(x0, x1)
+        if self.method == "exact":
+            return self.transport.plan(cost)  # type: ignore[union-attr]
+        if float(cost.max()) * torch.finfo(cost.dtype).eps > 0.1 * _TOL * self.reg:
+            cost = cost.double()  # the costs hold more digits of reg than float32 does
         with warnings.catch_warnings():
             if not self.warn:
                 warnings.simplefilter("ignore", checks.ConvergenceWarning)
-            cost = self._cost(x0, x1)
-            if self.method != "exact" and float(cost.max()) * torch.finfo(cost.dtype).eps > 0.1 * _TOL * self.reg:
-                cost = cost.double()  # the costs hold more digits of reg than float32 does
             plan = self._entropic(cost) if self.transport is None else self.transport.plan(cost)
         if float(plan.total_mass()) >= 1e-8:
             return plan

@@ -41,8 +41,8 @@ class SinkhornCoupling(Coupling):
     """Pairs along the entropic plan of a batch too large for its cost matrix; every x1 once, class-agnostic.
 
     The plan has a source for each x1 drawn from its column. Costs are held in memory as long as they have at most
-    ``cells`` entries, and made in tiles of that many otherwise: 65,536 samples a side need 64 MB beside the samples,
-    and a pass over the 4.3 · 10^9 pairs of them for each half-iteration.
+    ``cells`` entries, and made in tiles of at most that many otherwise (smaller ones on a CPU, that stay in its cache).
+    65,536 samples a side then take a few hundred MB and, for each half-iteration, a pass over 4.3 · 10^9 pairs.
 
     ``relative=True`` measures ``reg`` in standard deviations of the costs, as the paper does (it uses 0.001 to 1; an
     entropy ``info["plan_entropy"]`` of about 0.1 is its advice: lower ``reg`` if there is more). The dot-product cost

@@ -26,6 +26,7 @@ _START = 0.5  # first eps, as a share of the costs' range
 _WARM = 16.0  # first eps from a warm start, in units of the final one
 _SCALING = 0.25  # ratio of successive eps
 _ROUNDS = 8  # iterations at most at each eps on the way
+_CACHED = 1 << 18  # entries of a tile that stays in a processor's cache
 _RELAX_BELOW = 0.3  # error below which over-relaxation starts
 _RELAX_EVERY = 6  # iterations that a rate is measured over
 _RELAX_SLOW = 0.85  # rate above which more of it is tried
@@ -108,6 +109,7 @@ class Held:
 
     def col_tiles(self, cells: int) -> Iterator[tuple[slice, Tensor]]:
         """See `Layout`."""
+        cells = cells if self.cost.is_cuda else min(cells, _CACHED)
         step = max(1, cells // self.size[0])
         for begin in range(0, self.size[1], step):
             cols = slice(begin, begin + step)
@@ -139,6 +141,7 @@ class Streamed:
 
     def _tiles(self, x: Tensor, y: Tensor, turned: bool, cells: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the rows of ``x`` with ``-c / eps`` against all of ``y``; ``turned``: x is the target side."""
+        cells = cells if x.is_cuda else min(cells, _CACHED)
         step = max(1, cells // len(y))
         for begin in range(0, len(x), step):
             rows = slice(begin, begin + step)

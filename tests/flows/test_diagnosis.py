@@ -112,6 +112,14 @@ def test_several_conditions_of_all_kinds_are_examined_by_name():
     assert found.skew["height"].score > 0.5
 
 
+def test_couplings_of_a_whole_data_set():
+    x0, x1, y = samples(64)
+    found = examine(mbot.SemidiscreteCoupling(steps=300, tol=1.0).fit(x1), x0, x1, y, rounds=2)
+    assert found.cost_of_larger is None
+    assert found.skew["y"].score > 0.8
+    assert found.pairs == 64
+
+
 def test_prints_and_serialises():
     found = examine(OTCoupling(), *samples())
     text = str(found)
