@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import flows
+from flows.schedule import jump_costs, path_cost
 
 
 def trained(dataset, dim: int, classes: int, steps: int) -> nn.Module:
@@ -51,18 +52,19 @@ if __name__ == "__main__":
         goal = flows.integrate(model, x0, y=y, method="euler", steps=1000).final
         fresh = torch.randn(100, *shape, generator=generator)
         given = torch.arange(100) % classes if classes else None
+        cost = jump_costs(model, fresh, y=given)
         for count in (4, 6, 8):
-            found = flows.bellman_schedule(model, fresh, steps=count, y=given)
+            placed = flows.bellman_schedule(model, fresh, steps=count, y=given)
             equal = torch.linspace(0, 1, count + 1)
             row = {
                 "field": name,
                 "steps": count,
-                "objective, equal": found.uniform_cost,
-                "Bellman": found.cost,
+                "objective, equal": path_cost(cost, equal),
+                "Bellman": path_cost(cost, placed),
                 "error, equal": rms(model, x0, y, equal, goal),
-                "error, Bellman": rms(model, x0, y, found.times, goal),
+                "error, Bellman": rms(model, x0, y, placed, goal),
             }
-            for label, times in (("equal", equal), ("Bellman", found.times)):
+            for label, times in (("equal", equal), ("Bellman", placed)):
                 tuned = copy.deepcopy(model)
                 noise = torch.randn(1024, *shape, generator=generator)
                 labels = torch.arange(1024) % classes if classes else None
@@ -70,6 +72,6 @@ if __name__ == "__main__":
                     tuned, noise, times, iterations=600, batch_size=64, conditions=labels, lr=5e-4, generator=generator
                 )
                 row[f"straightened, {label}"] = rms(tuned, x0, y, times, goal)
-            row["Bellman times"] = " ".join(f"{t:.2f}" for t in found.times[1:-1].tolist())
+            row["Bellman times"] = " ".join(f"{t:.2f}" for t in placed[1:-1].tolist())
             rows.append(row)
     write("flows_schedule", "Few Euler steps on trained fields", {"Steps": rows}, __doc__.split("\n", 2)[2])

@@ -59,7 +59,8 @@ def row(kind, n, d):
 
 
 if __name__ == "__main__":
-    rows = [row(kind, n, d) for kind in ("gaussian", "8 clusters") for n in (256, 1024, 2048, 4096) for d in (2, 3072)]
+    sizes = {"gaussian": (256, 1024, 2048, 4096), "8 clusters": (256, 1024)}
+    rows = [row(kind, n, d) for kind, several in sizes.items() for n in several for d in (2, 3072)]
     write(
         "mbot_one_problem",
         "One assignment problem against scipy, POT and lapx",

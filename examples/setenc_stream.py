@@ -83,7 +83,7 @@ def picture(sets: tasks.MixtureSets, shots: dict[str, list], path: Path) -> None
             density = mixture_log_likelihood(grid, *mixture)[0].reshape(160, 160).T
             levels = float(density.max()) - torch.tensor([6.0, 4.0, 2.5, 1.2, 0.4])
             ax.contourf(axis, axis, density, [*levels, float(density.max()) + 1e-3], cmap="Greys", alpha=0.55)
-            ax.contour(axis, axis, density, levels, colors="0.35", linewidths=0.6)
+            ax.contour(axis, axis, density, levels, colors="0.35", linewidths=0.6, linestyles="solid")
             for k, colour in enumerate(COLOURS):
                 mine = seen[labels[seen] == k]
                 size = 34 if len(seen) < 20 else 9
@@ -91,7 +91,7 @@ def picture(sets: tasks.MixtureSets, shots: dict[str, list], path: Path) -> None
             nll = -mixture_log_likelihood(x[None], *mixture).mean()
             ax.text(0.03, 0.03, f"{len(seen)} seen · NLL of all {nll:.2f}", transform=ax.transAxes, fontsize=9)
             ax.set(xticks=[], yticks=[], xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), aspect="equal")
-        row[0].set_ylabel(name, fontsize=11)
+        row[0].set_ylabel(name, fontsize=9.5)
     for ax, title in zip(axes[0], (*(f"after {n}" for n in SHOWN), f"after all {len(labels)}"), strict=True):
         ax.set_title(title, fontsize=12)
     floor = float(sets.oracle_nll())
@@ -125,10 +125,8 @@ def main() -> None:
         sets = tasks.mixture_sets(1, args.points, generator=generator)
     shots = {name: anytime(model, sets.x, cut) for name, cut in streams(sets.labels[0], generator).items()}
     ends = [torch.cat([t.flatten() for t in columns[-1][1]]) for columns in shots.values()]
-    print(
-        "largest difference between the four last predictions: "
-        f"{max(float((e - ends[0]).abs().max()) for e in ends):.1e}"
-    )
+    apart = max(float((end - ends[0]).abs().max()) for end in ends)
+    print(f"largest difference between the four last predictions: {apart:.1e}")
     picture(sets, shots, args.out / "setenc_stream.png")
     print(f"written: {args.out}/setenc_stream.png")
 

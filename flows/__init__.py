@@ -13,7 +13,7 @@ from flows.logs import TrainResult
 from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
 from flows.rates import warmup_schedule
-from flows.schedule import Schedule, bellman_schedule, straighten
+from flows.schedule import bellman_schedule, straighten
 from flows.trainer import Trainer
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "LinearPath",
     "NonFiniteLoss",
     "Path",
-    "Schedule",
     "SchrodingerBridgePath",
     "TargetPath",
     "TrainResult",

@@ -8,7 +8,6 @@ least total ``c`` by dynamic programming. Stage 2 fine-tunes the field so that t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +17,6 @@ from flows.conditions import select
 from flows.integrate import integrate
 from flows.matching import VelocityModel
 from mbot import checks
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """Step times for a fixed-step method, ``flows.integrate(model, x0, method="euler", times=schedule.times)``.
-
-    Attributes:
-        times: ``(steps + 1,)`` increasing from 0 to 1.
-        cost: sum of the jumps' mean squared errors, per feature.
-        uniform_cost: the same for the equal steps on the grid that come nearest to ``steps`` equal ones.
-    """
-
-    times: Tensor
-    cost: float
-    uniform_cost: float
 
 
 def jump_costs(model: VelocityModel, x0: Tensor, *, grid: int = 100, y: Any = None) -> Tensor:
@@ -90,11 +74,17 @@ def best_path(cost: Tensor, steps: int) -> tuple[Tensor, float]:
     return torch.tensor(nodes[::-1]), float(value[-1])
 
 
-def bellman_schedule(model: VelocityModel, x0: Tensor, *, steps: int, grid: int = 100, y: Any = None) -> Schedule:
+def path_cost(cost: Tensor, times: Tensor) -> float:
+    """Total cost of the jumps between ``times`` ``(K + 1,)``, moved to the grid of `jump_costs`: the objective."""
+    nodes = (times.cpu() * (len(cost) - 1)).round().long()
+    return float(cost[nodes[:-1], nodes[1:]].sum())
+
+
+def bellman_schedule(model: VelocityModel, x0: Tensor, *, steps: int, grid: int = 100, y: Any = None) -> Tensor:
     """The best ``steps`` Euler step times of a trained field (BOSS, stage 1).
 
-    By its own objective never worse than equal steps. The paper finds large gains on faces and scenes and small ones
-    on CIFAR-10; a schedule belongs to the field it was found for.
+    By its own objective (`flows.schedule.path_cost`) never worse than equal steps. The paper finds large gains on faces
+    and scenes and small ones on CIFAR-10; a schedule belongs to the field it was found for.
 
     Args:
         model: ``model(t, x, y) -> velocity``, in eval mode.
@@ -102,13 +92,14 @@ def bellman_schedule(model: VelocityModel, x0: Tensor, *, steps: int, grid: int 
         steps: number of steps, at most ``grid``.
         grid: candidate times.
         y: conditions of the rows.
+
+    Returns:
+        ``(steps + 1,)`` times increasing from 0 to 1, for ``flows.integrate(…, method="euler", times=times)``.
     """
     if checks.count(steps, "steps") > checks.count(grid, "grid"):
         raise ValueError(f"steps must be at most grid={grid}; got {steps}")
-    cost = jump_costs(model, x0, grid=grid, y=y)
-    nodes, best = best_path(cost, steps)
-    even = torch.linspace(0, grid, steps + 1).round().long()
-    return Schedule(nodes / grid, best, float(cost[even[:-1], even[1:]].sum()))
+    nodes, _ = best_path(jump_costs(model, x0, grid=grid, y=y), steps)
+    return nodes / grid
 
 
 def straighten(
@@ -133,7 +124,7 @@ def straighten(
     Args:
         model: ``model(t, x, y) -> velocity``; keep a copy if the original is needed.
         source: noise, as a callable ``source(n, generator)`` or a tensor ``(N, d…)`` of at least ``pool`` rows.
-        times: ``(K + 1,)`` step times, such as `Schedule.times`.
+        times: ``(K + 1,)`` step times, such as those of `bellman_schedule`.
         iterations: gradient steps (paper: 12,000).
         batch_size: trajectories a step; each gives K regression targets.
         grid: Euler steps of the fine trajectory.

@@ -36,7 +36,7 @@ class SetState:
         mass: ``(B, H, K)`` sums of weights in units of ``exp(peak)``.
         peak: ``(B, H, K)`` largest log-weight so far, -inf before the first element.
         count: ``(B,)`` number of elements so far, or the sum of their weights.
-        slots: ``(K, h)`` the slots of this stream, sampled once; ``(0, 0)`` for poolings without slots.
+        slots: ``(K, h)`` the slots of this stream as the pooling projects them, sampled once; ``(0, 0)`` without slots.
 
     >>> pooling = setenc.DeepSetsPooling(3, 8, "mean")
     >>> state = pooling.update(pooling.init_state(2), torch.randn(2, 5, 3))

@@ -6,6 +6,8 @@ from mbot.couplings.conditional import ConditionalOTCoupling
 from mbot.couplings.conditions import Condition
 from mbot.couplings.independent import IndependentCoupling
 from mbot.couplings.optimal import OTCoupling
+from mbot.couplings.semidiscrete import DualPotentials, SemidiscreteCoupling
+from mbot.couplings.sinkhorn import SinkhornCoupling
 from mbot.couplings.weighted import RegCurve, WeightedCoupling, reg_curve, suggest_reg
 
 __all__ = [
@@ -13,10 +15,13 @@ __all__ = [
     "Condition",
     "ConditionalOTCoupling",
     "Coupling",
+    "DualPotentials",
     "IndependentCoupling",
     "OTCoupling",
     "Pairs",
     "RegCurve",
+    "SemidiscreteCoupling",
+    "SinkhornCoupling",
     "WeightedCoupling",
     "reg_curve",
     "suggest_reg",

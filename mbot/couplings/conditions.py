@@ -188,6 +188,12 @@ def _without_dropped(labels: Any, allow_dropped: bool) -> tuple[Any, np.ndarray]
     return array, gone
 
 
+def class_codes(y0: Labels, y1: Labels) -> tuple[np.ndarray, np.ndarray, list[Any]]:
+    """Labels of any kind as codes ``(n,)``, ``(m,)`` shared by both sides, and the classes by code."""
+    (array0, gone0), (array1, gone1) = (_without_dropped(y, False) for y in (y0, y1))
+    return _class_codes(array0, array1, gone0, gone1, "")
+
+
 def _class_codes(
     y0: np.ndarray, y1: np.ndarray, gone0: np.ndarray, gone1: np.ndarray, label: str
 ) -> tuple[np.ndarray, np.ndarray, list[Any]]:

@@ -163,7 +163,7 @@ class Pooling(nn.Module):
 def accumulate(
     log_weights: Tensor, values: Tensor, offset: Tensor | None, peak: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(total, mass, peak)`` of log-weights ``(B, H, K, n)`` and values ``(B, H, n, V)``.
+    """``(total, mass, peak)`` of log-weights ``(B, H, K, n)``, overwritten, and values ``(B, H, n, V)``.
 
     The peak is a constant in backward: results do not depend on it.
     """
@@ -171,7 +171,9 @@ def accumulate(
         log_weights = log_weights + offset
     if peak is None:
         peak = log_weights.detach().amax(-1)
-    weights = (log_weights - torch.where(peak == -torch.inf, 0, peak)[..., None]).exp()
+    shift = torch.where(peak == -torch.inf, 0, peak)[..., None]
+    # In place where autograd does not need the logarithms: allocating is dearer than the exponentials.
+    weights = (log_weights - shift if log_weights.requires_grad else log_weights.sub_(shift)).exp_()
     return weights @ values, weights.sum(-1), peak
 
 

@@ -21,6 +21,10 @@ ACTIVATIONS = {
     "slot-exp": lambda logits: logits - logits.amax(-2, keepdim=True),
 }
 
+# Elements meet the slots before the linear maps to keys and values (q'(W f) = (W'q)'f, sum a W f = W sum a f) unless
+# that takes more than this many times the multiplications: they are fewer matrix products, and larger ones.
+_FOLD = 1.0
+
 # Elements whose weights are held at a time where attention is not fused.
 _BLOCK = 4096
 
@@ -76,7 +80,10 @@ class SlotPooling(Pooling):
         output_norm: bool = True,
     ) -> None:
         checks.heads(dim, num_heads)
-        super().__init__(in_dim, dim, num_slots=num_slots, num_heads=num_heads, value_dim=dim // num_heads)
+        self.head_dim = dim // num_heads
+        self.folded = num_heads * num_slots * in_dim <= _FOLD * dim * (in_dim + num_slots)
+        value_dim = in_dim if self.folded else self.head_dim
+        super().__init__(in_dim, dim, num_slots=num_slots, num_heads=num_heads, value_dim=value_dim)
         self.activation = checks.choice(activation, "activation", tuple(ACTIVATIONS))
         self.random_slots = checks.choice(slots, "slots", ("random", "learned")) == "random"
         self.residual = residual
@@ -92,37 +99,59 @@ class SlotPooling(Pooling):
         self.output_norm = nn.LayerNorm(dim) if output_norm else nn.Identity()
 
     def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
-        mean = self.slot_mean
-        if not (self.random_slots and self.training):
-            return mean
-        where = mean.device if generator is None else generator.device
-        noise = torch.randn(mean.shape, generator=generator, device=where).to(mean)
-        if group is not None:
-            dist.broadcast(noise, dist.get_global_rank(group, 0), group)
-        return mean + F.softplus(self.slot_raw_std) * noise
-
-    def _queries(self, slots: Tensor) -> Tensor:
-        return self.query(self.slot_norm(slots))
+        slots: Tensor = self.slot_mean
+        if self.random_slots and self.training:
+            where = slots.device if generator is None else generator.device
+            noise = torch.randn(slots.shape, generator=generator, device=where).to(slots)
+            if group is not None:
+                dist.broadcast(noise, dist.get_global_rank(group, 0), group)
+            slots = slots + F.softplus(self.slot_raw_std) * noise
+        queries = self.query(self.slot_norm(slots)).to(self._dtype)
+        if not self.folded:
+            return queries
+        with torch.autocast(queries.device.type, enabled=False):
+            q = self._heads(queries) * self.head_dim**-0.5
+            weight, bias = (t.to(q.dtype)[: self.out_dim] for t in (self.key_value.weight, self.key_value.bias))
+            keys = q @ weight.unflatten(0, (self.num_heads, -1))
+            shift = q @ bias.view(self.num_heads, -1, 1)
+            return torch.cat((queries, torch.cat((keys, shift), -1).transpose(0, 1).flatten(1)), 1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """``(…, m, dim)`` to ``(…, H, m, dim / H)``."""
-        return x.unflatten(-1, (self.num_heads, self.value_dim)).transpose(-3, -2)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
     def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
-        keys, values = self.key_value(features).chunk(2, -1)
-        queries = self._queries(slots)
+        activate = ACTIVATIONS[self.activation]
+        if not self.folded:
+            keys, values = self.key_value(features).chunk(2, -1)
+            with torch.autocast(features.device.type, enabled=False):
+                q, k, v = (self._heads(t.to(self._dtype)) for t in (slots, keys, values))
+                return accumulate(activate(q * self.head_dim**-0.5 @ k.mT), v, offset, peak)
+        heads = (self.num_heads, self.num_slots)
         with torch.autocast(features.device.type, enabled=False):
-            queries, keys, values = (self._heads(t.to(self._dtype)) for t in (queries, keys, values))
-            logits = (queries * self.value_dim**-0.5) @ keys.mT
-            return accumulate(ACTIVATIONS[self.activation](logits), values, offset, peak)
+            features = features.to(self._dtype)
+            q, shift = self._heads(slots[:, self.out_dim :]).flatten(0, 1).split([self.in_dim, 1], -1)
+            logits = torch.baddbmm(shift, q.expand(len(features), -1, -1), features.mT)
+            logits = activate(logits.unflatten(1, heads)).flatten(1, 2)
+            if peak is not None:
+                peak = peak.flatten(1)[:, None]
+            parts = accumulate(logits[:, None], features[:, None], offset, peak)
+            return tuple(part[:, 0].unflatten(1, heads) for part in parts)
 
     def readout(self, state: SetState) -> Tensor:
         """Slots ``(B, K, dim)``: means, plus ``q(s_k)`` with the residual, normalised."""
-        return self._finish(state.mean(), state.slots)
+        means = state.mean().to(self._like.dtype)
+        if self.folded:
+            weight, bias = (
+                t[self.out_dim :].unflatten(0, (self.num_heads, -1))
+                for t in (self.key_value.weight, self.key_value.bias)
+            )
+            means = torch.where(state.mass[..., None] > 0, means @ weight.mT + bias[:, None], 0)
+        return self._finish(means, state.slots)
 
     def _finish(self, means: Tensor, slots: Tensor) -> Tensor:
         pooled = means.transpose(1, 2).flatten(2).to(self._like.dtype)
-        return self.output_norm(pooled + self._queries(slots) if self.residual else pooled)
+        return self.output_norm(pooled + slots[:, : self.out_dim].to(pooled.dtype) if self.residual else pooled)
 
     def forward(
         self,
@@ -152,7 +181,8 @@ class SlotPooling(Pooling):
 
     def _fused(self, features: Tensor, offset: Tensor | None, slots: Tensor) -> Tensor:
         keys, values = self.key_value(features).chunk(2, -1)
-        q, k, v = (self._heads(t) for t in (self._queries(slots).expand(len(features), -1, -1), keys, values))
+        queries = slots[:, : self.out_dim].to(keys.dtype).expand(len(features), -1, -1)
+        q, k, v = (self._heads(t) for t in (queries, keys, values))
         if offset is None:
             return self._finish(F.scaled_dot_product_attention(q, k, v), slots)
         # Half-precision kernels would take the offset in half precision, and make NaN of a set without elements.

@@ -38,6 +38,11 @@ COUPLINGS = {
         mbot.ConditionalOTCoupling("continuous", weight=3.0, condition_cost="sqeuclidean"),
         mbot.ConditionalOTCoupling("continuous", target_ratio=0.1, condition_cost="sqeuclidean"),
     ],
+    "SinkhornCoupling": [mbot.SinkhornCoupling(reg=0.5), mbot.SinkhornCoupling(reg=1.0, relative=False, cells=20)],
+    "SemidiscreteCoupling": [
+        mbot.SemidiscreteCoupling(steps=20, batch_size=16),
+        mbot.SemidiscreteCoupling(conditional=True, steps=20, batch_size=16),
+    ],
     "WeightedCoupling": [
         mbot.WeightedCoupling(reg=1.0),
         mbot.WeightedCoupling(reg=1.0, cost="dot", correction="sinkhorn"),
@@ -47,12 +52,12 @@ COUPLINGS = {
 CONDITIONAL = {"ConditionalOTCoupling"}
 
 # Couplings that draw: renaming the samples renames the pairs in distribution only.
-RANDOM = [c for c in COUPLINGS["OTCoupling"] if c.replacement or not isinstance(c.transport, mbot.ExactOT)] + COUPLINGS[
-    "BoMbCoupling"
-]
+_DRAWING = [case for name in ("SinkhornCoupling", "SemidiscreteCoupling") for case in COUPLINGS[name]]
+_OPTIMAL = [c for c in COUPLINGS["OTCoupling"] if c.replacement or not isinstance(c.transport, mbot.ExactOT)]
+RANDOM = _OPTIMAL + _DRAWING + COUPLINGS["BoMbCoupling"]
 
 # Couplings that may leave a sample out, and use another one twice.
-UNEVEN = [c for c in COUPLINGS["OTCoupling"] if c in RANDOM and c.refill != "independent"]
+UNEVEN = [c for c in _OPTIMAL if c.refill != "independent"] + _DRAWING
 
 
 def exported(base):

@@ -27,6 +27,10 @@ POOLERS = {
             ("sigmoid", "softmax", "slot-sigmoid", "slot-softmax", "slot-exp"),
             ((2, "random", True), (4, "learned", False)),
         )
+    ]
+    + [
+        lambda a=a: setenc.SlotPooling(3, 8, 16, num_heads=8, activation=a, slots="learned")
+        for a in ("softmax", "slot-softmax")
     ],
 }
 

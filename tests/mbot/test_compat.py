@@ -51,9 +51,9 @@ def test_regularised_maps_are_pot_s(method):
         "unbalanced": lambda: ot.unbalanced.sinkhorn_knopp_unbalanced(a, a, M, reg=0.5, reg_m=0.7, reg_type="kl"),
     }[method]()
     pi = OTPlanSampler(method, reg=0.5, reg_m=0.7).get_map(x0, x1)
-    np.testing.assert_allclose(pi, reference, atol=3e-5)
+    np.testing.assert_allclose(pi, reference, atol=2e-4)
     scaled = OTPlanSampler(method, reg=0.5 / M.max(), reg_m=0.7 / M.max(), normalize_cost=True).get_map(x0, x1)
-    np.testing.assert_allclose(scaled, pi, atol=3e-5)
+    np.testing.assert_allclose(scaled, pi, atol=2e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

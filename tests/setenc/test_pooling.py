@@ -42,10 +42,17 @@ def reference(pooling, x):
     "options", [{}, {"residual": True, "output_norm": True}, {"slot_norm": True, "slot_dim": 5, "slots": "learned"}]
 )
 @pytest.mark.parametrize("num_heads", [1, 4])
-def test_activations_heads_residual_and_norms(activation, options, num_heads):
+@pytest.mark.parametrize("fold", [0, 1000])
+def test_activations_heads_residual_and_norms(activation, options, num_heads, fold, monkeypatch):
+    """Whole and streamed, with the slots before and after the maps to keys and values."""
+    monkeypatch.setattr("setenc.pooling.slots._FOLD", fold)
     pooling = slot_pooling(activation, num_heads=num_heads, **options)
+    assert pooling.folded == (fold > 0)
     x = torch.randn(2, 7, 3, dtype=torch.float64)
-    torch.testing.assert_close(pooling(x), reference(pooling, x), rtol=1e-12, atol=1e-12)
+    expected = reference(pooling, x)
+    torch.testing.assert_close(pooling(x), expected, rtol=1e-12, atol=1e-12)
+    state = pooling.update(pooling.update(pooling.init_state(2), x[:, :5]), x[:, 5:])
+    torch.testing.assert_close(pooling.readout(state), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -53,7 +60,7 @@ def test_logits_of_a_thousand(activation):
     """The official clamp at 10 is off by 82 % here; the softmax of float64 is the reference."""
     pooling = slot_pooling(activation).requires_grad_(False)
     x = torch.randn(1, 200, 3, dtype=torch.float64)
-    q, k = pooling._queries(pooling.slot_mean), pooling.key_value(x)[..., :8]
+    q, k = pooling.query(pooling.slot_mean), pooling.key_value(x)[..., :8]
     logits = (q.unflatten(-1, (2, 4)).transpose(0, 1) @ k[0].unflatten(-1, (2, 4)).permute(1, 2, 0)) / 2
     pooling.query.weight.mul_(1000 / logits.abs().max())
     pooling.query.bias.mul_(1000 / logits.abs().max())
@@ -74,7 +81,7 @@ def test_softmax_is_invariant_to_a_shift_of_all_logits(shift):
     x = torch.randn(1, 50, 3, dtype=torch.float64)
     before = pooling(x)
     # <q, b> is the same for all elements: it adds up to the shift in slot 0, and to something else in the others.
-    head = pooling._queries(pooling.slot_mean)[0, :4]
+    head = pooling.query(pooling.slot_mean)[0, :4]
     pooling.key_value.bias[:4] += 2 * shift * head / head.square().sum()
     state = pooling.init_state(1)
     for chunk in x.split(9, 1):
@@ -98,11 +105,14 @@ def test_blocks_of_a_large_set_give_values_and_gradients(monkeypatch):
 
 def test_random_slots_are_sampled_once_a_stream_in_training_only():
     pooling = slot_pooling(slots="random")
-    assert torch.equal(pooling.init_state(1).slots, pooling.slot_mean)
+    with torch.no_grad():
+        pooling.query.weight.copy_(torch.eye(8))
+        pooling.query.bias.zero_()
+    assert torch.equal(pooling.init_state(1).slots[:, :8], pooling.slot_mean)
     pooling.train()
     a, b = pooling.init_state(1), pooling.init_state(1)
     assert not torch.equal(a.slots, b.slots)
-    noise = (a.slots - pooling.slot_mean) / F.softplus(pooling.slot_raw_std)
+    noise = (a.slots[:, :8] - pooling.slot_mean) / F.softplus(pooling.slot_raw_std)
     assert 0.5 < float(noise.detach().std()) < 1.5
     assert torch.equal(a.empty().slots, a.slots)
     with pytest.raises(ValueError, match="same slots"):

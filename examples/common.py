@@ -1,0 +1,91 @@
+"""What the example scripts share: their common options, and the table, figures and machine that each run leaves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+
+def arguments(description: str | None, name: str, *, data: bool = True) -> argparse.ArgumentParser:
+    """A parser with ``--quick``, ``--seed``, ``--out`` and, where a script can use files, ``--data-root``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny budget: under a minute on 2 cores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs") / name)
+    if data:
+        parser.add_argument(
+            "--data-root", type=Path, help="folder with the real data; without it, the embedded default"
+        )
+    return parser
+
+
+def machine() -> str:
+    """The machine in words, for the results file."""
+    return (
+        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean, with the standard deviation where there is one."""
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; floats with four significant digits."""
+    cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    lines = [list(header), *cells]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join((text[0], "|" + "---|" * len(header), *text[1:]))
+
+
+def plotter() -> Any:
+    """``matplotlib.pyplot`` that draws to files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_picture(figure: Any, path: Path, dpi: int = 80) -> None:
+    """Save a figure as a PNG of 128 colours: a third of the bytes of one in full colour."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    Image.open(buffer).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
+    plotter().close(figure)
+
+
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments without ``--out``, and with folders of one's own by their names."""
+    pairs = zip(arguments, [None, *arguments], strict=False)
+    kept = [a for a, before in pairs if "--out" not in (a, before)]
+    return [Path(a).name if "/" in a else a for a in kept]
+
+
+def save(name: str, args: argparse.Namespace, page: str, figures: dict[str, Any]) -> None:
+    """Write ``name.md`` and ``name.json`` (figures, options, machine) under ``args.out``, and print the page."""
+    options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "data_root")}
+    command = " ".join([f"python examples/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])])
+    page = f"{page.rstrip()}\n\nCommand: `{command}`. Machine: {machine()}.\n"
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{name}.md").write_text(page)
+    content = {"machine": machine(), "options": options, **figures}
+    (args.out / f"{name}.json").write_text(json.dumps(content, indent=1, default=str) + "\n")
+    print(page)
+    print(f"written to {args.out}: " + ", ".join(sorted(p.name for p in args.out.glob(f"{name}*"))))

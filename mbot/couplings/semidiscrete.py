@@ -1,0 +1,325 @@
+"""Semidiscrete optimal transport between a noise distribution and a whole data set.
+
+SD-FM (arXiv 2509.25519) and AlignFlow (arXiv 2510.15038): one number a data point, its dual potential g_j, is learned
+once. A fresh noise x then goes to ``argmax_j <x, y_j> + g_j - |y_j|² / 2`` (y about the data's mean), the data point of
+its Laguerre cell; no batch, no assignment, and none of the bias of either. The cells have equal mass when g maximises
+the concave dual ``E_x min_j (|x - y_j|² / 2 - g_j) + mean g``, with gradient ``1/N - P(x falls into cell j)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.cost import _working
+from mbot.couplings.base import Coupling, Labels, Pairs
+from mbot.couplings.conditions import class_codes
+from mbot.random import draw
+
+Noise = Callable[..., Tensor]
+"""``noise(n, generator=…) -> (n, d…)``: fresh draws of the source distribution."""
+
+_DELAY = 10.0  # steps before the learning rate falls
+_CELLS = 1 << 24  # scores made at a time
+
+
+@dataclass(frozen=True, eq=False)
+class DualPotentials:
+    """Potentials of the points of a data set, and how far they are from equal cells.
+
+    Attributes:
+        values: ``(N,)`` g, in units of the squared distance's half; float32.
+        chi2: estimate of the χ² divergence of the cells' masses from equal ones, within classes: 0 at the optimum,
+            about N for a single cell. Gains in training flatten at about 0.05 (SD-FM).
+        steps: gradient steps behind them.
+        point: ``(N,)`` the last iterate, that further steps start from.
+    """
+
+    values: Tensor
+    chi2: float
+    steps: int
+    point: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DualPotentials):
+            return NotImplemented
+        return self.steps == other.steps and torch.equal(self.values.cpu(), other.values.cpu())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"DualPotentials({len(self.values)} points, chi2={self.chi2:.3g}, steps={self.steps})"
+
+
+@dataclass(frozen=True)
+class SemidiscreteCoupling(Coupling):
+    """Each noise with the data point of its Laguerre cell, over a whole data set; squared Euclidean cost.
+
+    ``fit`` learns the potentials of a data set by averaged stochastic gradient ascent and returns the coupling that
+    holds them; ``coupling(x0, data)`` then pairs noise with rows **of that same data set**: ``source`` is
+    ``arange(len(x0))`` and ``target`` the row of each noise, so labels and ids follow by index. Every noise is used
+    once and keeps its distribution exactly; data points are hit equally often up to ``chi2``.
+
+    With labels, classes have potentials of their own (``conditional=True``): a noise goes to a cell of its own class,
+    ``y0``, or where that is not given the class of a data point drawn at random; noise and condition are then
+    independent. Class-agnostic potentials skew the noise of a class as any class-agnostic coupling does; under strong
+    classifier-free guidance that can be the better choice, see `ConditionalOTCoupling`.
+
+    A coupling without potentials learns them in the call, from the noise at hand: good for a look, too slow to train.
+
+    ``info`` holds ``chi2`` and ``transport_cost`` (mean squared distance of the pairs).
+
+    Args:
+        conditional: whether classes are paired apart; needs labels.
+        steps: gradient steps of ``fit``.
+        batch_size: noises a step.
+        rate: first step length, in units of the spread of the inner products; it falls as 1 / steps.
+        tol: χ² above which ``fit`` warns.
+        potentials: what ``fit`` found.
+
+    >>> data = torch.randn(64, 2)
+    >>> coupling = SemidiscreteCoupling(steps=300).fit(data)
+    >>> coupling.potentials.chi2 < 0.1
+    True
+    >>> pairs = coupling(torch.randn(1000, 2), data)
+    >>> int(torch.bincount(pairs.target, minlength=64).min()) > 2  # 15.6 on average
+    True
+    """
+
+    conditional: bool = False
+    steps: int = 2000
+    batch_size: int = 1024
+    rate: float = 0.1
+    tol: float = 0.1
+    potentials: DualPotentials | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        checks.count(self.steps, "steps")
+        checks.count(self.batch_size, "batch_size", at_least=2)
+        checks.positive(self.rate, "rate")
+        checks.positive(self.tol, "tol")
+
+    def fit(
+        self,
+        data: Tensor,
+        y: Labels | None = None,
+        *,
+        noise: Noise | None = None,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SemidiscreteCoupling:
+        """The coupling with potentials learned for a data set; from those it holds already, if any.
+
+        Args:
+            data: ``(N, d…)`` data set.
+            y: ``(N,)`` labels, for ``conditional=True``.
+            noise: ``noise(n, generator=…)`` draws ``(n, d…)`` fresh noises; None: standard normal.
+            generator: source of randomness.
+            progress: called with (steps done, steps) after every step.
+
+        Raises:
+            ValueError: invalid data, labels missing, or potentials of another data set.
+
+        Warns:
+            ConvergenceWarning: χ² above ``tol`` at the end; fit again to go on from there.
+        """
+        flat, _ = checks.samples(data, data, "data", "data")
+        points = _working(flat.detach())
+
+        def fresh(count: int) -> Tensor:
+            if noise is None:
+                return draw(
+                    torch.randn, count, points.shape[1], generator=generator, device=points.device, dtype=points.dtype
+                )
+            drawn = noise(count, generator=generator)
+            if not isinstance(drawn, Tensor) or drawn.shape != (count, *data.shape[1:]):
+                got = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+                raise ValueError(f"noise must return {(count, *data.shape[1:])}; got {got}")
+            return drawn.detach().flatten(1).to(points)
+
+        learned = self._learn(points, self._codes(y, points, "y"), fresh, generator, progress)
+        if learned.chi2 > self.tol:
+            warnings.warn(
+                f"SemidiscreteCoupling: the cells' masses are off by chi2 = {learned.chi2:.3g} after {learned.steps} "
+                f"steps (tol {self.tol:g}). Fit again to continue, or raise steps or batch_size",
+                checks.ConvergenceWarning,
+                stacklevel=2,
+            )
+        return dataclasses.replace(self, potentials=learned)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and potentials as plain values and tensors, for ``torch.save``."""
+        state: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "potentials"
+        }
+        if self.potentials is not None:
+            state["potentials"] = {f.name: getattr(self.potentials, f.name) for f in dataclasses.fields(DualPotentials)}
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> SemidiscreteCoupling:
+        """The coupling that ``state_dict`` described."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = set(state) - known
+        if unknown:
+            raise ValueError(
+                f"state must hold settings of SemidiscreteCoupling, {sorted(known)}; got {sorted(unknown)}"
+            )
+        held = state.get("potentials")
+        return cls(**{**state, "potentials": None if held is None else DualPotentials(**held)})
+
+    def _codes(self, y: Labels | None, points: Tensor, name: str) -> Tensor | None:
+        """Classes of the points as 0 … c-1, or None for one class."""
+        if not self.conditional:
+            return None
+        if y is None:
+            raise ValueError(f"conditional=True needs {name}, the class of each data point")
+        if len(y) != len(points):
+            raise ValueError(f"{name} must hold one class for each of the {len(points)} data points; got {len(y)}")
+        return torch.from_numpy(class_codes(y, y)[1]).to(points.device)
+
+    def _pair(
+        self,
+        x0: Tensor,
+        x1: Tensor,
+        y0: Labels | None,
+        y1: Labels | None,
+        generator: torch.Generator | None,
+    ) -> Pairs:
+        x, points = _working(x0), _working(x1)
+        codes = self._codes(y1, points, "y1")
+        learned = self.potentials
+        if learned is None:
+
+            def again(count: int) -> Tensor:
+                share = draw(torch.rand, count, generator=generator, device=x.device)
+                return x[(share * len(x)).long().clamp_max(len(x) - 1)]
+
+            learned = self._learn(points, codes, again, generator, None)
+        if len(learned.values) != len(points):
+            raise ValueError(
+                f"x1 must be the data set that the potentials were learned for, {len(learned.values)} points; got "
+                f"{len(points)}"
+            )
+        wanted = self._classes_of(x, y0, y1, codes, generator)
+        target = _cells(x, points, learned.values.to(points), codes, wanted)
+        source = torch.arange(len(x), device=x.device)
+        cost = (x - points[target]).square().sum(1).double().mean()
+        return Pairs(source, target, info={"chi2": learned.chi2, "transport_cost": float(cost)})
+
+    def _classes_of(
+        self, x: Tensor, y0: Labels | None, y1: Labels | None, codes: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor | None:
+        """The class of each noise."""
+        if codes is None:
+            return None
+        if y0 is None:
+            share = draw(torch.rand, len(x), generator=generator, device=x.device)
+            return codes[(share * len(codes)).long().clamp_max(len(codes) - 1)]
+        of_noise, of_data, names = class_codes(y0, y1)
+        missing = np.setdiff1d(of_noise, of_data)
+        if len(missing):
+            raise ValueError(f"y0 must hold classes of the data set; {names[missing[0]]!r} is none of them")
+        # Codes of both together, numbered as those of the data alone.
+        return torch.from_numpy(np.searchsorted(np.unique(of_data), of_noise)).to(x.device)
+
+    def _learn(
+        self,
+        points: Tensor,
+        codes: Tensor | None,
+        fresh: Callable[[int], Tensor],
+        generator: torch.Generator | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> DualPotentials:
+        """Averaged stochastic gradient ascent; a class sees noises in proportion to its size."""
+        count = len(points)
+        first = 0
+        last = points.new_zeros(count)
+        if self.potentials is not None:
+            if len(self.potentials.values) != count:
+                raise ValueError(
+                    f"the coupling holds potentials of {len(self.potentials.values)} points; got {count}. Fit a new "
+                    "SemidiscreteCoupling for another data set"
+                )
+            first, last = self.potentials.steps, self.potentials.point.to(points).clone()
+        # The spread of <x, y> over y, for noise of this size: what potentials are measured in.
+        norm, spread = fresh(256).square().sum(1).mean().sqrt(), points.var(0, correction=0).mean().sqrt()
+        scale = float(norm * spread)
+        size = _class_sizes(points, codes)
+        expected = self.batch_size * size / count  # noises of its class that a batch holds
+        average, averaged = last.clone(), 0
+        for step in range(self.steps):
+            hits, seen = self._hits(points, codes, last, fresh(self.batch_size), generator)
+            last += self.rate * scale / (1 + (first + step) / _DELAY) * (seen - size * hits) / expected
+            if step >= self.steps // 2:  # the mean over the second half
+                averaged += 1
+                average += (last - average) / averaged
+            if progress is not None:
+                progress(step + 1, self.steps)
+        rounds = max(4, math.ceil(8 * count / self.batch_size))
+        chi2 = self._chi2(points, codes, average, fresh, generator, rounds)
+        return DualPotentials(average, chi2, first + self.steps, last)
+
+    def _hits(
+        self, points: Tensor, codes: Tensor | None, values: Tensor, x: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Noises in each cell, and noises that its class has seen, ``(N,)`` each."""
+        wanted = self._classes_of(x, None, None, codes, generator)
+        hits = torch.bincount(_cells(x, points, values, codes, wanted), minlength=len(points)).to(points.dtype)
+        if codes is None or wanted is None:
+            return hits, torch.full_like(hits, len(x))
+        return hits, torch.bincount(wanted, minlength=int(codes.max()) + 1).to(points.dtype)[codes]
+
+    def _chi2(
+        self, points: Tensor, codes: Tensor | None, values: Tensor, fresh: Callable[[int], Tensor],
+        generator: torch.Generator | None, rounds: int,
+    ) -> float:  # fmt: skip
+        """Unbiased estimate of ``sum_j (p_j - b_j)² / b_j`` in the classes, their mean weighted by size."""
+        hits = torch.zeros(len(points), dtype=torch.float64, device=points.device)
+        seen = hits.clone()
+        for _ in range(rounds):
+            more, total = self._hits(points, codes, values, fresh(self.batch_size), generator)
+            hits, seen = hits + more, seen + total
+        size = _class_sizes(points, codes).double()
+        squared = hits * (hits - 1) / (seen * (seen - 1)).clamp_min(1)  # unbiased for p_j²
+        return float(((squared * size - 1 / size) * size / len(points)).sum())
+
+
+def _class_sizes(points: Tensor, codes: Tensor | None) -> Tensor:
+    """Number of points in the class of each point, ``(N,)``."""
+    if codes is None:
+        return points.new_full((len(points),), float(len(points)))
+    return torch.bincount(codes).to(points.dtype)[codes]
+
+
+def _cells(x: Tensor, points: Tensor, values: Tensor, codes: Tensor | None, wanted: Tensor | None) -> Tensor:
+    """The cell of each noise, ``(n,)``: the largest score, among the points of its class if there are classes."""
+    y = points - points.mean(0)
+    offset = values - y.square().sum(1) / 2
+    if codes is None or wanted is None:
+        return _argmax(x, y, offset)
+    target = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    order, ends = codes.argsort(stable=True), torch.bincount(codes).cumsum(0).tolist()
+    rows, last = wanted.argsort(stable=True), torch.bincount(wanted, minlength=len(ends)).cumsum(0).tolist()
+    for members, askers in zip(_between(order, ends), _between(rows, last), strict=True):
+        if len(askers):
+            target[askers] = members[_argmax(x[askers], y[members], offset[members])]
+    return target
+
+
+def _between(index: Tensor, ends: list[int]) -> list[Tensor]:
+    return [index[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _argmax(x: Tensor, y: Tensor, offset: Tensor) -> Tensor:
+    step = max(1, _CELLS // len(y))
+    return torch.cat([torch.addmm(offset, part, y.T).argmax(1) for part in x.split(step)])

@@ -1,0 +1,67 @@
+"""The papers' applications run as a user runs them with --quick, and their figures say what they should."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Runs ``examples/<name>.py --quick`` and gives its figures, after looking at what it wrote."""
+
+    def run(name, *arguments, picture="png"):
+        command = [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", "--out", tmp_path, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (tmp_path / f"{name}.{picture}").stat().st_size > 3000
+        page = (tmp_path / f"{name}.md").read_text()
+        assert page.strip() in done.stdout
+        assert "nan" not in page
+        return json.loads((tmp_path / f"{name}.json").read_text())
+
+    return run
+
+
+def test_gradient_flow(quick):
+    flows = quick("gradient_flow")["flows"]
+    assert list(flows) == ["m-OT", "BoMb-OT", "e-BoMb-OT", "m-UOT", "m-POT", "BoMb-POT"]
+    assert all(flow["squared_w2"][-1] < flow["squared_w2"][0] / 5 for flow in flows.values())
+    assert flows["BoMb-OT"]["spread"] > flows["m-OT"]["spread"]  # m-OT contracts more
+
+
+def test_color_transfer(quick):
+    methods = quick("color_transfer", picture="jpg")["methods"]
+    assert methods["full OT"]["w2"] < 0.01  # a permutation of the target palette
+    assert methods["BoMb-OT"]["w2"] < methods["m-OT"]["w2"] < methods["source"]["w2"]
+    assert methods["m-OT"]["reached"] == 1
+
+
+def test_color_transfer_of_all_pixels(quick):
+    figures = quick("color_transfer", "--clusters", 0, "--visits", 1, picture="jpg")
+    assert "full OT" not in figures["methods"]
+    assert figures["methods"]["BoMb-OT"]["w2"] < figures["methods"]["source"]["w2"]
+
+
+def test_approximate_bayes(quick):
+    figures = quick("approximate_bayes")
+    cells = {(cell["m"], cell["k"]): cell for cell in figures["cells"]}
+    assert set(cells) == {(8, 2), (8, 8), (16, 2), (16, 8)}
+    assert cells[8, 8]["BoMb-OT"] < cells[8, 8]["m-OT"]
+    assert all(run["populations"] >= 2 for run in figures["runs"])
+
+
+def test_abc_runs_although_the_standard_library_has_a_module_of_that_name():
+    command = [sys.executable, ROOT / "examples" / "abc.py", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert "--simulations" in done.stdout

@@ -1,0 +1,199 @@
+"""SemidiscreteCoupling: equal cells, known answers, classes, and what is saved."""
+
+import io
+import pickle
+
+import pytest
+import torch
+
+import flows
+import mbot
+from mbot import OTCoupling, SemidiscreteCoupling
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def data(n=64, d=2, seed=0):
+    g = generator(seed)
+    return torch.randn(n, d, generator=g) * 0.5 + 3
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    points = data()
+    return points, SemidiscreteCoupling(steps=1500, batch_size=512).fit(points, generator=generator())
+
+
+def test_cells_have_equal_mass(fitted):
+    points, coupling = fitted
+    assert coupling.potentials.chi2 < 0.01
+    pairs = coupling(torch.randn(64 * 400, 2, generator=generator(1)), points)
+    hits = torch.bincount(pairs.target, minlength=64) / 400
+    # Sampling alone gives a relative variance of 1/400.
+    assert float((hits - 1).square().mean()) < 0.02
+    assert torch.equal(pairs.source, torch.arange(64 * 400))
+
+
+def test_one_dimension_is_sorting():
+    """Cells of sorted points are consecutive quantile intervals of the noise."""
+    points = torch.tensor([[3.0], [-2.0], [10.0], [0.5]])
+    coupling = SemidiscreteCoupling(steps=3000, batch_size=512).fit(points, generator=generator())
+    x = torch.tensor([[-1.5], [-0.9], [-0.4], [0.4], [0.9], [1.5]])  # quartiles at -.674, 0, .674
+    assert coupling(x, points).target.tolist() == [1, 1, 3, 0, 2, 2]
+
+
+def test_it_approaches_the_optimal_assignment(fitted):
+    """Against exact OT of 40 noises a data point: the pairs cost as much, without a batch."""
+    points, coupling = fitted
+    x = torch.randn(64 * 40, 2, generator=generator(2))
+    copies = points.repeat(40, 1)
+    exact = OTCoupling()(x, copies).info["transport_cost"]
+    assert coupling(x, points).info["transport_cost"] == pytest.approx(exact, rel=0.02)
+
+
+def test_chi2_is_that_of_the_cells():
+    """One step leaves unequal cells: the unbiased estimate agrees with a count of many noises."""
+    points = data(16)
+    with pytest.warns(mbot.ConvergenceWarning, match="chi2 = "):
+        coupling = SemidiscreteCoupling(steps=1, batch_size=4096, rate=1e-4).fit(points, generator=generator())
+    hits = torch.bincount(coupling(torch.randn(200_000, 2), points).target, minlength=16) / 200_000
+    assert coupling.potentials.chi2 == pytest.approx(float(16 * hits.square().sum() - 1), rel=0.1)
+
+
+def test_fitting_again_goes_on():
+    points = data(256)
+    start = SemidiscreteCoupling(steps=150, batch_size=256, tol=100.0).fit(points, generator=generator())
+    more = start.fit(points, generator=generator(1))
+    assert more.potentials.steps == 300
+    assert more.potentials.chi2 < start.potentials.chi2
+    with pytest.raises(ValueError, match="potentials of 256 points; got 255"):
+        start.fit(points[:-1])
+
+
+def test_classes_have_their_own_cells_and_the_noise_tells_nothing():
+    g = generator()
+    y = torch.randint(0, 3, (90,), generator=g)
+    points = torch.randn(90, 2, generator=g) + 4 * y[:, None]
+    x = torch.randn(1500, 2, generator=g)
+    agnostic = SemidiscreteCoupling(steps=600, tol=1.0).fit(points, generator=g)
+    by_class = SemidiscreteCoupling(conditional=True, steps=600, tol=1.0).fit(points, y, generator=g)
+    skewed = flows.metrics.prior_skew(x, y[agnostic(x, points).target], generator=g)
+    safe = flows.metrics.prior_skew(x, y[by_class(x, points, y1=y, generator=g).target], generator=g)
+    assert skewed.score > skewed.chance + 0.3
+    assert safe.score < safe.chance + 0.05
+    assert by_class.potentials.chi2 < 0.2
+
+    wanted = torch.randint(0, 3, (1500,), generator=g)
+    pairs = by_class(x, points, y0=wanted, y1=y)
+    assert torch.equal(y[pairs.target], wanted)
+    # Hits of 1500 / 90 on average: a relative variance of 0.06 from sampling and at most 0.2 from the cells.
+    hits = torch.bincount(pairs.target, minlength=90) / (1500 / 3) * torch.bincount(y)[y]
+    assert float((hits - 1).square().mean()) < 0.3
+
+
+def test_classes_alone_are_the_coupling_of_each_class():
+    """With the same potentials, a noise of class c goes to its cell among the points of class c."""
+    points, y = data(30), torch.arange(30) % 3
+    coupling = SemidiscreteCoupling(conditional=True, steps=50, tol=100.0).fit(points, y, generator=generator())
+    x = torch.randn(200, 2)
+    for c in range(3):
+        among = coupling(x, points, y0=[c] * 200, y1=y).target
+        score = x @ (points - points.mean(0)).T + coupling.potentials.values
+        score = score - (points - points.mean(0)).square().sum(1) / 2
+        score[:, y != c] = -torch.inf
+        assert torch.equal(among, score.argmax(1))
+    names = [f"class {c}" for c in y.tolist()]
+    assert torch.equal(coupling(x, points, y0=["class 2"] * 200, y1=names).target, among)
+
+
+def test_the_noise_may_be_any_distribution():
+    points = data(32)
+
+    def uniform(n, generator=None):
+        return torch.rand(n, 2, generator=generator) * 2 - 5
+
+    coupling = SemidiscreteCoupling(steps=1500, batch_size=512).fit(points, noise=uniform, generator=generator())
+    hits = torch.bincount(coupling(uniform(32 * 400), points).target, minlength=32) / 400
+    assert float((hits - 1).square().mean()) < 0.03
+
+
+def test_images_and_half_precision():
+    points = torch.randn(20, 1, 4, 4)
+    coupling = SemidiscreteCoupling(steps=200, tol=10.0).fit(points)
+    assert coupling(torch.randn(7, 1, 4, 4), points).target.shape == (7,)
+    assert coupling(torch.randn(7, 1, 4, 4).bfloat16(), points.bfloat16()).target.shape == (7,)
+
+
+def test_scores_do_not_depend_on_the_tiles(monkeypatch):
+    points = data(50)
+    coupling = SemidiscreteCoupling(steps=20, tol=100.0).fit(points, generator=generator())
+    x = torch.randn(300, 2)
+    whole = coupling(x, points).target
+    monkeypatch.setattr("mbot.couplings.semidiscrete._CELLS", 120)
+    assert torch.equal(coupling(x, points).target, whole)
+
+
+def test_saves_and_loads(fitted):
+    points, coupling = fitted
+    buffer = io.BytesIO()
+    torch.save(coupling.state_dict(), buffer)
+    buffer.seek(0)
+    again = SemidiscreteCoupling.from_state_dict(torch.load(buffer, weights_only=True))
+    x = torch.randn(100, 2)
+    assert torch.equal(again(x, points).target, coupling(x, points).target)
+    assert again == coupling == pickle.loads(pickle.dumps(coupling))
+    assert again != SemidiscreteCoupling(steps=1500, batch_size=512)
+    assert "64 points" in repr(again)
+    empty = SemidiscreteCoupling(steps=7)
+    assert SemidiscreteCoupling.from_state_dict(empty.state_dict()) == empty
+
+
+def test_the_seed_decides_and_progress_is_told():
+    points, told = data(20), []
+    fits = [
+        SemidiscreteCoupling(steps=20, tol=100.0).fit(
+            points, generator=generator(3), progress=lambda done, all_: told.append((done, all_))
+        )
+        for _ in range(2)
+    ]
+    assert fits[0] == fits[1]
+    assert told[:20] == [(i + 1, 20) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: SemidiscreteCoupling(steps=0), ValueError, "steps"),
+        (lambda: SemidiscreteCoupling(rate=-1.0), ValueError, "rate"),
+        (lambda: SemidiscreteCoupling().fit(torch.zeros(0, 2)), ValueError, "data must hold"),
+        (lambda: SemidiscreteCoupling().fit([1.0]), TypeError, "data must be"),
+        (lambda: SemidiscreteCoupling(conditional=True).fit(data()), ValueError, "conditional=True needs y"),
+        (lambda: SemidiscreteCoupling(conditional=True).fit(data(), torch.zeros(3)), ValueError, "got 3"),
+        (lambda: SemidiscreteCoupling().fit(data(), noise=lambda n, generator: torch.zeros(n)), ValueError, "noise"),
+        (lambda: SemidiscreteCoupling.from_state_dict({"step": 3}), ValueError, "got \\['step'\\]"),
+    ],
+)
+def test_bad_settings(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+def test_another_data_set_and_unknown_classes_are_refused(fitted):
+    points, coupling = fitted
+    with pytest.raises(ValueError, match="64 points; got 63"):
+        coupling(torch.randn(5, 2), points[:-1])
+    y = torch.arange(30) % 3
+    by_class = SemidiscreteCoupling(conditional=True, steps=5, tol=1e9).fit(data(30), y)
+    with pytest.raises(ValueError, match="3 is none of them"):
+        by_class(torch.randn(2, 2), data(30), y0=[0, 3], y1=y)
+    with pytest.raises(ValueError, match="y1"):
+        by_class(torch.randn(2, 2), data(30))
+
+
+def test_flow_matching_trains_on_the_whole_data_set(fitted):
+    points, coupling = fitted
+    batch = flows.FlowMatching(coupling).sample(torch.randn(10, 2), points, torch.arange(64))
+    assert len(batch) == 10
+    torch.testing.assert_close(batch.xt + (1 - batch.t)[:, None] * batch.ut, points[batch.y])
