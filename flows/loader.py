@@ -81,6 +81,9 @@ class CoupledLoader:
     data are copied there once, noise is drawn there, and the background thread couples there. The batches are the same
     for every ``num_workers`` and ``prefetch``; noise drawn on another kind of device differs.
 
+    A fitted `mbot.SemidiscreteCoupling` pairs each noise with a point of the whole data set, which is loaded once (so
+    random transforms are drawn once): its points come equally often on average, not once an epoch.
+
     Args:
         dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating
             point and one shape; conditions are numbers, strings, arrays, or dicts of them.
