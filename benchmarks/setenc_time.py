@@ -199,9 +199,10 @@ if __name__ == "__main__":
         },
         f"""One set of N elements, d = {D}, {K} slots, float32, and a perceptron of two layers of {D} before the
 pooling (none in the streaming table). setenc in chunks of {CHUNK}. *One shot* is `scaled_dot_product_attention` over
-the whole set, written here from torch alone with the same parameters. *Official* is the published pooler's algorithm as its code describes it (clamped
-exponentials, all weights in memory), in our words, one shot with backprop and streamed without. Medians, the
-candidates alternating. Targets are in the headings; sampled draws one chunk of N/64. Where it is less work (few
-slots, or one head) setenc lets slots meet elements before the maps to keys and values; with {K} slots of 4 heads it
-is not, both do the same matrix products, and the gain in streaming is small.""",
+the whole set, written here from torch alone with the same parameters. *Official* is the published pooler's algorithm
+as its code describes it (clamped exponentials, all weights in memory), in our words, one shot with backprop and
+streamed without. Medians, the candidates alternating. Targets are in the headings; sampled draws one chunk of N/64.
+Where it is less work (few slots, or one head) setenc lets slots meet elements before the maps to keys and values;
+with {K} slots of 4 heads it is not, both do the same matrix products, and there is little to gain in streaming. In
+chunks of a few elements the time is that of calls, of which the log domain takes more.""",
     )

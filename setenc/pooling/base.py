@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,7 +56,7 @@ class Pooling(nn.Module):
         ``offset`` ``(B, 1, 1, n)`` holds the logarithms of the elements' weights, -inf at padding.
         """
         log_weights, values = self._scores(features, slots)
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             return _accumulate(log_weights, values, offset, peak)
 
     def attention(
@@ -183,6 +186,12 @@ class Pooling(nn.Module):
     def extra_repr(self) -> str:
         """Settings, for printing."""
         return f"in_dim={self.in_dim}, dim={self.out_dim}, num_slots={self.num_slots}"
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: the state is kept in float32 or better."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _accumulate(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from setenc import checks
-from setenc.pooling.base import Pooling, _log_weights
+from setenc.pooling.base import Pooling, _log_weights, full_precision
 from setenc.state import SetState
 
 # Log-weights of elements from logits (…, K, n); each looks at one element and all slots, never at other elements.
@@ -109,7 +109,7 @@ class SlotPooling(Pooling):
         queries = self.query(self.slot_norm(slots)).to(self._dtype)
         if not self.folded:
             return queries
-        with torch.autocast(queries.device.type, enabled=False):
+        with full_precision(queries.device):
             q = self._heads(queries) * self.head_dim**-0.5
             weight, bias = (t.to(q.dtype)[: self.out_dim] for t in (self.key_value.weight, self.key_value.bias))
             keys = q @ weight.unflatten(0, (self.num_heads, -1))
@@ -124,10 +124,10 @@ class SlotPooling(Pooling):
         activate = ACTIVATIONS[self.activation]
         if not self.folded:
             keys, values = self.key_value(features).chunk(2, -1)
-            with torch.autocast(features.device.type, enabled=False):
+            with full_precision(features.device):
                 q, k, v = (self._heads(t.to(self._dtype)) for t in (slots, keys, values))
                 return activate(q * self.head_dim**-0.5 @ k.mT), v
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             features = features.to(self._dtype)
             q, shift = self._heads(slots[:, self.out_dim :]).flatten(0, 1).split([self.in_dim, 1], -1)
             logits = torch.baddbmm(shift, q.expand(len(features), -1, -1), features.mT)
@@ -181,7 +181,7 @@ class SlotPooling(Pooling):
         if offset is None:
             return self._finish(F.scaled_dot_product_attention(q, k, v), slots)
         # Half-precision kernels would take the offset in half precision, and make NaN of a set without elements.
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             q, k, v = (t.to(offset.dtype) for t in (q, k, v))
             empty = (offset == -torch.inf).all(-1, keepdim=True)
             bias = offset.masked_fill(empty, 0).expand(-1, -1, self.num_slots, -1)
