@@ -65,3 +65,10 @@ def test_abc_runs_although_the_standard_library_has_a_module_of_that_name():
         command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert "--simulations" in done.stdout
+
+
+def test_outliers(quick):
+    figures = quick("outliers")["couplings"]
+    assert figures["OT"]["outliers_in_pairs"] > 0.02
+    assert figures["partial"]["outliers_in_pairs"] == figures["unbalanced"]["outliers_in_pairs"] == 0
+    assert figures["partial"]["far"] < figures["independent"]["far"]
