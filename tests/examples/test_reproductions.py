@@ -72,3 +72,9 @@ def test_outliers(quick):
     assert figures["OT"]["outliers_in_pairs"] > 0.02
     assert figures["partial"]["outliers_in_pairs"] == figures["unbalanced"]["outliers_in_pairs"] == 0
     assert figures["partial"]["far"] < figures["independent"]["far"]
+
+
+def test_domain_adaptation(quick):
+    figures = quick("domain_adaptation")
+    assert list(figures["curves"]) == ["m-OT", "m-UOT", "m-POT", "BoMb-OT", "TS-POT"]
+    assert all(curve[-1] > figures["source_only"] for curve in figures["curves"].values())
