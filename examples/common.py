@@ -1,4 +1,4 @@
-"""What the example scripts share: their common options, and the table, figures and machine that each run leaves."""
+"""What the example scripts share: their common options, the training of small flows, and what each run leaves."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import flows
+import mbot
 
 
 def arguments(description: str | None, name: str, *, data: bool = True) -> argparse.ArgumentParser:
@@ -47,6 +52,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [list(header), *cells]
     text = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join((text[0], "|" + "---|" * len(header), *text[1:]))
+
+
+def train_flow(
+    model: torch.nn.Module,
+    coupling: mbot.Coupling,
+    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    batch: int = 256,
+    seed: int = 0,
+    lr: float = 1e-3,
+    name: str = "",
+) -> torch.nn.Module:
+    """Flow matching on fresh draws ``draw(n, generator) -> (x0, x1)`` with Adam; returns the model in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    matcher = flows.FlowMatching(coupling)
+    for _ in tqdm(range(steps), desc=name, unit="step"):
+        optimizer.zero_grad()
+        matcher.loss(model, *draw(batch, generator), generator=generator).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
 
 
 def plotter() -> Any:

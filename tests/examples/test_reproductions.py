@@ -65,3 +65,35 @@ def test_abc_runs_although_the_standard_library_has_a_module_of_that_name():
         command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert "--simulations" in done.stdout
+
+
+def test_outliers(quick):
+    figures = quick("outliers")["couplings"]
+    assert figures["OT"]["outliers_in_pairs"] > 0.02
+    assert figures["partial"]["outliers_in_pairs"] == figures["unbalanced"]["outliers_in_pairs"] == 0
+    assert figures["partial"]["far"] < figures["independent"]["far"]
+
+
+def test_domain_adaptation(quick):
+    figures = quick("domain_adaptation")
+    assert list(figures["curves"]) == ["m-OT", "m-UOT", "m-POT", "BoMb-OT", "TS-POT"]
+    assert all(curve[-1] > figures["source_only"] for curve in figures["curves"].values())
+
+
+def test_generative_model(quick):
+    runs = {(run["loss"], run["k"]): run["w2"] for run in quick("generative_model")["runs"]}
+    assert set(runs) == {(f"{scheme}-{inner}", k) for scheme in ("m", "BoMb") for inner in ("OT", "SW") for k in (1, 2)}
+    assert runs["m-OT", 1] == runs["BoMb-OT", 1]  # one pair of batches: the same loss
+
+
+def test_boss_schedule(quick):
+    for run in quick("boss_schedule")["schedules"]:
+        assert run["cost"] <= run["uniform_cost"]
+        assert len(run["times"]) == run["steps"] + 1
+
+
+def test_wcfm_toys(quick):
+    runs = quick("wcfm_toys")["couplings"]
+    assert runs["W-CFM 1"]["tilt"] > runs["W-CFM 10"]["tilt"]
+    assert runs["corrected 1"]["tilt"] < runs["W-CFM 1"]["tilt"] / 2
+    assert runs["W-CFM 1"]["effective"] < runs["W-CFM 10"]["effective"] < runs["FM"]["effective"] + 1e-6
