@@ -228,6 +228,17 @@ def _auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def
 
 
 @njit(**_OPTIONS)
+def _relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-untyped-def]
+    """Shorten the distances of the columns that are not settled yet by going through the row ``via``."""
+    for j in range(len(dist)):
+        h = row[j] - price[j] - shift
+        better = (h < dist[j]) & (open_dist[j] < np.inf)
+        dist[j] = h if better else dist[j]
+        open_dist[j] = h if better else open_dist[j]
+        parent[j] = via if better else parent[j]
+
+
+@njit(**_OPTIONS)
 def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  # type: ignore[no-untyped-def]
     """Exact assignment from any prices; on return the prices are optimal dual variables."""
     n = cost.shape[0]
@@ -283,12 +294,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
             open_dist[end] = np.inf  # settled
             row = cost[i]
             shift = row[end] - price[end] - least
-            for j in range(n):
-                h = row[j] - price[j] - shift
-                better = (h < dist[j]) & (open_dist[j] < np.inf)
-                dist[j] = h if better else dist[j]
-                open_dist[j] = h if better else open_dist[j]
-                parent[j] = i if better else parent[j]
+            _relax(row, price, shift, dist, open_dist, parent, i)
         for j in range(n):
             if open_dist[j] == np.inf:
                 price[j] += dist[j] - least

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mbot.kernels.assignment import _OPTIONS, _auction, _two_smallest, assign
+from mbot.kernels.assignment import _OPTIONS, _auction, _relax, _two_smallest, assign
 from mbot.kernels.threads import run_slices
 
 _COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
@@ -172,21 +172,11 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
                     continue
                 source_at = end
                 shift = -price[end] - least
-                for j in range(n):
-                    h = -price[j] - shift
-                    better = (h < dist[j]) & (open_dist[j] < np.inf)
-                    dist[j] = h if better else dist[j]
-                    open_dist[j] = h if better else open_dist[j]
-                    taker[j] = n if better else taker[j]
+                _relax(zero, price, shift, dist, open_dist, taker, n)
                 continue
             row = cost[i]
             shift = row[end] - price[end] - least
-            for j in range(n):
-                h = row[j] - price[j] - shift
-                better = (h < dist[j]) & (open_dist[j] < np.inf)
-                dist[j] = h if better else dist[j]
-                open_dist[j] = h if better else open_dist[j]
-                taker[j] = i if better else taker[j]
+            _relax(row, price, shift, dist, open_dist, taker, i)
             if theta - shift < sink:
                 sink, sink_open, sink_taker = theta - shift, True, i
         level = least
@@ -241,12 +231,7 @@ def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_c
         open_dist[end] = np.inf  # settled
         row = cost[i]
         shift = row[end] - price[end] - least
-        for j in range(n):
-            h = row[j] - price[j] - shift
-            better = (h < dist[j]) & (open_dist[j] < np.inf)
-            dist[j] = h if better else dist[j]
-            open_dist[j] = h if better else open_dist[j]
-            taker[j] = i if better else taker[j]
+        _relax(row, price, shift, dist, open_dist, taker, i)
     for j in range(n):
         if dist[j] < least:
             price[j] += dist[j] - least
