@@ -135,8 +135,8 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     methods = ("I-CFM", "OT-CFM", "SB-CFM", "C²OT", "W-CFM")
     jobs = [(p, m, lib, s) for p in ("N", "moons") for m in methods for lib in ("ours", "torchcfm") for s in args.seeds]

@@ -41,8 +41,8 @@ if __name__ == "__main__":
     digits = flows.datasets.digits()
     fields = {
         "8 gaussians": (eight, (2,), 0, 3000),
-        "moons | class": (moons, (2,), 2, 3000),
-        "digits | class": (digits, (1, 8, 8), 10, 1500),
+        "moons given class": (moons, (2,), 2, 3000),
+        "digits given class": (digits, (1, 8, 8), 10, 1500),
     }
     rows = []
     for name, (dataset, shape, classes, steps) in fields.items():

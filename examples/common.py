@@ -1,4 +1,4 @@
-"""What the example scripts share: their common options, and the table, figures and machine that each run leaves."""
+"""What the example scripts share: their common options, the training of small flows, and what each run leaves."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import flows
+import mbot
 
 
 def arguments(description: str | None, name: str, *, data: bool = True) -> argparse.ArgumentParser:
@@ -48,6 +54,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join((text[0], "|" + "---|" * len(header), *text[1:]))
 
 
+def train_flow(
+    model: torch.nn.Module,
+    coupling: mbot.Coupling,
+    draw: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
+    *,
+    steps: int,
+    batch: int = 256,
+    seed: int = 0,
+    lr: float = 1e-3,
+    name: str = "",
+) -> torch.nn.Module:
+    """Flow matching on fresh draws ``draw(n, generator) -> (x0, x1)`` with Adam; returns the model in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    matcher = flows.FlowMatching(coupling)
+    for _ in tqdm(range(steps), desc=name, unit="step"):
+        optimizer.zero_grad()
+        matcher.loss(model, *draw(batch, generator), generator=generator).backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
 def plotter() -> Any:
     """``matplotlib.pyplot`` that draws to files."""
     import matplotlib
@@ -70,10 +100,18 @@ def save_picture(figure: Any, path: Path, dpi: int = 80) -> None:
     plotter().close(figure)
 
 
+def _shown(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments without ``--out``, and with folders of one's own by their names."""
+    pairs = zip(arguments, [None, *arguments], strict=False)
+    kept = [a for a, before in pairs if "--out" not in (a, before)]
+    return [Path(a).name if "/" in a else a for a in kept]
+
+
 def save(name: str, args: argparse.Namespace, page: str, figures: dict[str, Any]) -> None:
     """Write ``name.md`` and ``name.json`` (figures, options, machine) under ``args.out``, and print the page."""
-    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "data_root")}
-    page = f"{page.rstrip()}\n\nMachine: {machine()}.\n"
+    options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "data_root")}
+    command = " ".join([f"python examples/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])])
+    page = f"{page.rstrip()}\n\nCommand: `{command}`. Machine: {machine()}.\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text(page)
     content = {"machine": machine(), "options": options, **figures}

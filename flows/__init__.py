@@ -8,7 +8,7 @@ from flows.guidance import GuidedModel
 from flows.integrate import Trajectory, integrate
 from flows.interrupt import Interrupted, NonFiniteLoss
 from flows.likelihood import log_likelihood
-from flows.loader import CoupledBatch, CoupledLoader
+from flows.loader import CoupledBatch, CoupledLoader, WorkerDied
 from flows.logs import TrainResult
 from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
@@ -34,6 +34,7 @@ __all__ = [
     "Trainer",
     "Trajectory",
     "VariancePreservingPath",
+    "WorkerDied",
     "along_path",
     "bellman_schedule",
     "datasets",

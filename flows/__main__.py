@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unknown command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     from flows.checkpoint import CheckpointError
+    from flows.loader import WorkerDied
 
     try:
         commands[arguments[0]](arguments[1:])
@@ -47,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CheckpointError as error:
         hint = f"\n  --resume-from {error.previous}" if error.previous else ""
         print(f"error: {error}{hint}", file=sys.stderr)
+        return 3
+    except WorkerDied as error:
+        print(f"error: {error} (--resume)", file=sys.stderr)
         return 3
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)

@@ -82,6 +82,8 @@ def save(state: dict[str, Any], folder: Path, keep: int) -> Path:
         marked = {"format": FORMAT, "version": VERSION, **state}
         write_atomically(path, lambda file: torch.save(marked, cast(IO[bytes], _Loud(file, told))))
     except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not told:  # not about writing
+            raise
         older = saved(folder)
         kept = f"the last good checkpoint is {older[-1]}" if older else "there is none before it"
         raise CheckpointError(

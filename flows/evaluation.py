@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,7 @@ def evaluate(
         features = metrics.in_batches(judge.features, reference, 500)
 
         def measure(x: Tensor, y: Tensor | None) -> dict[str, float]:
-            assert y is not None
-            found = metrics.condition_consistency(judge, x, y)
+            found = metrics.condition_consistency(judge, x, cast(Tensor, y))
             distance = metrics.frechet_distance(metrics.in_batches(judge.features, x, 500), features)
             return {"consistency": found.accuracy, "cross-entropy": found.cross_entropy, "Fréchet": distance}
 

@@ -13,16 +13,19 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from flows.conditions import select, to_device
 from flows.seeds import derive_seed, generator_at, seeded
-from mbot import Coupling, Pairs, checks
+from mbot import Coupling, Pairs, SemidiscreteCoupling, checks
 
 Source = Callable[[int, torch.Generator], Tensor] | Tensor | Dataset[Any] | None
 
 
 class Fetched(NamedTuple):
-    """Samples of one OT batch of this process, with their conditions and positions in the data set."""
+    """Samples of one OT batch of this process, with their conditions and positions in the data set.
+
+    ``x`` is None where the coupling chooses among the whole data set.
+    """
 
     number: int
-    x: Tensor
+    x: Tensor | None
     y: Any
     rows: Tensor
 
@@ -87,6 +90,8 @@ class OTBatches:
                 + "; lower ot_batch_size or batch_size, or pass drop_last=False"
             )
 
+        self.whole = self._load_whole()
+
     @property
     def per_epoch(self) -> int:
         """OT batches in an epoch."""
@@ -98,11 +103,10 @@ class OTBatches:
             return self.ot_batch_size // self.batch_size
         return -(-self.rest // self.batch_size)
 
-    def steps_before(self, inside: int) -> int:
-        """Training batches in the first ``inside`` OT batches of an epoch."""
-        return sum(self.steps_in(i) for i in (inside - 1,) if inside > self.full) + min(inside, self.full) * (
-            self.ot_batch_size // self.batch_size
-        )
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches in an epoch."""
+        return self.full * (self.ot_batch_size // self.batch_size) + -(-self.rest // self.batch_size)
 
     def locate(self, epoch: int, batch: int) -> tuple[int, int]:
         """The OT batch that holds training batch ``batch`` of an epoch, and the place inside it."""
@@ -126,7 +130,13 @@ class OTBatches:
     def fetch(self, number: int) -> Fetched:
         """This process's samples of an OT batch."""
         index = self._rows(number)
-        parts = self._items(self.dataset, index, derive_seed(self.seed, "fetch", number, self.rank))
+        if self.whole is not None:
+            return Fetched(number, None, None, index)
+        return Fetched(number, *self._samples(index, derive_seed(self.seed, "fetch", number, self.rank)), index)
+
+    def _samples(self, index: Tensor, seed: int) -> tuple[Tensor, Any]:
+        """Collated samples and conditions."""
+        parts = self._items(self.dataset, index, seed)
         x, y = parts if isinstance(parts, (tuple, list)) and len(parts) == 2 else (parts, None)
         if isinstance(x, (tuple, list)) and len(x) == 1:
             x = x[0]
@@ -140,14 +150,16 @@ class OTBatches:
                 f"samples must be floating point; got {x.dtype}. Convert them in the data set's transform (images: "
                 "to float in [-1, 1])"
             )
-        return Fetched(number, x, y, index)
+        return x, y
 
     def couple(
         self, fetched: Fetched, device: torch.device
     ) -> tuple[Tensor, Tensor, Any, Tensor | None, Tensor, dict[str, Any]]:
         """Noise for fetched samples and their pairs: ``x0, x1, y, weight, index, info``."""
-        number, x1, y, index = fetched
-        x1, y = x1.to(device, non_blocking=True), to_device(y, device)
+        number, samples, y, index = fetched
+        if samples is None:
+            return self._couple_whole(number, len(index), device)
+        x1, y = samples.to(device, non_blocking=True), to_device(y, device)
         together = self.scope == "global"
         part = 0 if together else self.rank  # together: as one process would draw
         total = len(x1) * (self.world if together else 1)
@@ -159,6 +171,30 @@ class OTBatches:
             pairs = self.coupling(x0, x1, y1=y, generator=generator)
         x0, x1 = pairs.apply(x0, x1)
         return x0, x1, select(y, pairs.target), pairs.weight, index[pairs.target.cpu()], pairs.info
+
+    def _load_whole(self) -> tuple[Tensor, Any] | None:
+        """The data set as one batch, for a coupling with potentials of all its points."""
+        if not isinstance(self.coupling, SemidiscreteCoupling) or self.coupling.potentials is None:
+            return None
+        points = len(self.coupling.potentials.values)
+        if points != self.size:
+            raise ValueError(f"the coupling was fitted to {points} points; the data set has {self.size}")
+        return self._samples(torch.arange(self.size), derive_seed(self.seed, "fetch"))
+
+    def _couple_whole(
+        self, number: int, n: int, device: torch.device
+    ) -> tuple[Tensor, Tensor, Any, Tensor | None, Tensor, dict[str, Any]]:
+        """Fresh noise with its points of the whole data set; every process by itself, as the potentials are global."""
+        if self.whole is None:
+            raise RuntimeError("the data set was not loaded")
+        if self.whole[0].device != device:
+            self.whole = self.whole[0].to(device), to_device(self.whole[1], device)
+        data, labels = self.whole
+        x0 = self._noise(n, data, generator_at(self.seed, "noise", number, self.rank, device=device), number)
+        generator = generator_at(self.seed, "coupling", number, self.rank, device=device)
+        pairs = self.coupling(x0, data, y1=labels, generator=generator)
+        x0, x1 = pairs.apply(x0, data)
+        return x0, x1, select(labels, pairs.target), pairs.weight, pairs.target.cpu(), pairs.info
 
     def _rows(self, number: int) -> Tensor:
         """Positions in the data set of this process's part of an OT batch."""

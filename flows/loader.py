@@ -81,6 +81,9 @@ class CoupledLoader:
     data are copied there once, noise is drawn there, and the background thread couples there. The batches are the same
     for every ``num_workers`` and ``prefetch``; noise drawn on another kind of device differs.
 
+    A fitted `mbot.SemidiscreteCoupling` pairs each noise with a point of the whole data set, which is loaded once (so
+    random transforms are drawn once): its points come equally often on average, not once an epoch.
+
     Args:
         dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating
             point and one shape; conditions are numbers, strings, arrays, or dicts of them.
@@ -104,7 +107,7 @@ class CoupledLoader:
         TypeError: an unsuitable data set, source or coupling; samples that are not floating point.
         ValueError: sizes that do not fit: ``ot_batch_size`` no multiple of ``batch_size``, fewer samples than one OT
             batch.
-        RuntimeError: (iterating) a worker died; the position is kept.
+        WorkerDied: (iterating) a worker process ended by itself; the position is kept.
 
     >>> data = torch.utils.data.TensorDataset(torch.randn(64, 2))
     >>> loader = CoupledLoader(data, None, mbot.OTCoupling(), batch_size=8, ot_batch_size=32)
@@ -165,7 +168,7 @@ class CoupledLoader:
 
     def __len__(self) -> int:
         """Training batches in an epoch."""
-        return self.batches.steps_before(self.batches.per_epoch)
+        return self.batches.steps_per_epoch
 
     def __iter__(self) -> Iterator[CoupledBatch]:
         epoch = self.epoch
@@ -229,9 +232,8 @@ class CoupledLoader:
             batch = next(self._stream)
         except BaseException as error:
             self.close()
-            died = worker_death(error) if self.num_workers else None
-            if died is not None:
-                raise died from error
+            if self.num_workers and _is_death(error):
+                raise WorkerDied(error) from error
             raise
         self._next_number = number + 1
         return batch
@@ -251,19 +253,32 @@ class CoupledLoader:
         return [batch[begin:end] for begin, end in pairwise(bounds)]
 
 
-def worker_death(error: BaseException) -> RuntimeError | None:
-    """The explanation of an error by which torch says that a data worker died; None for any other error.
+class WorkerDied(RuntimeError):
+    """A worker process of a loader ended by itself; the loader keeps its position."""
 
-    torch may raise it from a signal handler at any point of the main thread, not only inside the loader.
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__(
+            f"a data worker died ({reason}). Often it ran out of memory: lower num_workers, prefetch or ot_batch_size, "
+            "or use num_workers=0. Nothing is lost: the loader keeps its position, and training goes on from its last "
+            "checkpoint"
+        )
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether an error is how torch, or a broken pipe, tells of a worker's death."""
+    said = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    return said or isinstance(error, (ConnectionError, EOFError))
+
+
+def _watch_only_when_asked(workers: Any) -> None:
+    """Let a worker's death be found when a batch is asked for, not raised by a signal handler in the middle of a step.
+
+    torch watches registered workers from a handler of SIGCHLD, which could interrupt an optimiser step or the writing
+    of a checkpoint. Taking a batch looks after the workers as well.
     """
-    killed = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-    if not killed and not isinstance(error, (ConnectionError, EOFError)):  # it died while it was handing over a batch
-        return None
-    return RuntimeError(
-        f"a data worker died ({error}). Often it ran out of memory: lower num_workers, prefetch or ot_batch_size, or "
-        "use num_workers=0. Nothing is lost: the loader keeps its position, and training goes on from its last "
-        "checkpoint"
-    )
+    if getattr(workers, "_worker_pids_set", False):
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(workers))
+        workers._worker_pids_set = False
 
 
 def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
@@ -315,6 +330,7 @@ def _run(
                 generator=torch.Generator(),  # the default one belongs to the training loop
             )
         )
+        _watch_only_when_asked(fetched)
     else:
         fetched = map(batches.fetch, count(first))
     ahead: deque[Future[CoupledBatch]] = deque()

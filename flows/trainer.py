@@ -21,7 +21,7 @@ from flows import checkpoint
 from flows.checkpoint import CheckpointError
 from flows.conditions import drop_conditions
 from flows.interrupt import Interrupted, NonFiniteLoss, Signals
-from flows.loader import CoupledLoader, worker_death
+from flows.loader import CoupledLoader, WorkerDied
 from flows.logs import RunLog, TrainResult
 from flows.matching import FlowBatch, along_path, regression_loss
 from flows.paths import LinearPath, Path, check_path
@@ -166,7 +166,7 @@ class Trainer:
                 written. Its message names the last good one.
             NonFiniteLoss: NaN or infinity in the loss or gradient.
             Interrupted: a signal came; the state is saved.
-            RuntimeError: a data worker died.
+            WorkerDied: a worker process of the loader ended by itself; the last checkpoint is good.
         """
         if resume:
             found = checkpoint.latest(self._folder) if resume is True else FilePath(resume)
@@ -202,16 +202,12 @@ class Trainer:
                         raise Interrupted(f"stopped by a signal after step {self.step}; {kept}", saved)
                     if self.preview is not None and (done or self._due("preview")):
                         self._show()
-        except RuntimeError as error:
-            died = worker_death(error) if self.loader.num_workers else None
-            if died is None:
+        except WorkerDied as error:
+            if signals.received is None:
                 raise
-            if signals.received is not None:
-                where = checkpoint.latest(self._folder) if self.out is not None else None
-                raise Interrupted(
-                    f"stopped by a signal; its data workers stopped with it; last: {where}", where
-                ) from error
-            raise died from error
+            last = checkpoint.latest(self._folder) if self.out is not None else None
+            said = f"stopped by a signal that stopped the data workers as well; the last checkpoint is {last}"
+            raise Interrupted(said, last) from error
         finally:
             log.close()
             self.loader.close()

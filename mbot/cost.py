@@ -30,9 +30,9 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
         )
     centre = (y.detach().mean(-2, keepdim=True) + x.detach().mean(-2, keepdim=True)) / 2
     x, y = x - centre, y - centre
-    norms_x, norms_y = x.square().sum(-1)[..., :, None], y.square().sum(-1)[..., None, :]
-    # In place: fresh memory for each term would cost more than the arithmetic.
-    return ((-2 * x) @ y.mT).add_(norms_x).add_(norms_y).clamp_min_(0)
+    # As products and in place: fresh memory for squares and terms would cost more than the arithmetic.
+    norms_x, norms_y = (torch.linalg.vecdot(points, points) for points in (x, y))
+    return (x @ y.mT).mul_(-2).add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
 
 
 def _root(squared: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class IteratorSource(Source):
         begin = 0
         for item in self.make():
             x, *own = item if isinstance(item, tuple) else (item,)
-            x, (mask, weights) = torch.as_tensor(x), (*map(_optional_tensor, own), None, None)[:2]
+            x, mask, weights = (*map(_tensor, (x, *own)), None, None)[:3]
             length = x.shape[1] if x.ndim > 1 else 0
             if mask is None and self.mask is not None:
                 mask = self.mask[:, begin : begin + length]
@@ -128,5 +128,7 @@ class IteratorSource(Source):
                 yield Chunk(cut[0], cut[1], cut[2])
 
 
-def _optional_tensor(x: Any) -> Tensor | None:
-    return None if x is None else torch.as_tensor(x)
+def _tensor(x: Any) -> Any:
+    """From an array, copied where torch would warn that it is read-only (a memory map)."""
+    read_only = not getattr(getattr(x, "flags", None), "writeable", True)
+    return x if x is None else torch.as_tensor(x.copy() if read_only else x)

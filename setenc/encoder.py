@@ -57,7 +57,6 @@ class UMBC(nn.Module):
         self.pooling = pooling
         self.decoder = checks.module(decoder, "decoder")
         self.size_vector = nn.Parameter(torch.randn(pooling.out_dim) / 10) if size_feature else None
-        self._batch_norms = [m for m in self.extractor.modules() if isinstance(m, _BatchNorm)]
 
     def forward(
         self, x: Any, mask: Tensor | None = None, weights: Tensor | None = None, *,
@@ -131,8 +130,15 @@ class UMBC(nn.Module):
         """The decoder's output for what the state has seen so far, at any time; the state stays as it is."""
         return self._decode(self.pooling.readout(state), state.count)
 
+    def attention(
+        self, state: SetState, chunk: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Shares ``(B, H, K, n)`` of elements that the state has seen; see `Pooling.attention`."""
+        chunk, mask, weights = checks.elements(chunk, mask, weights)
+        return self.pooling.attention(state, self._features(chunk, mask), mask, weights)
+
     def _features(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        checks.no_batch_norm(self._batch_norms)
+        checks.no_batch_norm([m for m in self.extractor.modules() if isinstance(m, _BatchNorm)])
         if mask is not None:
             x = x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), 0)
         parameter = next(self.extractor.parameters(), None)

@@ -185,8 +185,8 @@ torch.serialization.add_safe_globals([SetState])
 
 def _scale(peak: Tensor, new: Tensor) -> Tensor:
     """``exp(peak - new)``, 1 where both are -inf. A constant in backward: results do not depend on the peak."""
-    with torch.no_grad():
-        return torch.where(new == -torch.inf, 0, peak - new).exp()
+    peak, new = peak.detach(), new.detach()
+    return torch.where(new == -torch.inf, 0, peak - new).exp_()
 
 
 class _SumOverRanks(torch.autograd.Function):

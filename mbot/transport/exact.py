@@ -28,7 +28,9 @@ class ExactOT(Transport):
     Args:
         solver: ``"assignment"`` (uniform weights, n = m, after dropping points of weight zero; a permutation),
             ``"network_simplex"`` (any weights; POT's solver, run to optimality), or ``"auto"``: the assignment
-            wherever it applies.
+            wherever it applies. There is no crossover to pick by: in every cell measured (n = 256 … 4096, d = 2 and
+            3072, Gaussian and clustered clouds) its kernel was faster than the best of scipy, POT's network simplex
+            and lapx; the table is ``benchmarks/results/mbot_one_problem.md``.
 
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
     >>> ExactOT()(x, x.flip(0) + 0.5)
@@ -83,8 +85,9 @@ def _plan(name: str, cost: Tensor, found: _Found) -> Plan:
 
 def _forbid(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Replace ``+inf`` by a finite cost that no optimal plan uses if it can be avoided."""
-    if np.isfinite(cost.sum()):  # one quick pass for the usual case; a sum may also overflow
-        return cost, None
+    with np.errstate(over="ignore"):
+        if np.isfinite(cost.sum()):  # one quick pass for the usual case; a sum may also overflow
+            return cost, None
     forbidden = np.isinf(cost)
     if not forbidden.any():
         return cost, None
@@ -124,7 +127,8 @@ def _assign_uniform(cost: np.ndarray) -> _Found:
     row = np.broadcast_to(np.arange(n), col.shape)
     mass = np.full(col.shape, 1 / n)
     _check_allowed(forbidden, row, col, mass)
-    size = np.abs(np.take_along_axis(walled, col[..., None], -1)).sum((1, 2)) + np.abs(f).sum(1) + np.abs(g).sum(1)
+    matched = np.abs(np.take_along_axis(walled, col[..., None], -1)[..., 0])
+    size = matched.sum(1, dtype=np.float64) + np.abs(f).sum(1) + np.abs(g).sum(1)
     error = _relative(gap, size, n * typical)
     return row.copy(), col, mass, error, f, g
 

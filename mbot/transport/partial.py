@@ -103,13 +103,13 @@ def _uniform(cost: np.ndarray, mass: float):  # type: ignore[no-untyped-def]
     # The plan with ``lower`` pairs, the one with a pair more, or both.
     weights = [1 - share] * (lower > 0) + [share] * (share > 0)
     column, duals_f, duals_g, gaps = match(walled.reshape(-1), n, max(lower, 1), more=lower > 0 and share > 0)
-    typical = np.abs(walled).mean((1, 2))
+    typical = np.abs(walled).mean((1, 2), dtype=np.float64)
     rows, cols, masses, error = [], [], [], np.zeros(problems)
     for col, f, g, gap, weight in zip(column, duals_f, duals_g, gaps, weights, strict=True):
         amount = np.where(col >= 0, weight / n, 0.0)
         col = np.where(col >= 0, col, 0)
         matched = np.abs(np.take_along_axis(walled, col[..., None], -1)[..., 0]) * (amount > 0)
-        size = matched.sum(1) + np.abs(f).sum(1) + np.abs(g).sum(1)
+        size = matched.sum(1, dtype=np.float64) + np.abs(f).sum(1) + np.abs(g).sum(1)
         error = np.maximum(error, _relative(gap, size, pairs * typical))
         rows.append(np.broadcast_to(np.arange(n), col.shape))
         cols.append(col)

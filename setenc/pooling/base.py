@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,12 +43,37 @@ class Pooling(nn.Module):
         """The slots ``(K, h)`` of a new stream."""
         return self._like.new_empty(0, 0)
 
+    def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-weights ``(B, H, K, n)``, which may be overwritten, and values ``(B, H, n, V)`` of the elements.
+
+        Values that all heads share are ``(B, 1, n, V)``. Both in the state's dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives its elements no attention")
+
     def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
         """``(total, mass, peak)`` of features ``(B, n, in_dim)``, relative to ``peak`` if it is given.
 
         ``offset`` ``(B, 1, 1, n)`` holds the logarithms of the elements' weights, -inf at padding.
         """
-        raise NotImplementedError
+        log_weights, values = self._scores(features, slots)
+        with full_precision(features.device):
+            return _accumulate(log_weights, values, offset, peak)
+
+    def attention(
+        self, state: SetState, features: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Shares ``(B, H, K, n)`` of these elements in the means of ``state``: read in a second pass over the stream.
+
+        Over all elements that the state has seen they sum to 1. Arguments as in `update`.
+        """
+        features, mask, weights = checks.elements(features, mask, weights, "features")
+        checks.batch(features, state.batch_size)
+        log_weights, _ = self._scores(self.prepare(features, mask), state.slots)
+        offset = _log_weights(mask, weights, log_weights.dtype)
+        relative = (
+            log_weights - state.peak[..., None] if offset is None else log_weights + offset - state.peak[..., None]
+        )
+        return relative.exp() / state.mass[..., None]
 
     def ragged_contribution(
         self, state: SetState, features: Tensor, ragged: Ragged, weights: Tensor | None, peak: Tensor | None = None
@@ -160,10 +188,16 @@ class Pooling(nn.Module):
         return f"in_dim={self.in_dim}, dim={self.out_dim}, num_slots={self.num_slots}"
 
 
-def accumulate(
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off: the state is kept in float32 or better."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
+def _accumulate(
     log_weights: Tensor, values: Tensor, offset: Tensor | None, peak: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(total, mass, peak)`` of log-weights ``(B, H, K, n)``, overwritten, and values ``(B, H, n, V)``.
+    """``(total, mass, peak)`` of log-weights ``(B, H, K, n)``, overwritten, and values ``(B, H or 1, n, V)``.
 
     The peak is a constant in backward: results do not depend on it.
     """
@@ -174,7 +208,11 @@ def accumulate(
     shift = torch.where(peak == -torch.inf, 0, peak)[..., None]
     # In place where autograd does not need the logarithms: allocating is dearer than the exponentials.
     weights = (log_weights - shift if log_weights.requires_grad else log_weights.sub_(shift)).exp_()
-    return weights @ values, weights.sum(-1), peak
+    if values.shape[1] != 1:
+        return weights @ values, weights.sum(-1), peak
+    # Values that the heads share: one product for all of them.
+    total = (weights.flatten(1, 2) @ values[:, 0]).unflatten(1, weights.shape[1:3])
+    return total, weights.sum(-1), peak
 
 
 def _log_weights(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from setenc import checks
-from setenc.pooling.base import Pooling
+from setenc.pooling.base import Pooling, full_precision
 from setenc.state import SetState
 
 
@@ -42,7 +42,7 @@ class DeepSetsPooling(Pooling):
             largest = values.max(1).values[..., None]
             return values.new_zeros(*largest.shape, 0), torch.zeros_like(largest), largest
         # Sums need no running maximum: they are relative to a peak of 0.
-        with torch.autocast(values.device.type, enabled=False):
+        with full_precision(values.device):
             weights = values.new_ones(*values.shape[:2]) if offset is None else offset[:, 0, 0].exp()
             total = (weights[:, None] @ values)[:, None]
         mass = weights.sum(1)[:, None, None]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from setenc import checks
-from setenc.pooling.base import Pooling, accumulate
+from setenc.pooling.base import Pooling
 from setenc.state import SetState
 
 
@@ -32,19 +31,16 @@ class GatedAttentionPooling(Pooling):
         self.logit = nn.Linear(self.hidden_dim, 1, bias=False)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Attention logits ``(B, n)`` of features ``(B, n, in_dim)``, to be read in a second pass."""
+        """Attention logits ``(B, n)`` of features ``(B, n, in_dim)``, before normalising over the set."""
         return self._logits(self.value(features))
 
     def _logits(self, values: Tensor) -> Tensor:
         squash, gate = self.gate(values).chunk(2, -1)
         return self.logit(squash.tanh() * gate.sigmoid())[..., 0]
 
-    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
+    def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         values = self.value(features)
-        logits = self._logits(values)
-        with torch.autocast(values.device.type, enabled=False):
-            logits, values = logits.to(self._dtype), values.to(self._dtype)
-            return accumulate(logits[:, None, None], values[:, None], offset, peak)
+        return self._logits(values).to(self._dtype)[:, None, None], values.to(self._dtype)[:, None]
 
     def readout(self, state: SetState) -> Tensor:
         """The weighted mean ``(B, 1, dim)``."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from setenc import checks
-from setenc.pooling.base import Pooling, _log_weights, accumulate
+from setenc.pooling.base import Pooling, _log_weights, full_precision
 from setenc.state import SetState
 
 # Log-weights of elements from logits (…, K, n); each looks at one element and all slots, never at other elements.
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 # Elements meet the slots before the linear maps to keys and values (q'(W f) = (W'q)'f, sum a W f = W sum a f) unless
 # that takes more than this many times the multiplications: they are fewer matrix products, and larger ones.
-_FOLD = 1.5
+_FOLD = 1.0
 
 # Elements whose weights are held at a time where attention is not fused.
 _BLOCK = 4096
@@ -109,7 +109,7 @@ class SlotPooling(Pooling):
         queries = self.query(self.slot_norm(slots)).to(self._dtype)
         if not self.folded:
             return queries
-        with torch.autocast(queries.device.type, enabled=False):
+        with full_precision(queries.device):
             q = self._heads(queries) * self.head_dim**-0.5
             weight, bias = (t.to(q.dtype)[: self.out_dim] for t in (self.key_value.weight, self.key_value.bias))
             keys = q @ weight.unflatten(0, (self.num_heads, -1))
@@ -120,23 +120,18 @@ class SlotPooling(Pooling):
         """``(…, m, dim)`` to ``(…, H, m, dim / H)``."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
-    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
+    def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         activate = ACTIVATIONS[self.activation]
         if not self.folded:
             keys, values = self.key_value(features).chunk(2, -1)
-            with torch.autocast(features.device.type, enabled=False):
+            with full_precision(features.device):
                 q, k, v = (self._heads(t.to(self._dtype)) for t in (slots, keys, values))
-                return accumulate(activate(q * self.head_dim**-0.5 @ k.mT), v, offset, peak)
-        heads = (self.num_heads, self.num_slots)
-        with torch.autocast(features.device.type, enabled=False):
+                return activate(q * self.head_dim**-0.5 @ k.mT), v
+        with full_precision(features.device):
             features = features.to(self._dtype)
             q, shift = self._heads(slots[:, self.out_dim :]).flatten(0, 1).split([self.in_dim, 1], -1)
             logits = torch.baddbmm(shift, q.expand(len(features), -1, -1), features.mT)
-            logits = activate(logits.unflatten(1, heads)).flatten(1, 2)
-            if peak is not None:
-                peak = peak.flatten(1)[:, None]
-            parts = accumulate(logits[:, None], features[:, None], offset, peak)
-            return tuple(part[:, 0].unflatten(1, heads) for part in parts)
+            return activate(logits.unflatten(1, (self.num_heads, self.num_slots))), features[:, None]
 
     def readout(self, state: SetState) -> Tensor:
         """Slots ``(B, K, dim)``: means, plus ``q(s_k)`` with the residual, normalised."""
@@ -186,7 +181,7 @@ class SlotPooling(Pooling):
         if offset is None:
             return self._finish(F.scaled_dot_product_attention(q, k, v), slots)
         # Half-precision kernels would take the offset in half precision, and make NaN of a set without elements.
-        with torch.autocast(features.device.type, enabled=False):
+        with full_precision(features.device):
             q, k, v = (t.to(offset.dtype) for t in (q, k, v))
             empty = (offset == -torch.inf).all(-1, keepdim=True)
             bias = offset.masked_fill(empty, 0).expand(-1, -1, self.num_slots, -1)

@@ -68,6 +68,12 @@ def test_ranks_couple_apart_with_noise_of_their_own(served):
         assert torch.equal(mbot.OTCoupling()(x0, x1).source, torch.arange(6))
 
 
+def test_workers_that_fetch_for_the_one_solve_change_nothing(served):
+    for rank in served:
+        for a, b in zip(rank["global-workers"], rank["global-ot-True"], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+
+
 def test_an_error_in_the_one_solve_reaches_every_rank(served):
     assert all("needs y1" in rank["error"] for rank in served)
 

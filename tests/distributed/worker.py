@@ -32,6 +32,9 @@ def batches(folder, rank):
                 one = loader(scope, coupling, batch_size=3, ot_batch_size=6, drop_last=drop_last)
                 rows = [(b.x0, b.x1, b.y, b.weight, b.index) for _ in range(2) for b in one]
                 served[f"{scope}-{name}-{drop_last}"] = rows
+    one = loader("global", mbot.OTCoupling(), batch_size=3, ot_batch_size=6, num_workers=1)
+    served["global-workers"] = [(b.x0, b.x1, b.y, b.weight, b.index) for _ in range(2) for b in one]
+    one.close()
     plain = TensorDataset(torch.randn(50, 2))
     try:
         next(iter(flows.CoupledLoader(plain, None, mbot.ConditionalOTCoupling(), 3, 6, coupling_scope="global")))

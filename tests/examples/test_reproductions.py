@@ -22,7 +22,7 @@ def quick(tmp_path):
             list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT, env=environment
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert (tmp_path / f"{name}.{picture}").stat().st_size > 5000
+        assert (tmp_path / f"{name}.{picture}").stat().st_size > 3000
         page = (tmp_path / f"{name}.md").read_text()
         assert page.strip() in done.stdout
         assert "nan" not in page
@@ -49,3 +49,51 @@ def test_color_transfer_of_all_pixels(quick):
     figures = quick("color_transfer", "--clusters", 0, "--visits", 1, picture="jpg")
     assert "full OT" not in figures["methods"]
     assert figures["methods"]["BoMb-OT"]["w2"] < figures["methods"]["source"]["w2"]
+
+
+def test_approximate_bayes(quick):
+    figures = quick("approximate_bayes")
+    cells = {(cell["m"], cell["k"]): cell for cell in figures["cells"]}
+    assert set(cells) == {(8, 2), (8, 8), (16, 2), (16, 8)}
+    assert cells[8, 8]["BoMb-OT"] < cells[8, 8]["m-OT"]
+    assert all(run["populations"] >= 2 for run in figures["runs"])
+
+
+def test_abc_runs_although_the_standard_library_has_a_module_of_that_name():
+    command = [sys.executable, ROOT / "examples" / "abc.py", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert "--simulations" in done.stdout
+
+
+def test_outliers(quick):
+    figures = quick("outliers")["couplings"]
+    assert figures["OT"]["outliers_in_pairs"] > 0.02
+    assert figures["partial"]["outliers_in_pairs"] == figures["unbalanced"]["outliers_in_pairs"] == 0
+    assert figures["partial"]["far"] < figures["independent"]["far"]
+
+
+def test_domain_adaptation(quick):
+    figures = quick("domain_adaptation")
+    assert list(figures["curves"]) == ["m-OT", "m-UOT", "m-POT", "BoMb-OT", "TS-POT"]
+    assert all(curve[-1] > figures["source_only"] for curve in figures["curves"].values())
+
+
+def test_generative_model(quick):
+    runs = {(run["loss"], run["k"]): run["w2"] for run in quick("generative_model")["runs"]}
+    assert set(runs) == {(f"{scheme}-{inner}", k) for scheme in ("m", "BoMb") for inner in ("OT", "SW") for k in (1, 2)}
+    assert runs["m-OT", 1] == runs["BoMb-OT", 1]  # one pair of batches: the same loss
+
+
+def test_boss_schedule(quick):
+    for run in quick("boss_schedule")["schedules"]:
+        assert run["cost"] <= run["uniform_cost"]
+        assert len(run["times"]) == run["steps"] + 1
+
+
+def test_wcfm_toys(quick):
+    runs = quick("wcfm_toys")["couplings"]
+    assert runs["W-CFM 1"]["tilt"] > runs["W-CFM 10"]["tilt"]
+    assert runs["corrected 1"]["tilt"] < runs["W-CFM 1"]["tilt"] / 2
+    assert runs["W-CFM 1"]["effective"] < runs["W-CFM 10"]["effective"] < runs["FM"]["effective"] + 1e-6

@@ -148,6 +148,25 @@ def test_several_conditions_reach_a_coupling_that_looks_at_them():
         assert [int(n[1:]) % 2 for n in batch.y["name"]] == batch.y["label"].tolist()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fitted_semidiscrete_coupling_pairs_with_the_whole_data_set(workers):
+    data = labelled()
+    x, y = data.tensors
+    coupling = mbot.SemidiscreteCoupling(steps=200, conditional=True, tol=1.0).fit(x, y)
+    one = loader(data, coupling=coupling, num_workers=workers)
+    batches = [one.next_batch() for _ in range(40)]
+    for b in batches:
+        assert torch.equal(b.x1, x[b.index])
+        assert torch.equal(b.y, y[b.index])
+    pairs = coupling(torch.cat([b.x0 for b in batches[:3]]), x, y0=torch.cat([b.y for b in batches[:3]]), y1=y)
+    assert torch.equal(pairs.target, torch.cat([b.index for b in batches[:3]]))
+    again = loader(data, coupling=coupling)
+    again.load_state_dict({**one.state_dict(), "batch": 0, "epoch": 0})
+    assert all(same(again.next_batch(), b) for b in batches)
+    with pytest.raises(ValueError, match="fitted to 60 points; the data set has 59"):
+        loader(labelled(59), coupling=coupling)
+
+
 def test_the_last_batch_can_be_kept():
     batches = list(loader(labelled(31), drop_last=False))
     assert [len(b) for b in batches] == [4] * 6 + [4, 3]
@@ -185,7 +204,7 @@ def test_images_arrays_and_dtype():
 
 DYING = """
 import os, torch, mbot
-from flows.loader import CoupledLoader, worker_death
+from flows import CoupledLoader, WorkerDied
 class Dies(torch.utils.data.Dataset):
     def __len__(self):
         return 24
@@ -197,14 +216,13 @@ loader = CoupledLoader(Dies(), None, mbot.OTCoupling(), 2, 2, num_workers=1, shu
 try:
     while True:
         loader.next_batch()
-except RuntimeError as error:
-    print(worker_death(error) or error)
+except WorkerDied as error:
+    print(error)
     print("at", loader.state_dict()["batch"] <= 7)
 """
 
 
 def test_a_worker_that_dies_is_explained_and_the_position_kept():
-    """In a process of its own: torch may raise its error from a signal handler, wherever the main thread is."""
     done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.startswith("a data worker died (")
     assert "lower num_workers" in done.stdout

@@ -1,8 +1,11 @@
 """A small run with everything that has state: noise, dropout, coupling, averaging, schedule."""
 
+import os
+import sys
+
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import flows
 import mbot
@@ -50,8 +53,31 @@ def trainer(out=None, *, steps=STEPS, seed=3, loader=None, model=None, **setting
     )
 
 
+class Fragile(Dataset):
+    """Sixty samples, of which the last kills the process that reads it while FRAGILE is set."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        if i == 59 and os.environ.get("FRAGILE"):
+            os._exit(3)
+        return torch.full((2,), float(i)), i % 3
+
+
+def fragile_run(out):
+    """A run over `Fragile` in a worker process."""
+    run = trainer(out, loader={"num_workers": 1, "shuffle": False, "prefetch": 1}, checkpoint_every=1)
+    run.loader.batches.dataset = Fragile()
+    return run
+
+
 def weights(trained):
     """Everything that training changes, in one vector."""
     model = [p.detach().flatten() for p in trained.model.parameters()]
     mean = [p.detach().flatten() for p in trained.sampling_model.parameters()]
     return torch.cat(model + mean)
+
+
+if __name__ == "__main__":
+    fragile_run(sys.argv[1]).fit()

@@ -150,6 +150,10 @@ def test_constant_huge_and_tiny_costs():
     expected = float(ExactOT().plan(cost).cost(cost))
     for scale in (1e-30, 1e30):
         assert float(ExactOT().plan(scale * cost).cost(scale * cost)) == pytest.approx(scale * expected, rel=1e-12)
+    for transport in (ExactOT(), mbot.PartialOT(0.5)):  # sums of the costs overflow float32
+        plan = transport.plan((3e38 * cost).float())
+        assert bool(plan.converged)
+        assert float(plan.cost(cost)) == pytest.approx(float(transport.plan(cost).cost(cost)), rel=1e-6)
     shifted = cost + 1e6
     assert float(ExactOT().plan(shifted).cost(cost)) == pytest.approx(expected, rel=1e-6)
     outlier = cost.clone()

@@ -333,6 +333,7 @@ class Reader:
         return iter(self.chunks)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("mode", ["full", "exact", "sampled", "none"])
 def test_chunks_from_iterators(mode, tmp_path):
     enc = encoder(dropout=0.0)
@@ -352,6 +353,7 @@ def test_chunks_from_iterators(mode, tmp_path):
     same(run(Reader([x]), chunk_size=4), plain)
     file = np.memmap(tmp_path / "x", dtype=np.float64, mode="w+", shape=x.shape)
     file[:] = x.numpy()
+    file = np.memmap(tmp_path / "x", dtype=np.float64, mode="r", shape=x.shape)
     same(run(lambda: (file[:, i : i + 4] for i in (0, 4, 8))), plain)
     loader = torch.utils.data.DataLoader(
         torch.utils.data.TensorDataset(x.transpose(0, 1)),

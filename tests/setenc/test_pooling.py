@@ -161,6 +161,25 @@ def test_gated_attention_is_abmil():
     torch.testing.assert_close(pooling(x), logits.softmax(1)[:, None] @ h)
 
 
+@pytest.mark.parametrize("make", [lambda: slot_pooling("slot-sigmoid"), lambda: setenc.GatedAttentionPooling(3, 8)])
+def test_attention_is_read_in_a_second_pass(make, monkeypatch):
+    monkeypatch.setattr("setenc.pooling.slots._FOLD", 0)
+    pooling = make().double()
+    enc = setenc.UMBC(None, pooling, None)
+    x, weights = torch.randn(2, 7, 3, dtype=torch.float64), torch.rand(2, 7, dtype=torch.float64)
+    mask = torch.rand(2, 7) < 0.7
+    state = enc.update(enc.init_state(2), x, mask, weights)
+    parts = zip(*(t.split(3, 1) for t in (x, mask, weights)), strict=True)
+    shares = torch.cat([enc.attention(state, *part) for part in parts], -1)
+    torch.testing.assert_close(shares.sum(-1), torch.ones_like(state.mass))
+    assert bool((shares[~mask[:, None, None].expand_as(shares)] == 0).all())
+    values = pooling.value(x) if make()._get_name().startswith("Gated") else pooling.key_value(x)[..., 8:]
+    means = shares @ values.unflatten(-1, (pooling.num_heads, -1)).transpose(1, 2)
+    torch.testing.assert_close(means, state.mean())
+    with pytest.raises(NotImplementedError, match="DeepSetsPooling gives its elements no attention"):
+        setenc.DeepSetsPooling(3, 8).double().attention(state, x)
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="multiple of num_heads"):
         setenc.SlotPooling(3, 8, 4, num_heads=3)
