@@ -63,7 +63,7 @@ class TrainConfig:
     """Noise of the path; by default the path's own."""
     model: Model = "auto"
     """auto: the preset that fits the data, an MLP for points."""
-    steps: int = 1500
+    steps: int = 800
     """Optimiser steps."""
     batch_size: int = 128
     """Pairs a training step (and process)."""
