@@ -29,7 +29,7 @@ def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def picture(schedules: dict[int, flows.Schedule], ends: dict[str, Tensor], notes: dict[str, str], path: Path) -> None:
     """Step times, and samples at the smallest K."""
     plt = plotter()
-    figure, axes = plt.subplots(1, 1 + len(ends), figsize=(3.4 * (1 + len(ends)), 3.5))
+    figure, axes = plt.subplots(1, 1 + len(ends), figsize=(3.4 * (1 + len(ends)), 3.8))
     for row, (k, schedule) in enumerate(schedules.items()):
         axes[0].plot(schedule.times, [row] * (k + 1), "o-", color="#2166ac", ms=4)
         axes[0].plot(torch.linspace(0, 1, k + 1), [row - 0.25] * (k + 1), "|", color="0.5", ms=8)
@@ -40,7 +40,7 @@ def picture(schedules: dict[int, flows.Schedule], ends: dict[str, Tensor], notes
         ax.scatter(*points.T, s=3, lw=0, color="#2166ac")
         ax.set(xlim=(-6, 8), ylim=(-6, 6), xticks=[], yticks=[], aspect="equal")
         ax.set_title(f"{name}\n{notes[name]}", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     save_picture(figure, path)
 
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
+from common import machine, spread
 from torch import Tensor
 from tqdm import tqdm
 
@@ -130,19 +129,6 @@ def evaluate(model: torch.nn.Module, condition: str, protocol: Protocol, seed: i
         "adaptive": flows.metrics.squared_wasserstein2(torch.cat(ends), x1),
         "nfe": mean(evaluations),
     }
-
-
-def machine() -> str:
-    """The machine in words, for the results file."""
-    return (
-        f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean, with the standard deviation where there is one."""
-    text = f"{mean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def table(runs: list[dict]) -> str:

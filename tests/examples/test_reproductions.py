@@ -97,3 +97,17 @@ def test_wcfm_toys(quick):
     assert runs["W-CFM 1"]["tilt"] > runs["W-CFM 10"]["tilt"]
     assert runs["corrected 1"]["tilt"] < runs["W-CFM 1"]["tilt"] / 2
     assert runs["W-CFM 1"]["effective"] < runs["W-CFM 10"]["effective"] < runs["FM"]["effective"] + 1e-6
+
+
+@pytest.mark.parametrize("name", ["m_pot", "bomb_ot"])
+def test_notebook_code_runs_and_outputs_are_kept(name, tmp_path):
+    cells = json.loads((ROOT / "examples" / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    assert sum(bool(cell["outputs"]) for cell in code) >= 3
+    script = tmp_path / "notebook.py"
+    lines = "\n".join("".join(cell["source"]) for cell in code).splitlines()
+    script.write_text("\n".join(line for line in lines if not line.startswith("%")))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
