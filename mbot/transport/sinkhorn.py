@@ -8,7 +8,7 @@ and alternate exact minimisations over ``phi`` and ``psi`` (in units of ``reg``)
 from ``S_i = log sum_j exp(psi_j + L_ij)``, the log of the row masses at ``phi = 0``, to the new ``phi_i``.
 
 Three things make it fast. Potentials live in the log domain, but between renewals of ``P`` the iterations are plain
-products with it, on scalings kept within ``exp(±_RANGE)`` (stabilised scaling, Schmitzer 2019). A small ``reg`` is
+products with it, on scalings kept within ``exp(±range)`` (stabilised scaling, Schmitzer 2019). A small ``reg`` is
 approached from above (epsilon-scaling). Where the iterations converge slowly, Newton's method solves the same fixed
 point (Brauer et al. 2017), safeguarded by the residual. A problem leaves the batch when it has converged.
 """
@@ -21,7 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_RANGE = 12.0  # |log scaling| at which P is renewed
+_RANGE = {
+    torch.float32: 20.0,
+    torch.float64: 200.0,
+}  # |log scaling| at which P is renewed: far from under- and overflow
+_REACH = 12.0  # largest change of a potential in a Newton step
 _EVERY = 10  # iterations between checks
 _DIRECT = 40  # costs spread over fewer regularisations than this need no epsilon-scaling
 _SCALING = 0.25  # ratio of successive regularisations on the way down to reg
@@ -163,7 +167,10 @@ def sinkhorn(
 
     loop = _Loop(reference, a, b, row_step, col_step)
     finite = torch.where(torch.isfinite(cost), cost, 0)
-    level = float(finite.amax() - finite.amin()) / _DIRECT
+    low = float(finite.amin())
+    spread = float(finite.amax()) - low
+    easy = spread <= _RANGE[cost.dtype] * reg  # the plan at equal potentials neither under- nor overflows
+    level = reg if easy else spread / _DIRECT
     while level > reg:
         # Roughly converged at each level: below it the plan may fall apart into blocks that no longer see each other.
         loop.kernel, loop.drift = reference - cost / level, torch.full_like(loop.drift, torch.inf)
@@ -177,6 +184,10 @@ def sinkhorn(
         loop.phi, loop.psi = loop.phi * (level / lower), loop.psi * (level / lower)  # constant in units of the cost
         level = lower
     loop.kernel, loop.drift = reference - cost / reg, torch.full_like(loop.drift, torch.inf)
+    if easy:
+        loop.phi = torch.full_like(loop.phi, low / reg)
+        loop.plan = (loop.kernel + low / reg).exp_()
+        loop.drift = torch.zeros_like(loop.drift)
     return _iterate(loop, max_iter, tol)
 
 
@@ -232,7 +243,7 @@ class _Loop:
 
     def round(self, count: int) -> tuple[Tensor, Tensor]:
         """Some updates, on a plan that is fresh enough; returns the `residual`."""
-        if bool((self.drift > _RANGE).any()):
+        if bool((self.drift > _RANGE[self.kernel.dtype]).any()):
             self.renew()
         self.updates(count)
         return self.residual()
@@ -276,7 +287,7 @@ class _Loop:
         """One step along Newton's direction, as far as the dual objective grows or the residual shrinks; else none."""
         objective = self.dual()
         direction = self.newton_direction(change)
-        length = (_RANGE / direction.abs().amax(-1)).clamp_max(1)[:, None].nan_to_num(0)
+        length = (_REACH / direction.abs().amax(-1)).clamp_max(1)[:, None].nan_to_num(0)
         todo = torch.ones_like(error, dtype=torch.bool)
         for _ in range(3):
             trial = self.part(todo)
