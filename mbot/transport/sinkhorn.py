@@ -21,10 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-_RANGE = {
-    torch.float32: 20.0,
-    torch.float64: 200.0,
-}  # |log scaling| at which P is renewed: far from under- and overflow
+_RANGE = {torch.float32: 20.0, torch.float64: 200.0}  # |log scaling| at which P is renewed, far from overflow
 _REACH = 12.0  # largest change of a potential in a Newton step
 _EVERY = 10  # iterations between checks
 _DIRECT = 40  # costs spread over fewer regularisations than this need no epsilon-scaling
