@@ -19,6 +19,7 @@ from torch import Tensor
 
 import flows
 import mbot
+from flows.schedule import jump_costs, path_cost
 
 
 def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -26,12 +27,12 @@ def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 2, generator=generator), flows.datasets.moons(n, generator=generator)[0]
 
 
-def picture(schedules: dict[int, flows.Schedule], ends: dict[str, Tensor], notes: dict[str, str], path: Path) -> None:
+def picture(schedules: dict[int, Tensor], ends: dict[str, Tensor], notes: dict[str, str], path: Path) -> None:
     """Step times, and samples at the smallest K."""
     plt = plotter()
     figure, axes = plt.subplots(1, 1 + len(ends), figsize=(3.4 * (1 + len(ends)), 3.8))
     for row, (k, schedule) in enumerate(schedules.items()):
-        axes[0].plot(schedule.times, [row] * (k + 1), "o-", color="#2166ac", ms=4)
+        axes[0].plot(schedule, [row] * (k + 1), "o-", color="#2166ac", ms=4)
         axes[0].plot(torch.linspace(0, 1, k + 1), [row - 0.25] * (k + 1), "|", color="0.5", ms=8)
     axes[0].set(yticks=range(len(schedules)), yticklabels=[f"K = {k}" for k in schedules], xlabel="time")
     axes[0].set_title("Bellman times (dots), equal (bars)", fontsize=10)
@@ -60,6 +61,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed + 1)
     x0, data = draw(args.points, generator)
     rollout, _ = draw(100, generator)
+    costs = jump_costs(model, rollout, grid=args.grid)
     fine = flows.metrics.squared_wasserstein2(flows.integrate(model, x0).final, data)
 
     def end(field: torch.nn.Module, times: Tensor) -> Tensor:
@@ -67,20 +69,21 @@ def main() -> None:
 
     rows, runs, schedules, ends, notes = [], [], {}, {}, {}
     for k in args.counts:
-        schedule = flows.bellman_schedule(model, rollout, steps=k, grid=args.grid)
+        schedule, equal = flows.bellman_schedule(model, rollout, steps=k, grid=args.grid), torch.linspace(0, 1, k + 1)
         schedules[k] = schedule
-        found = {"equal steps": end(model, torch.linspace(0, 1, k + 1)), "Bellman": end(model, schedule.times.float())}
+        found = {"equal steps": end(model, equal), "Bellman": end(model, schedule)}
         if args.straighten:
             tuned = copy.deepcopy(model)
-            flows.straighten(tuned, draw(2000, generator)[0], schedule.times.float(), iterations=args.straighten,
+            flows.straighten(tuned, draw(2000, generator)[0], schedule, iterations=args.straighten,
                              generator=torch.Generator().manual_seed(args.seed))  # fmt: skip
-            found["Bellman, fine-tuned"] = end(tuned.eval(), schedule.times.float())
+            found["Bellman, fine-tuned"] = end(tuned.eval(), schedule)
         w2 = {name: flows.metrics.squared_wasserstein2(points, data) for name, points in found.items()}
         if k == min(args.counts):
             ends, notes = found, {name: f"K = {k}, W2² {value:.3f}" for name, value in w2.items()}
-        rows.append([k, schedule.uniform_cost, schedule.cost, *w2.values()])
-        runs.append({"steps": k, "uniform_cost": schedule.uniform_cost, "cost": schedule.cost, "squared_w2": w2,
-                     "times": schedule.times.tolist()})  # fmt: skip
+        cost_of_equal, cost = (path_cost(costs, times) for times in (equal, schedule))
+        rows.append([k, cost_of_equal, cost, *w2.values()])
+        runs.append({"steps": k, "uniform_cost": cost_of_equal, "cost": cost, "squared_w2": w2,
+                     "times": schedule.tolist()})  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     picture(schedules, ends, notes, args.out / "boss_schedule.png")
     header = ["K", "cost of equal steps", "Bellman cost", *(f"W2², {name}" for name in ends)]
