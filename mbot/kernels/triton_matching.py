@@ -8,6 +8,7 @@ barriers, so no thread reads what another may be writing.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -199,7 +200,7 @@ def _tile(size: int) -> dict[str, Any]:
 
 
 def _on(cost: Tensor) -> Any:
-    return torch.cuda.device(cost.device) if cost.is_cuda else torch.no_grad()
+    return torch.cuda.device(cost.device) if cost.is_cuda else nullcontext()
 
 
 def _scales(problems: Problems) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ of float32, float16 or bfloat16 points; a running maximum keeps the exponents in
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def _scale(d: int, cost: str, eps: float) -> float:
 
 
 def _on(points: Tensor) -> Any:
-    return torch.cuda.device(points.device) if points.is_cuda else torch.no_grad()
+    return torch.cuda.device(points.device) if points.is_cuda else nullcontext()
 
 
 def soft(x: Tensor, y: Tensor, potential: Tensor, cost: str, eps: float) -> Tensor:

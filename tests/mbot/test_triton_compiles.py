@@ -30,7 +30,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("module", "name", "constants", "warps", "types"), CASES)
-def test_a_kernel_compiles_without_spills_to_speak_of(module, name, constants, warps, types):
+def test_a_kernel_compiles(module, name, constants, warps, types):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
