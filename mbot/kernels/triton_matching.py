@@ -35,6 +35,26 @@ def _entries(cost, rows, cols, n, outside, wall, DUMMIES: tl.constexpr):
 
 
 @triton.jit
+def _units(cost, lows, spreads, outsides, walls, problem):
+    """What takes costs to units of the spread above the least one, and the dummies' costs in these units.
+
+    In two steps, each with the root of the spread: neither overflows nor underflows for costs of float32's range.
+    """
+    low, spread = tl.load(lows + problem), tl.load(spreads + problem)
+    spread = tl.where(spread > 0, spread, 1.0)
+    root = 1 / tl.sqrt(spread)
+    outside, wall = tl.load(outsides + problem) - low, tl.load(walls + problem) - low
+    entry = cost.dtype.element_ty
+    return (
+        root.to(entry),
+        (low * root).to(entry),
+        root.to(tl.float32),
+        (outside / spread).to(tl.float32),
+        (wall / spread).to(tl.float32),
+    )
+
+
+@triton.jit
 def _column_masses(
     cost, price, begin, stop, inverse, n, size, scale, shift, stretch, outside, wall,
     DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -45,7 +65,6 @@ def _column_masses(
     for first in range(begin, stop, ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
         real = (rows < n) & (cols < n)
-        # Scaled in two steps, which neither overflow nor underflow for any finite cost.
         unit = (tl.load(cost + rows * n + cols, mask=real, other=0.0) * scale - shift).to(tl.float32) * stretch
         if DUMMIES:
             unit = tl.where(real, unit, tl.where((rows >= n) & (cols >= n), wall, outside))
@@ -58,18 +77,13 @@ def _column_masses(
 
 @triton.jit
 def _start_kernel(
-    cost, scales, units, prices, n, size, levels, rounds, inverse, growth,
+    cost, lows, spreads, outsides, walls, prices, n, size, levels, rounds, inverse, growth,
     DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole epsilon-scaled Sinkhorn of one problem in one block."""
     problem = tl.program_id(0).to(tl.int64)
     cost += problem * n * n
-    scale, shift = tl.load(scales + 2 * problem), tl.load(scales + 2 * problem + 1)
-    stretch, outside, wall = (
-        tl.load(units + 3 * problem),
-        tl.load(units + 3 * problem + 1),
-        tl.load(units + 3 * problem + 2),
-    )
+    scale, shift, stretch, outside, wall = _units(cost, lows, spreads, outsides, walls, problem)
     price = tl.zeros([BLOCK], tl.float32)
     for _level in range(levels):
         for _round in range(rounds):
@@ -84,18 +98,13 @@ def _start_kernel(
 
 @triton.jit
 def _pass_kernel(
-    cost, scales, units, prices, masses, n, size, inverse, share,
+    cost, lows, spreads, outsides, walls, prices, masses, n, size, inverse, share,
     DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Column masses of ``share`` rows of one problem: one iteration's work of one block."""
     problem, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cost += problem * n * n
-    scale, shift = tl.load(scales + 2 * problem), tl.load(scales + 2 * problem + 1)
-    stretch, outside, wall = (
-        tl.load(units + 3 * problem),
-        tl.load(units + 3 * problem + 1),
-        tl.load(units + 3 * problem + 2),
-    )
+    scale, shift, stretch, outside, wall = _units(cost, lows, spreads, outsides, walls, problem)
     cols = tl.arange(0, BLOCK)
     price = tl.load(prices + problem * size + cols, mask=cols < size, other=0.0)
     begin = part * share
@@ -203,29 +212,17 @@ def _on(cost: Tensor) -> Any:
     return torch.cuda.device(cost.device) if cost.is_cuda else nullcontext()
 
 
-def _scales(problems: Problems) -> tuple[Tensor, Tensor]:
-    """``(B, 2)`` in the costs' type and ``(B, 3)`` float32: what takes costs to units of the spread."""
-    spread = torch.where(problems.spread > 0, problems.spread, 1)
-    root = spread.rsqrt()
-    scales = torch.stack((root, problems.low * root), 1).to(problems.cost.dtype)
-    outside, wall = ((value - problems.low) / spread for value in (problems.outside, problems.wall))
-    return scales, torch.stack((root, outside, wall), 1).float()
-
-
 def start(problems: Problems) -> Tensor:
     """See `mbot.kernels.device_matching.Reference.start`."""
     cost, n, size = problems.cost, problems.n, problems.size
     count, tile = len(cost), _tile(size)
-    scales, units = _scales(problems)
     price = torch.zeros(count, size, dtype=torch.float32, device=cost.device)
-    levels = problems.levels()
-    rounds = problems.schedule()[1]
+    levels, rounds = problems.levels(), problems.schedule()[1]
+    given = (cost, problems.low, problems.spread, problems.outside, problems.wall)
     with _on(cost):
         if size <= _BLOCKWISE:
             inverse, growth = 1 / (levels[0] * math.log(2)), levels[0] / levels[1]
-            _start_kernel[(count,)](
-                cost, scales, units, price, n, size, len(levels), rounds, inverse, growth, size > n, **tile
-            )
+            _start_kernel[(count,)](*given, price, n, size, len(levels), rounds, inverse, growth, size > n, **tile)
         else:
             steps = triton.cdiv(size, tile["ROWS"])
             parts = min(steps, max(1, _PROGRAMS // count))
@@ -235,7 +232,7 @@ def start(problems: Problems) -> Tensor:
             for epsilon in levels:
                 for _ in range(rounds):
                     _pass_kernel[(count, parts)](
-                        cost, scales, units, price, masses, n, size, 1 / (epsilon * math.log(2)), share, size > n,
+                        *given, price, masses, n, size, 1 / (epsilon * math.log(2)), share, size > n,
                         **tile,
                     )  # fmt: skip
                     price.sub_(masses.sum(1).clamp_min_(1e-30).log_(), alpha=epsilon)

@@ -12,7 +12,7 @@ pytestmark = [
 _TYPES = {
     "n": "i32", "m": "i32", "d": "i32", "size": "i32", "levels": "i32", "rounds": "i32", "share": "i32",
     "inverse": "fp32", "growth": "fp32", "scale": "fp32",
-    "prices": "*fp64", "outsides": "*fp64", "walls": "*fp64", "least": "*fp64",
+    "lows": "*fp64", "spreads": "*fp64", "prices": "*fp64", "outsides": "*fp64", "walls": "*fp64", "least": "*fp64",
     "rows_of": "*i32", "cols_of": "*i32", "parents": "*i32", "want": "*i32",
 }  # fmt: skip
 _TILE = {"DUMMIES": True, "ROWS": 16, "BLOCK": 256}
