@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HELPERS = {"run", "harness"}
+HELPERS = {"run", "harness", "gpu_mbot"}
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.py") if path.stem not in HELPERS)
