@@ -116,14 +116,7 @@ class Grid:
         values = like.new_zeros(shape)
         for block in blocks:
             values[block.i, block.j] = block.values.detach()
-        share_x = torch.tensor(sizes_x, dtype=torch.float64, device=like.device) / sum(sizes_x)
-        share_y = torch.tensor(sizes_y, dtype=torch.float64, device=like.device) / sum(sizes_y)
-        factor_x = torch.ones_like(share_x) if u is None else u
-        factor_y = torch.ones_like(share_y) if v is None else v
-        u, v = (share_x * factor_x).to(like.dtype), (share_y * factor_y).to(like.dtype)
-        pairs = None
-        if aligned:
-            pairs = ((share_x * share_y).sqrt() * factor_x * factor_y).to(like.dtype)[:, None]
+        u, v, pairs = _weights(sizes_x, sizes_y, u, v, like, aligned)
         return cls(values, u, v, blocks, pairs, rows, cols)
 
     def independent(self) -> Tensor:
@@ -160,6 +153,18 @@ class Grid:
         unique, inverse = cell.unique(return_inverse=True)
         mass = mass.new_zeros(len(unique)).index_add_(0, inverse, mass)
         return Plan(mass, (n, m), unique // m, unique % m)
+
+
+def _weights(
+    sizes_x: list[int], sizes_y: list[int], u: Tensor | None, v: Tensor | None, like: Tensor, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights of the batches of either side, and of the pairs if only the aligned ones count; see `Grid`."""
+    share_x = torch.tensor(sizes_x, dtype=torch.float64, device=like.device) / sum(sizes_x)
+    share_y = torch.tensor(sizes_y, dtype=torch.float64, device=like.device) / sum(sizes_y)
+    factor_x = torch.ones_like(share_x) if u is None else u
+    factor_y = torch.ones_like(share_y) if v is None else v
+    pairs = ((share_x * share_y).sqrt() * factor_x * factor_y).to(like.dtype)[:, None] if aligned else None
+    return (share_x * factor_x).to(like.dtype), (share_y * factor_y).to(like.dtype), pairs
 
 
 def _batches(batches: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
