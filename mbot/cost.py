@@ -58,9 +58,10 @@ class _GroundCost:
 _COSTS: dict[str, _GroundCost] = {
     "sqeuclidean": _GroundCost(_squared, lambda x, y: (x - y).square().sum(-1)),
     "euclidean": _GroundCost(lambda x, y: _root(_squared(x, y)), lambda x, y: _root((x - y).square().sum(-1))),
+    # Half the squared distance on the sphere: 1 - <x, y> would cancel between directions that are close.
     "cosine": _GroundCost(
-        lambda x, y: (1 - product(_unit(x), _unit(y).mT)).clamp_min(0),
-        lambda x, y: (1 - (_unit(x) * _unit(y)).sum(-1)).clamp_min(0),
+        lambda x, y: _squared(_unit(x), _unit(y)) / 2,
+        lambda x, y: (_unit(x) - _unit(y)).square().sum(-1) / 2,
     ),
     "dot": _GroundCost(lambda x, y: -product(x, y.mT), lambda x, y: -(x * y).sum(-1)),
 }

@@ -103,7 +103,7 @@ def test_values_only(transport, device):
 @pytest.mark.parametrize("coupling", flat(COUPLINGS), ids=repr)
 def test_couplings(coupling, device):
     def run():
-        x0, x1 = points(device)
+        x0, x1 = points(device, 12)
         y = torch.randint(0, 3, (len(x1),), device=device)
         pairs = coupling(x0, x1, y1=y)
         a, b = pairs.apply(x0, x1)
