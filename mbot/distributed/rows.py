@@ -51,15 +51,21 @@ class SpreadRows(Rows):
     def split(self, layout: Layout, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Rows`."""
         assert isinstance(layout, SpreadLayout)
-        sums = self.ranks.gather(layout.columns[None], [1] * self.ranks.size)
+        # Each rank decides for a block of the columns, so that nothing grows with the ranks.
+        size, m = self.ranks.size, len(uniform)
+        block = -(-m // size)
+        even, fill = [block] * size, (0, block * size - m)
+        sums = self.ranks.exchange(torch.nn.functional.pad(layout.columns, fill), even, even).reshape(size, block)
+        uniform = torch.nn.functional.pad(uniform, fill).reshape(size, block)[self.ranks.rank]
         share = sums.softmax(0)
         ends = running_sum(share, 0)
         ends[-1] = 1
         holder = (uniform >= ends[:-1]).sum(0)
-        share_here = share[self.ranks.rank]
-        before = ends[self.ranks.rank] - share_here
-        inside = ((uniform - before) / torch.where(share_here > 0, share_here, 1)).clamp(0, 1)
-        return holder == self.ranks.rank, inside, share_here
+        inside = ((uniform - (ends - share)) / torch.where(share > 0, share, 1)).clamp(0, 1)
+        elsewhere = torch.arange(size, device=holder.device)[:, None] != holder
+        answers = torch.stack((inside.masked_fill(elsewhere, -1), share), -1).flatten(0, 1)
+        inside, share = self.ranks.exchange(answers, even, even)[:m].unbind(-1)
+        return inside >= 0, inside.clamp_min(0), share
 
 
 class SpreadLayout:

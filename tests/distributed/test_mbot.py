@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,7 +243,18 @@ def compare(rank, world, file):
         one_loss(name, rank, world)
     low_memory(rank, world)
     refused_losses(rank, world)
+    counted(world)
     finish()
+
+
+def counted(world):
+    """The cost model of docs/scale.md has every collective that is issued, and its bytes."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import scale_model
+
+    scale_model.SIZES.update(n=192 * world, d=8, m=32)
+    for scheme, said, issued in scale_model.compared(world):
+        assert said == issued, f"{scheme}: model only {said - issued}, issued only {issued - said}"
 
 
 def resumed(rank, world):
