@@ -70,7 +70,7 @@ def costs(device: torch.device, quick: bool) -> list[dict]:
     for offset in (0.0, 100.0):
         for name in ("sqeuclidean", "euclidean", "cosine", "dot"):
             for mode, dtype in modes(device).items():
-                x, y = (p.to(dtype) for p in clouds(64 if quick else 1024, device, 64, offset))
+                x, y = (p.to(dtype) for p in clouds(64 if quick else 512, device, 64, offset))
                 exact = mbot.pairwise_cost(x.double(), y.double(), name)
                 with allowing_tf32("TF32" in mode):
                     ours = mbot.pairwise_cost(x, y, name).double()
@@ -83,7 +83,7 @@ def costs(device: torch.device, quick: bool) -> list[dict]:
 
 
 def transports(device: torch.device, quick: bool) -> list[dict]:
-    n = 32 if quick else 256
+    n = 32 if quick else 128
     x, y = clouds(n, device)
     scale = float(mbot.pairwise_cost(x, y).mean())
     rows = []
@@ -179,7 +179,7 @@ def _errors(ours, own, whole) -> dict:
 
 def couplings(device: torch.device, quick: bool) -> list[dict]:
     """The entropic coupling of points: the marginals' error that it reports, and how far its entropy is off."""
-    x, y = clouds(64 if quick else 2048, device)
+    x, y = clouds(64 if quick else 512, device)
     rows = []
     for reg in (0.5, 0.05):
         for cells in (1 << 24, 1 << 14):
@@ -202,7 +202,7 @@ def couplings(device: torch.device, quick: bool) -> list[dict]:
 
 def encoders(device: torch.device, quick: bool) -> list[dict]:
     """Setenc's output and parameter gradient, exact mode; bfloat16 is autocast around the whole encoder."""
-    x = torch.randn(2, 500 if quick else 20_000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(2, 500 if quick else 10_000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, rows = x.to(device), []
     for name, pooling in {
         "SlotPooling, softmax": setenc.SlotPooling(32, 32, 8, slots="learned"),
