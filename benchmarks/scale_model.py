@@ -1,8 +1,8 @@
 """A model of what the distributed schemes cost up to 1024 ranks and 1e9 points, and how far it holds for 1 to 3 here.
 
 The table and the picture are a model, not a measurement: bytes and numbers of collectives are those that the code
-issues (checked call by call in processes here, and in the tests), times follow from the `Cluster` below. `--model` leaves out
-the processes.
+issues (checked call by call in processes here, and in the tests), times follow from the `Cluster` below.
+`python benchmarks/scale_model.py --model` leaves out the processes.
 """
 
 from __future__ import annotations
@@ -332,12 +332,14 @@ its 80 GB (with what it would need). Bytes and numbers of collectives are those 
 overlapped, float32 points in d = 64. Exact problems: 0.5 s for n = 4096 on a CPU core, growing with n^2.5, and 50 us
 for m = 128 in a batch. Set encoder: 1e5 parameters, 32 slots, elements streamed.
 
-**Against processes here.** The second table runs each scheme with 1536 points a side in d = 64 over gloo. The number
+![seconds a call](scale_model.png)
+"""
+
+AGAINST = """
+**Against processes here.** The last table runs each scheme with 1536 points a side in d = 64 over gloo. The number
 and the bytes of every collective must be the model's (that is exact, and tested). Seconds: the model takes latency,
 bandwidth and the speed of one process from this machine, and divides the work by the processes that have a core of
 their own. Three processes on fewer cores, and a few milliseconds of Python in each call, show.
-
-![seconds a call](scale_model.png)
 """
 
 
@@ -347,7 +349,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
     picture(Cluster(), RESULTS / "scale_model.png")
-    tables = {"Model": table(Cluster())}
+    tables, notes = {"Model": table(Cluster())}, NOTES
     if "--model" not in sys.argv:
         tables["Processes on this machine"] = measured()
-    write("scale_model", TITLE, tables, NOTES)
+        notes += AGAINST
+    write("scale_model", TITLE, tables, notes)
