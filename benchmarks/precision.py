@@ -26,6 +26,8 @@ relative; plans and marginals are L1 distances between masses of total 1 (or the
 Solvers compute in float32 at least, whatever the points come in, and sum in float64 where it is free, so that bfloat16
 has the own errors of float32. TF32 rows are made on CUDA only. setenc's networks follow the process's TF32 setting, as
 any network does; bfloat16 there is autocast, with states kept in float32.
+Gradients come back in the points' type, which is all of the own error of bfloat16's; where rounded points are matched
+otherwise (m-POT), the gradient of these points is another one.
 """
 
 
