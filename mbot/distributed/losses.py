@@ -78,7 +78,7 @@ def _solve_spread(ranks: Ranks, transport: Any, xs: Any, ys: Any, a: Any, b: Any
     sizes_x, sizes_y = _all_sizes(found, drawn)
     if isinstance(transport, SlicedOT) and (len(set(sizes_x)) > 1 or len(set(sizes_y)) > 1):
         raise ValueError("a spread loss over SlicedOT needs mini-batches of one size a side")
-    left, right = _batches(xs, "xs"), _batches(ys, "ys")
+    left, right = list(_batches(xs, "xs")), list(_batches(ys, "ys"))
     at, across = _block_of(ranks, found, drawn, aligned)
     inside = [None if w is None else w[part] for w, part in ((a, at), (b, at if aligned else across))]
     if drawn:
@@ -90,12 +90,13 @@ def _solve_spread(ranks: Ranks, transport: Any, xs: Any, ys: Any, a: Any, b: Any
     if left and right:
         part = solve(transport, left, right, *inside)
     elif isinstance(transport, SlicedOT):  # draw as the others do, so that the generators stay together
-        solve(transport, _batches(xs, "xs")[:1], _batches(ys, "ys")[:1], None, None)
+        solve(transport, xs[:1], ys[:1], None, None)
     exact = torch.promote_types(xs[0].dtype, torch.float32)
     values = xs[0].new_zeros((len(sizes_x), 1 if aligned else len(sizes_y)), dtype=exact)
     if part is not None:
         values[at, across] = part.values
-    u, v, pairs = _weights(sizes_x, sizes_y, u, v, values, aligned)
+    share_x, share_y = (torch.tensor(sizes).double() / sum(sizes) for sizes in (sizes_x, sizes_y))
+    u, v, pairs = _weights(share_x, share_y, u, v, values, aligned)
     return SpreadGrid(
         ranks.sum(values), u, v, [], pairs, rows, cols, ranks=ranks, part=part, block=(at, across),
         nothing=0 * (xs[0].to(exact).sum() + ys[0].to(exact).sum()),
@@ -113,7 +114,7 @@ class _Batches(NamedTuple):
 
 
 def _checked(xs: Any, ys: Any, aligned: bool, drawn: tuple[Tensor, Tensor] | None) -> _Batches:
-    left, right = _batches(xs, "xs"), _batches(ys, "ys")
+    left, right = list(_batches(xs, "xs")), list(_batches(ys, "ys"))
     if aligned and len(left) != len(right):
         raise ValueError(
             f"pairing='aligned' needs as many batches of xs as of ys on each rank; got {len(left)} and {len(right)}"
