@@ -283,6 +283,37 @@ def test_ranks_together_equal_one_process(world, tmp_path):
     start(compare, world, tmp_path / "rendezvous")
 
 
+def on_the_device(rank, world, file, device, backend):
+    """Samples on a device, collectives where the backend has them."""
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=world)
+    x0, x1 = (torch.randn(40, 3, generator=seeded(s), dtype=torch.float64).to(device) for s in range(2))
+    for coupling in (mbot.OTCoupling(), mbot.ConditionalOTCoupling(), *SPREAD[-2:]):
+        labels = torch.randint(0, 3, (40,), generator=seeded(2)).to(device)
+        ours = GlobalCoupling(coupling)(x0, x1, y1=labels, generator=seeded())
+        same_pairs(ours, coupling(x0, x1, y1=labels, generator=seeded()))
+        assert torch.equal(ours.exchange(x0, x1)[0], x0[ours.source])
+        assert ours.source.device == x1.device
+    for name in ("BoMb-OT", "m-UOT"):
+        xs, ys = x0.reshape(4, 10, 3).clone().requires_grad_(), x1.reshape(4, 10, 3)
+        grads = []
+        for loss in (LOSSES[name](), spread(LOSSES[name]())):
+            xs.grad = None
+            loss.from_batches(xs, ys).backward()
+            grads.append(xs.grad)
+        torch.testing.assert_close(*grads)
+    finish()
+
+
+def test_one_process_alone_on_the_cpu(tmp_path):
+    start(on_the_device, 1, tmp_path / "rendezvous", "cpu", "gloo")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_samples_on_a_gpu(backend, tmp_path):
+    start(on_the_device, 1, tmp_path / "rendezvous", "cuda", backend)
+
+
 def test_without_a_process_group():
     with pytest.raises(ValueError, match="init_process_group"):
         GlobalCoupling(mbot.OTCoupling())(torch.randn(2, 2), torch.randn(2, 2))
