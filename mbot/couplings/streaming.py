@@ -35,6 +35,55 @@ _RELAX_SLOW = 0.85  # rate above which more of it is tried
 _RELAX_MOST = 1.95
 
 
+class Rows:
+    """Where the rows of the costs are: all of them here. `mbot.distributed` spreads them over ranks.
+
+    Columns and potentials are whole everywhere; with all rows here, nothing has to be exchanged.
+    """
+
+    first = 0  # index of the first row here
+
+    def here(self, values: Tensor) -> Tensor:
+        """The part ``(n_here, …)`` of values of all rows ``(n, …)``."""
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Values of all rows from those of the rows here."""
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the places that hold rows."""
+        return values
+
+    def agreed(self, values: Tensor) -> Tensor:
+        """The same random numbers everywhere."""
+        return values
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean row, from the rows here."""
+        return x.mean(0)
+
+    def thinned(self, x: Tensor, most: int) -> Tensor:
+        """At most ``most`` of all rows, evenly, from the rows here."""
+        return x[:: -(-len(x) // most)]
+
+    def spread(self, layout: Layout) -> Layout:
+        """The layout of all rows, from that of the rows here."""
+        return layout
+
+    def split(self, layout: Layout, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A draw in each column, cut down to the rows here.
+
+        Args:
+            layout: what `spread` returned, after a pass over the columns.
+            uniform: ``(m,)`` shares of the columns' mass, in the order of the rows.
+
+        Returns:
+            ``(m,)`` each: whether the draw falls here, at which share of the mass here, and the column's mass here.
+        """
+        return torch.ones_like(uniform, dtype=torch.bool), uniform, torch.ones_like(uniform)
+
+
 class Layout(Protocol):
     """How the loop sees the costs."""
 

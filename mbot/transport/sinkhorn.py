@@ -22,6 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mbot.numerics import running_sum
+
 _RANGE = {torch.float32: 20.0, torch.float64: 200.0}  # |log scaling| at which P is renewed, far from overflow
 _REACH = 12.0  # largest change of a potential in a Newton step
 _EVERY = 10  # iterations between checks
@@ -115,7 +117,7 @@ class Capped:
         bend, order = bend.sort(-1)
         full = weight.gather(-1, order)
         open_mass = torch.where(full > 0, soft.gather(-1, order), -torch.inf)
-        before = full.cumsum(-1) - full  # mass of the rows that are full, and log mass of those that are open
+        before = running_sum(full, -1) - full  # mass of the rows that are full, and log mass of those that are open
         after = open_mass.flip(-1).logcumsumexp(-1).flip(-1)
         level = (self.mass - before).clamp_min(0).log() - after
         fits = level <= bend
