@@ -134,8 +134,9 @@ def _formula(found: re.Match[str]) -> str:
 
 
 def _measured(readme: str) -> str:
-    """The README's list of everything that is measured."""
+    """The README's list of everything that is measured, with links to the scripts."""
     section = readme.split("## What is measured\n")[1].split("\n`make bench`")[0]
+    section = re.sub(r"`((?:examples|benchmarks)/\w+\.py)`", r"[`\1`](\1)", section)
     return f"# What is measured\n{section}\n"
 
 
