@@ -12,6 +12,7 @@ import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ SHOWN = (
 )
 
 
+@cache
 def sources() -> dict[str, str]:
     """Page of the site -> file of the repository, for all pages that are not in ``docs``."""
     found = {**SINGLE, "results/index.md": "README.md"}
@@ -53,6 +55,7 @@ def sources() -> dict[str, str]:
 
 def on_config(config: Any) -> Any:
     """Fill the parts of the navigation that name a folder of the repository."""
+    sources.cache_clear()
     config.nav = _filled(config.nav)
     return config
 
