@@ -25,32 +25,26 @@ FENCE = re.compile(r"^(`{3,}|~{3,}).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\w$\\])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\w$])|`[^`\n]+`", re.DOTALL)
 
-# Page of the site -> the repository's file that it shows
-SINGLE = {
-    "gallery.md": "examples/README.md",
-    "contributing.md": "CONTRIBUTING.md",
-    "changelog.md": "CHANGELOG.md",
-}
-# (files, folder of the site)
+MEASURED = "measured.md"  # made from the README
 SHOWN = (
-    ("examples/*.py", "scripts"),
-    ("benchmarks/*.py", "scripts"),
-    ("examples/notebooks/*.ipynb", "notebooks"),
-    ("examples/results/*.md", "results"),
-    ("benchmarks/results/*.md", "results"),
-    ("benchmarks/results/*.png", "results"),
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "examples/README.md",
+    "examples/*.py",
+    "examples/notebooks/*.ipynb",
+    "examples/results/*.md",
+    "benchmarks/*.py",
+    "benchmarks/results/*.md",
+    "benchmarks/results/*.png",
 )
 
 
 @cache
 def sources() -> dict[str, str]:
-    """Page of the site -> file of the repository, for all pages that are not in ``docs``."""
-    found = {**SINGLE, "results/index.md": "README.md"}
-    for pattern, folder in SHOWN:
-        for path in sorted(ROOT.glob(pattern)):
-            name = path.name if path.suffix == ".png" else f"{path.stem}.md"
-            found[f"{folder}/{name}"] = path.relative_to(ROOT).as_posix()
-    return found
+    """Page of the site -> file of the repository, in the same folder, for all pages that are not in ``docs``."""
+    files = [path.relative_to(ROOT) for pattern in SHOWN for path in sorted(ROOT.glob(pattern))]
+    pages = [path if path.suffix == ".png" else path.with_suffix(".md") for path in files]
+    return {MEASURED: "README.md"} | {p.as_posix(): f.as_posix() for p, f in zip(pages, files, strict=True)}
 
 
 def on_config(config: Any) -> Any:
@@ -75,7 +69,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages and the pictures that they show."""
     for page, source in sources().items():
         path = ROOT / source
-        if page == "results/index.md":
+        if page == MEASURED:
             files.append(File.generated(config, page, content=_measured(path.read_text())))
         elif path.suffix == ".ipynb":
             for name, content in _notebook(page, json.loads(path.read_text())):
@@ -115,7 +109,7 @@ def _linked(text: str, source: str, here: str) -> str:
         if file.startswith("docs/"):
             page = file.removeprefix("docs/")
         elif file in ("examples/results", "benchmarks/results"):
-            page = "results/index.md"
+            page = MEASURED
         elif file in pages:
             page = pages[file]
         elif source.endswith(".ipynb") and target.endswith(".png"):
@@ -162,7 +156,7 @@ def _notebook(page: str, notebook: dict[str, Any]) -> Iterator[tuple[str, str | 
             if picture := output.get("data", {}).get("image/png"):
                 pictures += 1
                 name = f"{Path(page).stem}_{pictures}.png"
-                yield f"notebooks/{name}", base64.b64decode(picture)
+                yield f"{posixpath.dirname(page)}/{name}", base64.b64decode(picture)
                 parts.append(f"![Figure {pictures} of this notebook]({name})")
         if printed:
             parts.append(f"```text\n{printed.rstrip()}\n```")

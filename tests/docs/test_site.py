@@ -69,12 +69,12 @@ def test_reference_names_everything_public(site):
 def test_gallery_tables_and_notebooks_are_pages(site):
     for folder in ("examples", "benchmarks"):
         for table in (ROOT / folder / "results").glob("*.md"):
-            assert "<table>" in (site / "results" / f"{table.stem}.html").read_text(), table
+            assert "<table>" in (site / folder / "results" / f"{table.stem}.html").read_text(), table
     for notebook in (ROOT / "examples" / "notebooks").glob("*.ipynb"):
-        page = (site / "notebooks" / f"{notebook.stem}.html").read_text()
+        page = (site / "examples" / "notebooks" / f"{notebook.stem}.html").read_text()
         assert "<img" in page
         assert "$$" not in page, "a formula that was not turned into MathML"
-    assert "<math" in (site / "notebooks" / "c2ot.html").read_text()
+    assert "<math" in (site / "examples" / "notebooks" / "c2ot.html").read_text()
 
 
 def test_site_needs_no_other_server_and_no_link_in_it_is_dead(site):
