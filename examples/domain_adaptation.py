@@ -185,12 +185,12 @@ def adapt(name: str, pretrained: Classifier, source: Domain, target: Domain, arg
 def picture(curves: dict[str, list[float]], path: Path, title: str) -> None:
     """Target accuracy over training."""
     plt = plotter()
-    figure, ax = plt.subplots(figsize=(6.4, 3.8))
+    figure, ax = plt.subplots(figsize=(7.2, 3.6))
     for name, curve in curves.items():
         ax.plot(np.linspace(0, 1, len(curve)), curve, color=COLOURS[name], label=name)
     ax.set(xlabel="share of the steps", ylabel="target accuracy, %", title=title)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))  # beside the curves
     figure.tight_layout()
     save_picture(figure, path)
 

@@ -96,6 +96,16 @@ def test_relative_links_in_the_repository_lead_to_files(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+def test_gallery_lists_every_script_and_the_readme_every_result():
+    gallery, readme = (ROOT / "examples" / "README.md").read_text(), (ROOT / "README.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"]({path.name})" in gallery or path.stem in ("common", "abc"), path.name
+    for path in (ROOT / "examples" / "notebooks").glob("*.ipynb"):
+        assert f"](notebooks/{path.name})" in gallery, path.name
+    for path in (*ROOT.glob("examples/results/*.md"), *ROOT.glob("benchmarks/results/*.md")):
+        assert f"]({path.relative_to(ROOT).as_posix()})" in readme, path.name
+
+
 @pytest.mark.parametrize("page", ["training", "howto"])
 def test_code_that_is_shown_without_running_uses_names_and_arguments_that_exist(page):
     """Doctests run as they are; what needs a data set or several processes is checked by name and signature."""
