@@ -74,33 +74,29 @@ def test_a_damaged_checkpoint_is_refused_with_the_flag_that_helps(tmp_path, caps
     assert "truncated or damaged" in said
     previous = run / "checkpoints" / "step-00000004.pt"
     assert f"--resume-from {previous}" in said
+    assert main(["sample", "--run", str(run), "--device", "cpu"]) == 3
+    assert f"--checkpoint {previous}" in capsys.readouterr().err
     assert main(["train", *TINY, "--out", str(run), "--resume-from", str(previous)]) == 0
 
 
-def test_sigterm_saves_and_the_exit_code_says_so(tmp_path):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "1")], ids=["term", "ctrl-c"])
+def test_a_signal_saves_and_the_exit_code_says_so(number, workers, tmp_path):
+    """Ctrl-C goes to the data workers as well."""
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "flows",
-        "train",
-        *SMALL,
-        "--steps",
-        "100000",
-        "--checkpoint-every",
-        "5",
-        "--out",
-        str(run),
-    ]
+    more = ["--steps", "100000", "--checkpoint-every", "5", "--num-workers", workers, "--out", str(run)]
+    command = [sys.executable, "-m", "flows", "train", *SMALL, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         while checkpoint.latest(run / "checkpoints") is None and process.poll() is None:
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 75
-    assert "--resume to go on" in said
-    assert checkpoint.load(checkpoint.latest(run / "checkpoints"))["step"] > 0
+    last = checkpoint.latest(run / "checkpoints")
+    assert f"saved as {last}; run the same command with --resume to go on" in said
+    assert checkpoint.load(last)["step"] > 0
 
 
 def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
