@@ -32,6 +32,7 @@ from flows.config import TrainConfig
 
 COUPLINGS = {"fm": "FM", "ot": "OT", "c2ot": "C²OT", "wcfm": "W-CFM"}
 MEASURES = ("consistency", "cross-entropy", "Fréchet")
+KEPT = ("data", "model", "steps", "reg", "width", "depth", "components")  # options that figures hang on
 
 
 def settings(args: argparse.Namespace, coupling: str, seed: int) -> TrainConfig:
@@ -92,10 +93,11 @@ def model_in_words(facts: dict) -> str:
 
 def report(runs: list[dict], facts: dict) -> str:
     """The Markdown page."""
+    options = " ".join(f"--{key} {facts[key]}" for key in KEPT if facts[key] is not None)
     lines = [
-        "# Couplings on class-conditional digits",
+        f"# Couplings on class-conditional {facts['data']}",
         "",
-        f"`python examples/couplings_on_digits.py --data {facts['data']}`: {model_in_words(facts)}, {facts['steps']:,} "
+        f"`python examples/couplings_on_digits.py {options}`: {model_in_words(facts)}, {facts['steps']:,} "
         f"steps of batch 128 from OT batches of 640, {runs[0]['samples']} samples a cell, mean ± deviation over seeds "
         f"{sorted({run['seed'] for run in runs})}. Classifier: two convolutions, {facts['accuracy']:.1%} right on "
         f'held-out images. W-CFM: temperature {facts["reg"] or "0.09 √d"}. Row "data": real images of other samples.',
@@ -144,8 +146,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / f"couplings_on_{args.data}.json"
     saved = json.loads(results.read_text()) if results.exists() else {"runs": []}
-    kept = ("data", "model", "steps", "reg", "width", "depth", "components")
-    facts = {key: getattr(args, key) for key in kept}
+    facts = {key: getattr(args, key) for key in KEPT}
     if any(saved.get("facts", facts).get(key, facts[key]) != facts[key] for key in facts):
         raise SystemExit(f"{results} holds runs of other settings: give another --out")
     runs = saved["runs"]
