@@ -100,7 +100,7 @@ def report(runs: list[dict], facts: dict) -> str:
         f"`python examples/couplings_on_digits.py {options}`: {model_in_words(facts)}, {facts['steps']:,} "
         f"steps of batch 128 from OT batches of 640, {runs[0]['samples']} samples a cell, mean ± deviation over seeds "
         f"{sorted({run['seed'] for run in runs})}. Classifier: two convolutions, {facts['accuracy']:.1%} right on "
-        f'held-out images. W-CFM: temperature {facts["reg"] or "0.09 √d"}. Column "data": real images of other samples.',
+        f'held-out images. W-CFM: temperature {facts["reg"] or "0.09 √d"}. Column "data": other real images.',
         "",
     ]
     solvers = list(runs[0]["rows"])
