@@ -204,8 +204,8 @@ def digits(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, A
     rows = [[name, *(spread([run[k] for run in runs]) for k in ("accuracy", "auc"))] for name, runs in found.items()]
     source = "scikit-learn's digits" if args.data_root is None else "MNIST"
     text = (
-        f"{source}, {args.bags} training bags, {args.digit_steps} steps of 50 bags, 500 test bags of other images, mean "
-        f"± deviation over {len(seeds)} seeds.\n\n{table(['model', 'accuracy', 'AUC'], rows)}"
+        f"{source}, {args.bags} training bags, {args.digit_steps} steps of 50 bags, 500 test bags of other images, "
+        f"mean ± deviation over {len(seeds)} seeds.\n\n{table(['model', 'accuracy', 'AUC'], rows)}"
     )
     return text, {"source": source, "runs": found}
 
@@ -320,8 +320,9 @@ def main() -> None:
     args = parser.parse_args()
     args.stages = [(8, 250), (4, 60), (2, 20)]
     if args.quick:
-        args.seeds, args.folds, args.benchmark_steps, args.digit_steps, args.bags = 1, 2, 10, 60, 60
-        args.sizes, args.stages, args.chunk = [200, 1000, 20_000], [(8, 40), (4, 10), (1, 3)], 1000
+        args.seeds, args.folds, args.benchmark_steps, args.digit_steps, args.bags = 1, 2, 10, 50, 60
+        args.sizes, args.stages, args.chunk = [200, 1000, 20_000], [(8, 30), (4, 5), (1, 2)], 1000
+        args.test_bags = 8
     parts = args.parts or [part for part in PARTS if part != "benchmark" or args.data_root]
     args.out.mkdir(parents=True, exist_ok=True)
     page, figures = "# Multiple-instance learning", {}

@@ -57,24 +57,22 @@ class SetFlow(nn.Module):
     """A set encoder and the velocity field that it conditions.
 
     Args:
-        encoder: ``"UMBC"`` (16 slots, a set transformer on them) or ``"Deep Sets"`` (the mean, a deep perceptron).
-        element_dim: features of an element of the set.
-        sample_dim: features of a sample.
+        encoder: ``"UMBC"`` (slots, a set transformer on them) or ``"Deep Sets"`` (the mean, a deep perceptron).
+        task: sizes of elements and samples, number of slots, width of the field.
         width: features of the encoder and of the condition.
-        field_width: features of the velocity field.
     """
 
-    def __init__(self, encoder: str, element_dim: int, sample_dim: int, width: int, field_width: int) -> None:
+    def __init__(self, encoder: str, task: Task, width: int) -> None:
         super().__init__()
         if encoder == "UMBC":
-            pooling: setenc.Pooling = setenc.SlotPooling(width, width, 16)
+            pooling: setenc.Pooling = setenc.SlotPooling(width, width, task.slots)
             decoder: nn.Module = setenc.SetTransformerDecoder(width, 2, num_outputs=1)
         else:
             pooling = setenc.DeepSetsPooling(width, width)
             decoder = setenc.MLPDecoder(width, hidden_dim=2 * width, num_layers=4)
-        features = setenc.MLPDecoder(element_dim, width, num_layers=3, hidden_dim=width)
+        features = setenc.MLPDecoder(task.element_dim, width, num_layers=3, hidden_dim=width)
         self.enc = setenc.UMBC(features, pooling, nn.Sequential(decoder, nn.LayerNorm(width)))
-        self.field = flows.models.ResidualMLP(sample_dim, condition_dim=width, width=field_width, expansion=2)
+        self.field = flows.models.ResidualMLP(task.sample_dim, condition_dim=width, width=task.field_width, expansion=2)
 
     def condition(self, observed: Any, **options: Any) -> Tensor:
         """Conditions ``(S, width)`` of sets; ``options`` (gradient, chunk_size, …) go to `setenc.encode`."""
@@ -98,7 +96,7 @@ class Population:
     """Points of a random Gaussian mixture condition a flow to fresh points of it; squared W2 to the true population."""
 
     name, unit, score, element_dim, sample_dim, field_width = "population", "points", "W2²", 2, 2, 64
-    panels = 3, 5
+    slots, panels = 16, (3, 5)
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.conditional = mbot.ConditionalOTCoupling({"set": "discrete"})
@@ -155,7 +153,8 @@ class Population:
         size = sum(part.numel() for part in (state.total, state.mass, state.peak))
         text = (
             f"Trained on 10 to {self.largest} points. A stream's state is {size:,} numbers, whatever it has seen; "
-            f"streamed in chunks of 500 and whole, sets of {self.counts[-1]:,} points give conditions at most {gap:.0e} apart."
+            f"streamed in chunks of 500 and whole, sets of {self.counts[-1]:,} points give conditions at most "
+            f"{gap:.0e} apart."
         )
         return text, {"streamed_gap": gap, "state_numbers": size}
 
@@ -185,7 +184,7 @@ class Digits:
     """Pixels of a digit condition a flow to the whole image; energy score of the samples against the true image."""
 
     name, unit, score, element_dim, sample_dim, field_width = "digits", "pixels", "energy score", 3, 64, 128
-    panels = 4, 7
+    slots, panels = 8, (4, 7)
 
     def __init__(self, args: argparse.Namespace) -> None:
         from sklearn.svm import SVC
@@ -193,7 +192,7 @@ class Digits:
         self.conditional = mbot.ConditionalOTCoupling({"embedding": "continuous"}, target_ratio=0.05)
         self.options: dict[str, Any] = {}
         images, labels = flows.datasets.digits().rows(torch.randperm(1797, generator=torch.Generator().manual_seed(0)))
-        self.batch, self.counts = 256, (5, 10, 20, 40)
+        self.batch, self.counts = 128, (5, 10, 20, 40)
         test = 60 if args.quick else 360
         self.train, self.test, self.labels = (
             images[:1437] / 2 + 0.5,
@@ -287,7 +286,7 @@ def train(task: Task, encoder: str, coupling: str, args: argparse.Namespace, see
     """A trained model in eval mode, and the processor time of a step in milliseconds."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = SetFlow(encoder, task.element_dim, task.sample_dim, args.width, task.field_width)
+    model = SetFlow(encoder, task, args.width)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 2))
     rules = {"independent": mbot.IndependentCoupling(), "OT": mbot.OTCoupling(), "C²OT": task.conditional}
@@ -368,7 +367,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="highest rate of the one-cycle schedule")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.width = 40, 16
+        args.steps, args.width = 20, 16
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.tasks:
         task: Task = TASKS[name](args)
