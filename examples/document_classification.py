@@ -4,7 +4,7 @@
     python examples/document_classification.py --data-root DATA                       # 20 newsgroups; 4 minutes
     python examples/document_classification.py --data-root DATA --corpus eurlex       # long documents, many labels
 
-A document is the set of its words with weights 1 + log(count), the same for all models; UMBC (Willette et al. 2023,
+A document is the set of its words with TF-IDF weights, the same for all models; UMBC (Willette et al. 2023,
 arXiv 2208.12401) pools it into slots, Deep Sets into a mean, under the same embedding and decoder. Both are trained on
 random halves of the words. Documents may have any length: their gradients are sampled, one chunk of words a document.
 
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, plotter, save, save_picture, spread, table
+from common import arguments, he_init, plotter, save, save_picture, spread, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -131,7 +131,8 @@ def thinned(matrix: Any, share: float, seed: int) -> Any:
 def classifier(pooling: str, vocabulary: int, classes: int, args: argparse.Namespace) -> tasks.TokenBagClassifier:
     """`setenc.tasks.TokenBagClassifier` with slots or with a mean."""
     mean_pooling = setenc.DeepSetsPooling(args.width, args.width, norm=True) if pooling == "Deep Sets" else None
-    return tasks.TokenBagClassifier(vocabulary, classes, width=args.width, num_slots=args.slots, pooling=mean_pooling)
+    model = tasks.TokenBagClassifier(vocabulary, classes, width=args.width, num_slots=args.slots, pooling=mean_pooling)
+    return he_init(model)
 
 
 def train(pooling: str, matrix: Any, corpus: Corpus, args: argparse.Namespace, seed: int) -> tuple[nn.Module, float]:
@@ -179,14 +180,12 @@ def measure(scores: Tensor, labels: Tensor) -> float:
 
 def linear_peer(train: Any, tests: dict[float, Any], corpus: Corpus) -> tuple[list[float], float]:
     """scikit-learn's TF-IDF and logistic regression (one for each label where there are several)."""
-    from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.pipeline import make_pipeline
 
     several = corpus.train_labels.ndim == 2
     regression = LogisticRegression(C=10.0, max_iter=300)
-    peer = make_pipeline(TfidfTransformer(), OneVsRestClassifier(regression) if several else regression)
+    peer = OneVsRestClassifier(regression) if several else regression
     began = time.process_time()
     peer.fit(train, corpus.train_labels.numpy())
     seconds = time.process_time() - began
@@ -241,13 +240,13 @@ def main() -> None:
         args.steps, args.width, args.slots, args.vocabulary = 30, 16, 4, 2000
     args.out.mkdir(parents=True, exist_ok=True)
 
-    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 
     corpus = load(args)
     counter = CountVectorizer(max_features=args.vocabulary, min_df=2)
     matrices = [counter.fit_transform(corpus.train), counter.transform(corpus.test)]
-    for matrix in matrices:
-        matrix.data = 1 + np.log(matrix.data.astype(np.float32))
+    weigh = TfidfTransformer(sublinear_tf=True).fit(matrices[0])
+    matrices = [weigh.transform(matrix) for matrix in matrices]
     tests = {share: thinned(matrices[1], share, args.seed) for share in SHARES}
     found, seconds, sizes = {}, {}, {}
     for pooling in ("UMBC", "Deep Sets"):

@@ -29,7 +29,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import arguments, plotter, save, save_picture, spread, table
+from common import arguments, he_init, plotter, save, save_picture, spread, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -71,12 +71,14 @@ class SetFlow(nn.Module):
             pooling = setenc.DeepSetsPooling(width, width)
             decoder = setenc.MLPDecoder(width, hidden_dim=2 * width, num_layers=4)
         features = setenc.MLPDecoder(task.element_dim, width, num_layers=3, hidden_dim=width)
-        self.enc = setenc.UMBC(features, pooling, nn.Sequential(decoder, nn.LayerNorm(width)))
+        # What tells sets apart is small at first, and whatever they share grows: standardised, it cannot fade.
+        standard = nn.Sequential(decoder, nn.Flatten(), nn.BatchNorm1d(width, affine=False))
+        self.enc = he_init(setenc.UMBC(features, pooling, standard))
         self.field = flows.models.ResidualMLP(task.sample_dim, condition_dim=width, width=task.field_width, expansion=2)
 
     def condition(self, observed: Any, **options: Any) -> Tensor:
         """Conditions ``(S, width)`` of sets; ``options`` (gradient, chunk_size, …) go to `setenc.encode`."""
-        return setenc.encode(self.enc, observed, **options)[:, 0]
+        return setenc.encode(self.enc, observed, **options)
 
     def loss(self, batch: Batch, coupling: mbot.Coupling, generator: torch.Generator, **options: Any) -> Tensor:
         """Flow matching under a coupling that may look at the sets' identity and at their (detached) embeddings."""
@@ -134,7 +136,7 @@ class Population:
         for count in self.counts:
             for chunk in self.observed[:, seen:count].split(500, 1):
                 state = model.enc.update(state, chunk)
-            seen, found[count] = count, model.enc.readout(state)[:, 0]
+            seen, found[count] = count, model.enc.readout(state)
         return found
 
     def evaluate(self, model: SetFlow) -> Scores:
@@ -183,7 +185,7 @@ class Population:
 class Digits:
     """Pixels of a digit condition a flow to the whole image; energy score of the samples against the true image."""
 
-    name, unit, score, element_dim, sample_dim, field_width = "digits", "pixels", "energy score", 3, 64, 128
+    name, unit, score, element_dim, sample_dim, field_width = "digits", "pixels", "energy score", 13, 64, 128
     slots, panels = 8, (4, 7)
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -201,21 +203,27 @@ class Digits:
         )
         self.classifier = SVC().fit(self.train.flatten(1).numpy(), labels[:1437].numpy())
         generator = torch.Generator().manual_seed(args.seed + 1000)
-        self.observed = {n: tasks.pixel_sets(self.test, n, generator=generator)[0] for n in self.counts}
+        self.pixels = {n: tasks.pixel_sets(self.test, n, generator=generator)[0] for n in self.counts}
         self.noise = torch.randn(test, 4, 64, generator=generator)
-        near = {n: self.neighbours(pixels) for n, pixels in self.observed.items()}
+        near = {n: self.neighbours(pixels) for n, pixels in self.pixels.items()}
         self.references = {"4 nearest training images": {n: self.energy(x) for n, x in near.items()}}
         self.found: dict[str, dict[int, float]] = {
             "4 nearest training images": {n: self.right(x) for n, x in near.items()}
         }
 
     def draw(self, generator: torch.Generator) -> Batch:
-        """Training images, and 1 to 64 pixels of each (log-uniform)."""
+        """Training images, and 4 to 64 pixels of each."""
         rows = torch.randint(len(self.train), (self.batch,), generator=generator)
-        count = int(64 ** float(torch.rand((), generator=generator)))
+        count = int(torch.randint(4, 65, (), generator=generator))
         images = self.train[rows]
-        observed, _, _ = tasks.pixel_sets(images, count, generator=generator)
-        return Batch(observed, 2 * images.flatten(1) - 1, torch.arange(self.batch))
+        pixels, _, _ = tasks.pixel_sets(images, count, generator=generator)
+        return Batch(self.elements(pixels), 2 * images.flatten(1) - 1, torch.arange(self.batch))
+
+    @staticmethod
+    def elements(pixels: Tensor) -> Tensor:
+        """Pixels ``(S, n, 3)`` with sines and cosines of their places at three frequencies: ``(S, n, 13)``."""
+        angle = (pixels[..., :2, None] * torch.tensor([1.0, 2.0, 4.0]) * torch.pi).flatten(2)
+        return torch.cat((angle.sin(), angle.cos(), 2 * pixels[..., 2:] - 1), -1)
 
     def neighbours(self, observed: Tensor) -> Tensor:
         """The training images that agree best with the observed pixels, ``(T, 4, 64)``: no model at all."""
@@ -242,7 +250,7 @@ class Digits:
     @torch.no_grad()
     def samples(self, model: SetFlow, n: int, solver: str) -> Tensor:
         """Completions ``(T, 4, 64)`` of every test image from ``n`` of its pixels."""
-        return model.generate(model.condition(self.observed[n]), self.noise, solver)
+        return model.generate(model.condition(self.elements(self.pixels[n])), self.noise, solver)
 
     def evaluate(self, model: SetFlow) -> Scores:
         """Energy scores, and the share of right digits, over the number of observed pixels."""
@@ -267,8 +275,8 @@ class Digits:
             pictures = []
             for n in (few, more):
                 known = torch.full((8, 8), torch.nan)
-                place = (self.observed[n][row, :, :2] * 8).long()
-                known[place[:, 0], place[:, 1]] = 2 * self.observed[n][row, :, 2] - 1
+                place = (self.pixels[n][row, :, :2] * 8).long()
+                known[place[:, 0], place[:, 1]] = 2 * self.pixels[n][row, :, 2] - 1
                 samples = self.samples(model, n, "many")[row, :2].unflatten(1, (8, 8))
                 pictures += [(f"{n} pixels", known), *(("completed", x) for x in samples)]
             for ax, (title, image) in zip(line, [*pictures, ("true", 2 * self.test[row, 0] - 1)], strict=True):
