@@ -130,9 +130,11 @@ def thinned(matrix: Any, share: float, seed: int) -> Any:
 
 def classifier(pooling: str, vocabulary: int, classes: int, args: argparse.Namespace) -> tasks.TokenBagClassifier:
     """`setenc.tasks.TokenBagClassifier` with slots or with a mean."""
-    mean_pooling = setenc.DeepSetsPooling(args.width, args.width, norm=True) if pooling == "Deep Sets" else None
-    model = tasks.TokenBagClassifier(vocabulary, classes, width=args.width, num_slots=args.slots, pooling=mean_pooling)
-    return he_init(model)
+    pool = setenc.DeepSetsPooling(args.width, args.width, norm=True) if pooling == "Deep Sets" else None
+    words = nn.Embedding(vocabulary, args.width)
+    nn.init.normal_(words.weight, std=0.02)  # small, so that the few updates of a rare word move it
+    options = {"width": args.width, "num_slots": args.slots, "embedding": words, "pooling": pool}
+    return he_init(tasks.TokenBagClassifier(vocabulary, classes, **options))
 
 
 def train(pooling: str, matrix: Any, corpus: Corpus, args: argparse.Namespace, seed: int) -> tuple[nn.Module, float]:
