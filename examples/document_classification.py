@@ -121,11 +121,13 @@ def bags(matrix: Any, rows: np.ndarray) -> tuple[setenc.Ragged, Tensor]:
 
 
 def thinned(matrix: Any, share: float, seed: int) -> Any:
-    """The matrix with a random share of each document's words."""
+    """The matrix with a random share of each document's words, rows of norm 1 again."""
+    from sklearn.preprocessing import normalize
+
     part = matrix.copy()
     part.data = part.data * (np.random.default_rng(seed).random(len(part.data)) < share)
     part.eliminate_zeros()
-    return part
+    return normalize(part)
 
 
 def classifier(pooling: str, vocabulary: int, classes: int, args: argparse.Namespace) -> tasks.TokenBagClassifier:

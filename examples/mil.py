@@ -39,7 +39,7 @@ import setenc
 from setenc import tasks
 
 MODELS = ("UMBC", "UMBC + instance", "gated attention", "Deep Sets, max", "Deep Sets, mean")
-COLOURS = ("#1b7837", "#7fbf7b", "#2166ac", "#b2182b", "#f4a582", "0.5")
+COLOURS = dict(zip(MODELS, ("#1b7837", "#7fbf7b", "#2166ac", "#b2182b", "#f4a582"), strict=True))
 BENCHMARKS = ("musk1", "musk2", "elephant", "fox", "tiger")
 
 
@@ -247,7 +247,8 @@ def large(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, An
             for size, (bags, steps) in zip(sizes, args.stages, strict=True):
                 began = time.process_time()
                 draw = partial(rare, bags, size, generator=generator)
-                fit(model, lambda _, draw=draw: draw(), steps, 3e-3, **options)
+                rate = 3e-3 * bags / args.stages[0][0]  # in proportion to the bags of a step
+                fit(model, lambda _, draw=draw: draw(), steps, rate, **options)
                 cost = (time.process_time() - began) / steps / bags
             for size, (x, labels) in tests.items():
                 with torch.no_grad():
@@ -275,13 +276,14 @@ def large(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, An
 def picture(figures: dict[str, Any], path: Path) -> None:
     """A panel a part: accuracies."""
     plt = plotter()
-    figure, axes = plt.subplots(1, len(figures), figsize=(5.2 * len(figures), 3.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(figures), figsize=(5.2 * len(figures), 4.2), squeeze=False)
     for ax, (part, found) in zip(axes[0], figures.items(), strict=True):
         if part == "large":
-            for run, colour in zip(found["runs"], COLOURS, strict=False):
+            for run in found["runs"]:
                 sizes, values = zip(*((n, mean(v)) for n, v in run["accuracy"].items()), strict=True)
                 style = "o--" if run["gradient"] == "sampled" else "o-"
-                ax.plot(sizes, values, style, color=colour, ms=4, label=f"{run['model']} ({run['gradient']})")
+                name = run["model"] + (" (sampled)" if run["gradient"] == "sampled" else "")
+                ax.plot(sizes, values, style, color=COLOURS[run["model"]], ms=4, label=name)
             ax.set(xscale="log", xlabel="instances of a bag", title="10 positive instances: accuracy")
         else:
             groups = (
@@ -290,13 +292,13 @@ def picture(figures: dict[str, Any], path: Path) -> None:
             if groups is None:
                 names = list(next(iter(found["accuracy"].values())))
                 groups = {s: {m: by_set[s] for m, by_set in found["accuracy"].items()} for s in names}
-            for i, (name, colour) in enumerate(zip(MODELS, COLOURS, strict=False)):
+            for i, (name, colour) in enumerate(COLOURS.items()):
                 heights = [mean(group[name]) for group in groups.values()]
                 ax.bar(np.arange(len(groups)) + (i - 2) * 0.16, heights, 0.15, color=colour, label=name)
             ax.set_xticks(range(len(groups)), list(groups))
             ax.set(ylim=(0.4, 1), title={"digits": "bags of digits: accuracy"}.get(part, "cross-validated accuracy"))
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=7)
+        ax.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     figure.tight_layout()
     save_picture(figure, path)
 

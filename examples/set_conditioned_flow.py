@@ -363,8 +363,8 @@ def picture(task: Task, found: list[dict[str, Any]], model: SetFlow, path: Any) 
     ax.set_yticks(ticks, [f"{v:g}" for v in ticks])
     ax.set_title(f"{task.score}, lower is better", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
-    right.subplots_adjust(left=0.12, right=0.97, top=0.9, bottom=0.12)
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.13), ncols=3)
+    right.subplots_adjust(left=0.1, right=0.97, top=0.9, bottom=0.24)
     save_picture(figure, path)
 
 
