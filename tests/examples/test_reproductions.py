@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -16,18 +17,19 @@ ROOT = Path(__file__).parents[2]
 def quick(tmp_path):
     """Runs ``examples/<name>.py --quick`` and gives its figures, after looking at what it wrote."""
 
-    def run(name, *arguments, picture="png"):
+    def run(name, *arguments, picture="png", stem=None):
         command = [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", "--out", tmp_path, *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT, env=environment
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert (tmp_path / f"{name}.{picture}").stat().st_size > 3000
-        page = (tmp_path / f"{name}.md").read_text()
+        stem = stem or name
+        assert (tmp_path / f"{stem}.{picture}").stat().st_size > 3000
+        page = (tmp_path / f"{stem}.md").read_text()
         assert page.strip() in done.stdout
         assert "nan" not in page
-        return json.loads((tmp_path / f"{name}.json").read_text())
+        return json.loads((tmp_path / f"{stem}.json").read_text())
 
     return run
 
@@ -135,3 +137,58 @@ def test_notebook_code_runs(name, tmp_path):
     command = [sys.executable, tmp_path / "notebook.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_set_conditioned_flow(quick, tmp_path):
+    population = quick("set_conditioned_flow", stem="set_conditioned_flow_population")
+    assert [(m["encoder"], m["coupling"]) for m in population["methods"]] == [
+        ("UMBC", "C²OT"),
+        ("UMBC", "independent"),
+        ("UMBC", "OT"),
+        ("Deep Sets", "C²OT"),
+    ]
+    assert population["streamed_gap"] < 1e-4  # a stream gives the condition of the whole set
+    reference = population["references"]
+    assert reference["fresh true points"]["10"] < reference["the observed points"]["10"]
+    digits = json.loads((tmp_path / "set_conditioned_flow_digits.json").read_text())
+    near = digits["references"]["4 nearest training images"]
+    assert near["40"] < near["20"] < near["10"] < near["5"]
+    assert all(set(m["runs"][0]) == {"many", "few", "right"} for m in digits["methods"])
+
+
+def test_multiple_instance_learning(quick):
+    figures = quick("mil")
+    memory = figures["large"]["memory_mb"]
+    assert memory["sampled"] <= memory["exact"] < memory["full"] / 3
+    assert {run["gradient"] for run in figures["large"]["runs"]} == {"exact", "sampled"}
+    runs = figures["digits"]["runs"]
+    assert runs["Deep Sets, max"][0]["auc"] > 0.7  # one 9 in ten images: the largest value tells
+
+
+def test_benchmark_bags_are_read_and_cross_validated(quick, tmp_path):
+    generator = np.random.default_rng(0)
+    sizes, labels = generator.integers(1, 5, 24), np.arange(24) % 2
+    x = generator.normal(size=(sizes.sum(), 6)) + 4 * np.repeat(labels, sizes)[:, None]
+    (tmp_path / "mil").mkdir()
+    np.savez(tmp_path / "mil" / "musk1.npz", x=x.astype(np.float32), ptr=np.r_[0, sizes.cumsum()], y=labels)
+    figures = quick("mil", "--parts", "benchmark", "--data-root", tmp_path)
+    assert list(figures["benchmark"]["accuracy"]["UMBC"]) == ["musk1"]
+    assert figures["benchmark"]["accuracy"]["Deep Sets, mean"]["musk1"][0] > 0.8
+
+
+def test_document_classification(quick):
+    figures = quick("document_classification")
+    linear = figures["scores"]["TF-IDF + logistic regression"][0]
+    assert linear[-1] > linear[0]
+    assert len(figures["scores"]["UMBC"][0]) == len(figures["shares"])
+
+
+def test_newsgroup_posts_lose_what_gives_the_group_away():
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from document_classification import body
+    finally:
+        sys.path.pop(0)
+    post = "From: a@b\tSubject: cars\tLines: 3\t\tIn article <1@x> c@d writes:\t>old words\tmy words"
+    assert body(post) == "my words"
+    assert body("Newsgroups: sci.med\t\tArchive-name: med/faq\t\tthe text") == "the text"
