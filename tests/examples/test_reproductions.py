@@ -99,7 +99,21 @@ def test_wcfm_toys(quick):
     assert runs["W-CFM 1"]["effective"] < runs["W-CFM 10"]["effective"] < runs["FM"]["effective"] + 1e-6
 
 
-@pytest.mark.parametrize("name", ["m_pot", "bomb_ot"])
+def test_amortized_clustering(quick):
+    figures = quick("amortized_clustering")
+    runs = {(run["model"], run["gradient"], run["n"]): run for run in figures["runs"]}
+    assert len(runs) == 10
+    assert figures["exact_against_full"] < 1e-4
+    for (model, _, _), run in runs.items():
+        streamed = model != "Set Transformer"
+        assert (run["apart"] < 1e-4) == streamed  # the same mixture from every stream
+        assert min(run["nll"]["all"]) > figures["oracle_nll"]
+        assert run["losses"][-1] < run["losses"][0]
+    same = [runs["UMBC+ST", *how]["losses"][0] for how in (("exact", 512), ("sampled", 64), ("sampled", 8))]
+    assert max(same) - min(same) < 1e-4  # gradient modes share the value
+
+
+@pytest.mark.parametrize("name", ["m_pot", "bomb_ot", "umbc"])
 def test_notebook_code_runs_and_outputs_are_kept(name, tmp_path):
     cells = json.loads((ROOT / "examples" / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
