@@ -113,6 +113,15 @@ def test_amortized_clustering(quick):
     assert max(same) - min(same) < 1e-4  # gradient modes share the value
 
 
+def test_image_completion(quick):
+    figures = quick("image_completion")["models"]
+    assert list(figures) == ["UMBC", "UMBC, small contexts", "one slot", "Deep Sets"]
+    for model in figures.values():
+        assert model["streamed_against_whole"] < 1e-4
+        assert model["losses"][-1] < model["losses"][0]
+        assert -1.384 < model["nll"][-1] < 0.4  # a grey image with one deviation has 0.44
+
+
 @pytest.mark.parametrize("name", ["m_pot", "bomb_ot", "umbc"])
 def test_notebook_code_runs_and_outputs_are_kept(name, tmp_path):
     cells = json.loads((ROOT / "examples" / "notebooks" / f"{name}.ipynb").read_text())["cells"]
