@@ -91,10 +91,10 @@ def models(channels: int, setting: Setting) -> dict[str, tasks.ImageCompletion]:
 def train(
     name: str, model: tasks.ImageCompletion, images: Tensor, setting: Setting, args: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """Adam at 3e-3, cosine; contexts of random sizes, the loss on random pixels. Losses, processor seconds a step."""
+    """Adam at 1e-3, cosine; contexts of random sizes, the loss on random pixels. Losses, processor seconds a step."""
     generator = torch.Generator().manual_seed(args.seed)
     torch.manual_seed(args.seed)
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
     (smallest, largest), small = setting.contexts, "small" in name
     losses, began = [], time.process_time()
@@ -243,7 +243,7 @@ def page(
         f"pixels that arrive as a stream. Deviations are at least 0.1, so no model is below "
         f"{torch.distributions.Normal(0.0, 0.1).entropy() - 0.5:.3f}; each pixel's mean and deviation over the "
         f"training images: {floor:.3f}.\n\n"
-        f"Training: {args.steps} steps of Adam on {args.batch} of {len(training)} images, lr 3e-3, cosine, width "
+        f"Training: {args.steps} steps of Adam on {args.batch} of {len(training)} images, lr 1e-3, cosine, width "
         f"{setting.width}, {setting.slots} slots, sines and cosines of the coordinates at {setting.frequencies} "
         f"frequencies, contexts of {smallest} to {largest} pixels of which "
         f"{setting.gradient} carry gradients (*small contexts*: of {setting.gradient} pixels), {args.targets} target "
