@@ -89,12 +89,13 @@ def clouds(x: Any, y: Any, x_name: str = "x", y_name: str = "y", *, feature_ndim
     for tensor, name in ((x, x_name), (y, y_name)):
         if tensor.numel() == 0:
             raise ValueError(f"{name} must hold at least one point with one feature; got shape {tuple(tensor.shape)}")
-    try:
-        torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    except RuntimeError:
-        raise ValueError(
-            f"the batch axes of {x_name} and {y_name} must match; got {tuple(x.shape)} and {tuple(y.shape)}"
-        ) from None
+    if x.ndim > 2 and y.ndim > 2 and x.shape[:-2] != y.shape[:-2]:
+        try:
+            torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        except RuntimeError:
+            raise ValueError(
+                f"the batch axes of {x_name} and {y_name} must match; got {tuple(x.shape)} and {tuple(y.shape)}"
+            ) from None
     return finite(x, x_name), finite(y, y_name)
 
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 
@@ -17,26 +18,29 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mbot")
 
 
-def run_slices(solve: Callable[[int, int], None], work: Sequence[float]) -> None:
+def run_slices(solve: Callable[[int, int], None], work: Sequence[float] | np.ndarray) -> None:
     """Call ``solve(start, stop)`` on slices of ``range(len(work))`` of about equal total ``work``, in parallel.
 
-    Uses at most ``torch.get_num_threads()`` threads. The result must not depend on the slicing.
+    Uses at most ``torch.get_num_threads()`` threads, the calling one among them. The result must not depend on the
+    slicing.
     """
     threads = min(torch.get_num_threads(), len(work))
     if threads <= 1:
         solve(0, len(work))
         return
     # More slices than threads, so that one hard problem does not leave the other threads idle.
-    slices = min(len(work), 4 * threads)
-    total = sum(work)
-    bounds, done = [0], list(accumulate(work))
-    for part in range(1, slices):
-        goal = total * part / slices
-        cut = bounds[-1]
-        while cut < len(work) and done[cut] <= goal:
-            cut += 1
-        bounds.append(cut)
-    bounds.append(len(work))
-    jobs = [(lo, hi) for lo, hi in pairwise(bounds) if hi > lo]
-    for future in [_pool(os.getpid(), threads).submit(solve, lo, hi) for lo, hi in jobs]:
-        future.result()
+    done = np.cumsum(work)
+    inner = np.searchsorted(done, done[-1] * np.linspace(0, 1, 4 * threads + 1)[1:-1])
+    bounds = np.unique(np.concatenate(([0], inner, [len(work)]))).tolist()
+    jobs = iter(list(pairwise(bounds)))  # one list iterator: the threads share it without a lock
+
+    def drain() -> None:
+        while (job := next(jobs, None)) is not None:
+            solve(*job)
+
+    helpers = [_pool(os.getpid(), threads).submit(drain) for _ in range(threads - 1)]
+    try:
+        drain()
+    finally:
+        for helper in helpers:
+            helper.result()

@@ -122,15 +122,11 @@ def _assign_uniform(cost: np.ndarray) -> _Found:
 
     problems, n, _ = cost.shape
     walled, forbidden = _forbid(cost)
-    col, f, g, gap, typical = assign(walled.reshape(-1), np.full(problems, n))
+    col, f, g, gap, size, typical = assign(walled.reshape(-1), np.full(problems, n))
     col, f, g = (array.reshape(problems, n) for array in (col, f, g))
-    row = np.broadcast_to(np.arange(n), col.shape)
-    mass = np.full(col.shape, 1 / n)
+    row, mass = np.tile(np.arange(n), (problems, 1)), np.full(col.shape, 1 / n)
     _check_allowed(forbidden, row, col, mass)
-    matched = np.abs(np.take_along_axis(walled, col[..., None], -1)[..., 0])
-    size = matched.sum(1, dtype=np.float64) + np.abs(f).sum(1) + np.abs(g).sum(1)
-    error = _relative(gap, size, n * typical)
-    return row.copy(), col, mass, error, f, g
+    return row, col, mass, _relative(gap, size, n * typical), f, g
 
 
 def assign_blocks(costs: list[Tensor]) -> list[Tensor]:
