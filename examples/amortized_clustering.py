@@ -214,7 +214,7 @@ def picture(found: dict[Run, dict[str, Any]], oracle: float, sets: tasks.Mixture
     """NLL over the number of points seen, and one set with the mixtures that four models predict from all of it."""
     plt = plotter()
     figure = plt.figure(figsize=(14.5, 6.4))
-    curve = figure.add_axes((0.045, 0.09, 0.5, 0.83))
+    curve = figure.add_axes((0.035, 0.09, 0.51, 0.84))
     for run, results in found.items():
         style = {"color": COLOURS[run.model], "ls": STYLES[run.n], "marker": "osD"[(512, 64, 8).index(run.n)], "ms": 4}
         if run.gradient == "subset" and run.model == "UMBC+ST":
@@ -222,7 +222,7 @@ def picture(found: dict[Run, dict[str, Any]], oracle: float, sets: tasks.Mixture
         curve.plot(SIZES, results["nll"]["all"], label=str(run), **style)
     curve.axhline(oracle, color="0.2", lw=1.2, label="true mixtures")
     curve.set(xscale="log", xticks=SIZES, xticklabels=SIZES, xlabel="points seen", ylim=(oracle - 0.1, 5))
-    curve.set_title("NLL of all 1024 points; trained on: see legend")
+    curve.set_title("NLL of all 1024 points, by what the model was trained on", fontsize=11)
     curve.minorticks_off()
     curve.spines[["top", "right"]].set_visible(False)
     curve.legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
@@ -230,14 +230,15 @@ def picture(found: dict[Run, dict[str, Any]], oracle: float, sets: tasks.Mixture
     shown = {run.model: run for run in found}  # of each model the last run, or the one with 64 sampled
     shown |= {run.model: run for run in found if (run.gradient, run.n) == ("sampled", 64)}
     for place, (name, run) in enumerate(shown.items()):
-        ax = figure.add_axes((0.57 + 0.215 * (place % 2), 0.48 - 0.47 * (place // 2), 0.205, 0.465))
+        ax = figure.add_axes((0.57 + 0.215 * (place % 2), 0.49 - 0.475 * (place // 2), 0.205, 0.42))
         mixture = read(found[run]["model"], x.split(8, 1))
         contours(ax, mixture)
         ax.scatter(*x[0].T, s=3, lw=0, color=COLOURS[name])
         nll = float(-mixture_log_likelihood(x, *mixture).mean())
-        ax.text(0.03, 0.03, f"NLL {nll:.2f}, true mixture {float(sets.oracle_nll()):.2f}", transform=ax.transAxes)
         ax.set(xticks=[], yticks=[], xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), aspect="equal")
-        ax.set_title(f"{name}, {x.shape[1]} points in chunks of 8", fontsize=10, pad=3)
+        ax.set_title(f"{name}: NLL {nll:.2f}", fontsize=11, pad=4)
+    text = f"one set of {x.shape[1]} points, read in chunks of 8; true mixture: NLL {float(sets.oracle_nll()):.2f}"
+    figure.text(0.78, 0.965, text, ha="center", fontsize=11)
     save_picture(figure, path)
 
 
