@@ -102,6 +102,29 @@ def test_wcfm_toys(quick):
     assert runs["W-CFM 1"]["effective"] < runs["W-CFM 10"]["effective"] < runs["FM"]["effective"] + 1e-6
 
 
+def test_amortized_clustering(quick):
+    figures = quick("amortized_clustering")
+    runs = {(run["model"], run["gradient"], run["n"]): run for run in figures["runs"]}
+    assert len(runs) == 10
+    assert figures["exact_against_full"] < 1e-4
+    for (model, _, _), run in runs.items():
+        streamed = model != "Set Transformer"
+        assert (run["apart"] < 1e-4) == streamed  # the same mixture from every stream
+        assert min(run["nll"]["all"]) > figures["oracle_nll"]
+        assert run["losses"][-1] < run["losses"][0]
+    same = [runs["UMBC+ST", *how]["losses"][0] for how in (("exact", 512), ("sampled", 64), ("sampled", 8))]
+    assert max(same) - min(same) < 1e-4  # gradient modes share the value
+
+
+def test_image_completion(quick):
+    figures = quick("image_completion")["models"]
+    assert list(figures) == ["UMBC", "UMBC, small contexts", "one slot", "Deep Sets"]
+    for model in figures.values():
+        assert model["streamed_against_whole"] < 1e-4
+        assert model["losses"][-1] < model["losses"][0]
+        assert -1.384 < model["nll"][-1] < 0.4  # a grey image with one deviation has 0.44
+
+
 def test_cfm_2d(quick):
     problems = ("--problems", "N-moons", "moons-gaussians")
     found = quick("cfm_2d", *problems, "--methods", "I-CFM", "FM", "OT-CFM")["runs"]
@@ -127,7 +150,7 @@ def test_notebook_is_kept_executed_and_small(name):
     assert (ROOT / "examples" / "notebooks" / f"{name}.ipynb").stat().st_size < 400_000
 
 
-@pytest.mark.parametrize("name", ["m_pot", "bomb_ot", "c2ot"])
+@pytest.mark.parametrize("name", ["m_pot", "bomb_ot", "c2ot", "umbc"])
 def test_notebook_code_runs(name, tmp_path):
     """As it is, but for training loops of hundreds of steps, which stop after two."""
     lines = "\n".join("".join(cell["source"]) for cell in code_of(name)).splitlines()
