@@ -139,11 +139,14 @@ class SlotPooling(Pooling):
         else:
             keys, values = (t.to(slots.dtype) for t in self._project(features))
             keys = keys.flatten(0, 1)
-            slots = slots.view(self.num_heads, self.num_slots, -1).expand(len(features), -1, -1, -1).flatten(0, 1)
+            slots = slots.view(self.num_heads, self.num_slots, -1)
+            slots = slots if len(features) == 1 else slots.repeat(len(features), 1, 1)
             queries, shift = slots.split([self.head_dim, 1], -1)
         with full_precision(features.device):
             scale = self.head_dim**-0.5
-            logits = torch.baddbmm(shift, queries, keys.mT, beta=scale, alpha=scale)
+            # A softmax over the set does not see the shifts, and adding them takes a pass over the logits.
+            seen = 0.0 if self.activation == "softmax" else scale
+            logits = torch.baddbmm(shift, queries, keys.mT, beta=seen, alpha=scale)
             logits = logits.view(len(features), self.num_heads, self.num_slots, -1)
             return ACTIVATIONS[self.activation](logits), values
 

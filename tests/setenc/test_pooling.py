@@ -79,10 +79,11 @@ def test_logits_of_a_thousand(activation):
 def test_softmax_is_invariant_to_a_shift_of_all_logits(shift):
     pooling = slot_pooling().requires_grad_(False)
     x = torch.randn(1, 50, 3, dtype=torch.float64)
+    x[..., 0] = 1
     before = pooling(x)
-    # <q, b> is the same for all elements: it adds up to the shift in slot 0, and to something else in the others.
+    # A feature that all elements share adds up to the shift in slot 0, and to something else in the others.
     head = pooling.query(pooling.slot_mean)[0, :4]
-    pooling.key_value.bias[:4] += 2 * shift * head / head.square().sum()
+    pooling.key_value.weight[:4, 0] += 2 * shift * head / head.square().sum()
     state = pooling.init_state(1)
     for chunk in x.split(9, 1):
         state = pooling.update(state, chunk)
