@@ -6,11 +6,13 @@ or a ``ValueError`` (wrong shape, size or value) that says what was given and wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def count(value: Any, name: str, *, at_least: int = 1) -> int:
@@ -73,8 +75,9 @@ def elements(x: Any, mask: Any, weights: Any, name: str = "x") -> tuple[Tensor, 
 
 def batch(x: Any, batch_size: int) -> None:
     """As many sets as the state has streams."""
-    if len(x) != batch_size:
-        raise ValueError(f"a chunk must hold one part of each of the state's {batch_size} sets; got {len(x)}")
+    sets = x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
+    if sets != batch_size:
+        raise ValueError(f"a chunk must hold one part of each of the state's {batch_size} sets; got {sets}")
 
 
 def element_weights(weights: Any, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -86,9 +89,10 @@ def element_weights(weights: Any, x: Tensor, mask: Tensor | None) -> Tensor:
     weights = weights.to(x.device)
     if mask is not None:
         weights = weights.masked_fill(~mask, 0)
-    low, high = (float(v) for v in weights.detach().aminmax()) if weights.numel() else (0.0, 0.0)
-    if not (low >= 0 and high < float("inf")):
-        raise ValueError(f"weights must be finite and not negative; they range from {low:g} to {high:g}")
+    if looks(weights):
+        low, high = (float(v) for v in weights.detach().aminmax()) if weights.numel() else (0.0, 0.0)
+        if not (low >= 0 and high < float("inf")):
+            raise ValueError(f"weights must be finite and not negative; they range from {low:g} to {high:g}")
     return weights
 
 
@@ -121,10 +125,22 @@ def no_mask(mask: Any) -> None:
         raise ValueError("a ragged batch has no padding: leave mask away")
 
 
-def finite_features(features: Tensor) -> Tensor:
-    """Features of the real elements without NaN and infinity."""
+def looks(x: Tensor) -> bool:
+    """Whether values may be looked at as they stream: on an accelerator that would wait for the device.
+
+    What is not finite (or a negative weight) there becomes NaN in the state, never goes away, and `finite` finds it.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def finite_features(features: Tensor, witness: Tensor | None = None) -> Tensor:
+    """Features of the real elements without NaN and infinity.
+
+    ``witness`` is what became of them, and is not finite if they are not: it is looked at instead where it is smaller.
+    """
     # One pass decides the usual case: a finite sum.
-    if not torch.compiler.is_compiling() and not bool(features.detach().sum().isfinite()):
+    seen = features if witness is None or witness.numel() > features.numel() else witness
+    if looks(features) and not math.isfinite(seen.detach().sum().item()):
         bad = int((~features.detach().isfinite()).sum())
         if bad:
             raise ValueError(
@@ -134,31 +150,43 @@ def finite_features(features: Tensor) -> Tensor:
     return features
 
 
-def features(x: Tensor, batch: tuple[int, int], in_dim: int) -> Tensor:
+def finite(pooled: Tensor) -> Tensor:
+    """What is read from a state."""
+    if not torch.compiler.is_compiling() and not bool(pooled.detach().isfinite().all()):
+        raise ValueError(
+            "the pooled slots must be finite; they hold NaN or infinity. An element had features or a weight that are "
+            "not finite, or a negative weight, or values overflowed"
+        )
+    return pooled
+
+
+def features(x: Any, in_dim: int, sets: Sequence[int] | None = None) -> Tensor:
     """What an extractor made of ``(B, n, …)`` elements: ``(B, n, in_dim)``."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"features must be a floating-point tensor; got {given}. Convert them, or give an extractor")
-    if tuple(x.shape) != (*batch, in_dim):
+    shape = x.shape
+    if len(shape) != 3 or shape[2] != in_dim or (sets is not None and shape[:2] != sets):
+        wanted = ("B, n" if sets is None else ", ".join(map(str, sets))) + f", {in_dim}"
         raise ValueError(
-            f"features must have shape (B, n, in_dim) = {(*batch, in_dim)}; got {tuple(x.shape)}. The extractor maps "
-            "each element to in_dim features, and the pooling is built with that in_dim"
+            f"features must have shape (B, n, in_dim) = ({wanted}); got {tuple(shape)}. The extractor maps each "
+            "element to in_dim features, and the pooling is built with that in_dim"
         )
     return x
 
 
-def precision(x: Tensor, parameter: Tensor, name: str) -> Tensor:
+def precision(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """Input in the parameters' dtype where it comes in half precision; autocast decides for itself."""
-    if not x.is_floating_point() or x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
+    if x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
         return x
     if x.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"{name} is {x.dtype} and the module is {parameter.dtype}: convert one of them")
-    return x.to(parameter.dtype)
+        raise TypeError(f"{name} is {x.dtype} and the module is {dtype}: convert one of them")
+    return x.to(dtype)
 
 
-def no_batch_norm(norms: Sequence[nn.Module]) -> None:
+def no_batch_norm(extractor: nn.Module) -> None:
     """Batch normalisation in training mode mixes elements: the result would depend on the chunks."""
-    if any(norm.training for norm in norms):
+    if any(isinstance(module, _BatchNorm) and module.training for module in extractor.modules()):
         raise ValueError(
             "the extractor holds a BatchNorm in training mode, which mixes the elements of a chunk: the encoding would "
             "depend on how the set is cut. Use LayerNorm, GroupNorm or InstanceNorm inside an element, or .eval() it"

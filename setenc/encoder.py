@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from setenc import checks
 from setenc.pooling import Pooling
@@ -103,8 +102,10 @@ class UMBC(nn.Module):
         """
         if is_ragged(chunk):
             chunk = Ragged.of(chunk)
+            checks.batch(chunk, state.batch_size)
+            return state.merge(self.contribution(state, chunk, mask, weights))
         checks.batch(chunk, state.batch_size)
-        return state.merge(self.contribution(state, chunk, mask, weights))
+        return self._absorb(state, chunk, mask, weights)
 
     def contribution(
         self,
@@ -121,10 +122,15 @@ class UMBC(nn.Module):
                 return state.empty()
             features = self._features(chunk.values[None], None)[0]
             return self.pooling.ragged_contribution(state, features, chunk, weights, peak)
+        return self._absorb(state, chunk, mask, weights, peak=peak, alone=True)
+
+    def _absorb(
+        self, state: SetState, chunk: Tensor, mask: Tensor | None, weights: Tensor | None, **options: Any
+    ) -> SetState:
         chunk, mask, weights = checks.elements(chunk, mask, weights)
         if chunk.shape[1] == 0:
-            return state.empty()
-        return self.pooling.contribution(state, self._features(chunk, mask), mask, weights, peak)
+            return state.empty() if options else state
+        return self.pooling.absorb(state, self._features(chunk, mask), mask, weights, **options)
 
     def readout(self, state: SetState) -> Any:
         """The decoder's output for what the state has seen so far, at any time; the state stays as it is."""
@@ -138,11 +144,13 @@ class UMBC(nn.Module):
         return self.pooling.attention(state, self._features(chunk, mask), mask, weights)
 
     def _features(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        checks.no_batch_norm([m for m in self.extractor.modules() if isinstance(m, _BatchNorm)])
+        checks.no_batch_norm(self.extractor)
         if mask is not None:
             x = x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), 0)
-        parameter = next(self.extractor.parameters(), None)
-        return self.extractor(x if parameter is None else checks.precision(x, parameter, "x"))
+        if x.dtype != self.pooling._like.dtype:
+            parameter = next(self.extractor.parameters(), None)
+            x = x if parameter is None else checks.precision(x, parameter.dtype, "x")
+        return checks.features(self.extractor(x), self.pooling.in_dim, x.shape[:2])
 
     def _decode(self, pooled: Tensor, size: Tensor) -> Any:
         if self.size_vector is not None:

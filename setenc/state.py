@@ -36,7 +36,7 @@ class SetState:
         mass: ``(B, H, K)`` sums of weights in units of ``exp(peak)``.
         peak: ``(B, H, K)`` largest log-weight so far, -inf before the first element.
         count: ``(B,)`` number of elements so far, or the sum of their weights.
-        slots: ``(K, h)`` the slots of this stream as the pooling projects them, sampled once; ``(0, 0)`` without slots.
+        slots: ``(H K, h)`` the slots of this stream as the pooling projects them, sampled once; ``(0, 0)`` without.
 
     >>> pooling = setenc.DeepSetsPooling(3, 8, "mean")
     >>> state = pooling.update(pooling.init_state(2), torch.randn(2, 5, 3))
@@ -85,7 +85,7 @@ class SetState:
             ValueError: other shapes, other dtypes or other slots.
         """
         self._check_mergeable(other)
-        peak = torch.where(other.peak > self.peak, other.peak, self.peak)
+        peak = larger(self.peak, other.peak)
         a, b = _scale(self.peak, peak), _scale(other.peak, peak)
         return SetState(
             self.total * a[..., None] + other.total * b[..., None],
@@ -181,6 +181,11 @@ class SetState:
 
 
 torch.serialization.add_safe_globals([SetState])
+
+
+def larger(first: Tensor, second: Tensor) -> Tensor:
+    """The larger peak; the gradient of equal ones goes to the first. NaN stays."""
+    return torch.where((first >= second) | first.isnan(), first, second)
 
 
 def _scale(peak: Tensor, new: Tensor) -> Tensor:

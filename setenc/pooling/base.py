@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,8 +13,14 @@ from setenc import checks
 from setenc.ragged import Ragged
 from setenc.state import SetState
 
+# What a state holds of its elements: total (B, H, K, V), mass and peak (B, H, K).
+Parts = tuple[Tensor, Tensor, Tensor]
+
 # Elements of a block of a ragged batch: each set pads its last block.
 _BLOCK = 64
+
+# Weights (elements times slots times heads) that a processor's cache holds; without gradients more are taken in turn.
+_CACHED = 2**17
 
 
 class Pooling(nn.Module):
@@ -40,7 +46,7 @@ class Pooling(nn.Module):
         self.num_heads, self.value_dim = num_heads, value_dim
 
     def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
-        """The slots ``(K, h)`` of a new stream."""
+        """The slots ``(H K, h)`` of a new stream."""
         return self._like.new_empty(0, 0)
 
     def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,14 +56,17 @@ class Pooling(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} gives its elements no attention")
 
-    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
-        """``(total, mass, peak)`` of features ``(B, n, in_dim)``, relative to ``peak`` if it is given.
+    def _part(
+        self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None
+    ) -> Parts:
+        """``(total, mass, peak)`` of features ``(B, n, in_dim)``, n > 0, added to what is in ``onto``, if anything.
 
-        ``offset`` ``(B, 1, 1, n)`` holds the logarithms of the elements' weights, -inf at padding.
+        ``offset`` ``(B, 1, 1, n)`` holds the logarithms of the elements' weights, -inf at padding. Where ``peak`` is
+        given the result is relative to it.
         """
         log_weights, values = self._scores(features, slots)
         with full_precision(features.device):
-            return _accumulate(log_weights, values, offset, peak)
+            return _accumulate(log_weights, values, offset, peak, onto)
 
     def attention(
         self, state: SetState, features: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
@@ -68,12 +77,12 @@ class Pooling(nn.Module):
         """
         features, mask, weights = checks.elements(features, mask, weights, "features")
         checks.batch(features, state.batch_size)
-        log_weights, _ = self._scores(self.prepare(features, mask), state.slots)
+        log_weights, _ = self._scores(checks.finite_features(self.prepare(features, mask)), state.slots)
         offset = _log_weights(mask, weights, log_weights.dtype)
-        relative = (
-            log_weights - state.peak[..., None] if offset is None else log_weights + offset - state.peak[..., None]
-        )
-        return relative.exp() / state.mass[..., None]
+        if offset is not None:
+            log_weights = log_weights + offset
+        mass = torch.where(state.mass > 0, state.mass, 1)
+        return (log_weights - _finite(state.peak)[..., None]).exp() / mass[..., None]
 
     def ragged_contribution(
         self, state: SetState, features: Tensor, ragged: Ragged, weights: Tensor | None, peak: Tensor | None = None
@@ -138,13 +147,8 @@ class Pooling(nn.Module):
 
         Relative to a given ``peak`` ``(B, H, K)`` contributions simply add up.
         """
-        features, mask, weights = checks.elements(features, mask, weights, "features")
-        features = self.prepare(features, mask)
-        if features.shape[1] == 0:
-            return state.empty()
-        offset = _log_weights(mask, weights, state.total.dtype)
-        total, mass, peak = self._part(features, state.slots, offset, peak)
-        return SetState(total, mass, peak, set_sizes(features, mask, weights), state.slots)
+        checked = checks.elements(features, mask, weights, "features")
+        return self.absorb(state, *checked, peak=peak, alone=True)
 
     def update(
         self, state: SetState, features: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
@@ -161,7 +165,41 @@ class Pooling(nn.Module):
             ValueError: wrong shapes, negative weights, features of real elements that are not finite.
         """
         checks.batch(features, state.batch_size)
-        return state.merge(self.contribution(state, features, mask, weights))
+        return self.absorb(state, *checks.elements(features, mask, weights, "features"))
+
+    def absorb(
+        self,
+        state: SetState,
+        features: Tensor,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        *,
+        peak: Tensor | None = None,
+        alone: bool = False,
+    ) -> SetState:
+        """`update`, or `contribution` where ``alone``, with mask and weights that are checked already."""
+        features = self.prepare(features, mask)
+        sets, size = features.shape[:2]
+        if size == 0:
+            return state.empty() if alone else state
+        offset = _log_weights(mask, weights, state.total.dtype)
+        parts = None if alone else (state.total, state.mass, state.peak)
+        block = size
+        if features.device.type == "cpu" and not torch.is_grad_enabled():
+            block = max(_CACHED // (sets * self.num_heads * self.num_slots or 1), 256)
+        for start in range(0, size, block):
+            some, logs = features, offset
+            if block < size:
+                some = features[:, start : start + block]
+                logs = None if offset is None else offset[..., start : start + block]
+            parts = self._part(some, state.slots, logs, peak, parts)
+            checks.finite_features(some, parts[0] if self.value_dim else parts[2])
+        if alone or mask is not None or weights is not None:
+            count = set_sizes(features, mask, weights)
+            count = count if alone else state.count + count
+        else:
+            count = state.count + size
+        return SetState(*cast(Parts, parts), count, state.slots)
 
     def forward(
         self,
@@ -178,10 +216,10 @@ class Pooling(nn.Module):
 
     def prepare(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Checked features, 0 at padding, in the parameters' dtype where they come in less precision."""
-        checks.features(features, tuple(features.shape[:2]), self.in_dim)  # type: ignore[arg-type]
+        checks.features(features, self.in_dim)
         if mask is not None:
             features = features.masked_fill(~mask[..., None], 0)
-        return checks.finite_features(checks.precision(features, self._like, "features"))
+        return checks.precision(features, self._like.dtype, "features")
 
     def extra_repr(self) -> str:
         """Settings, for printing."""
@@ -195,9 +233,9 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _accumulate(
-    log_weights: Tensor, values: Tensor, offset: Tensor | None, peak: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(total, mass, peak)`` of log-weights ``(B, H, K, n)``, overwritten, and values ``(B, H or 1, n, V)``.
+    log_weights: Tensor, values: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None
+) -> Parts:
+    """`Pooling._part` of log-weights ``(B, H, K, n)``, overwritten, and values ``(B, H or 1, n, V)``.
 
     The peak is a constant in backward: results do not depend on it.
     """
@@ -205,20 +243,33 @@ def _accumulate(
         log_weights = log_weights + offset
     if peak is None:
         peak = log_weights.detach().amax(-1)
-    shift = torch.where(peak == -torch.inf, 0, peak)[..., None]
+        if onto is not None:
+            peak = torch.maximum(peak, onto[2])
+    shift = peak if offset is None else _finite(peak)
     # In place where autograd does not need the logarithms: allocating is dearer than the exponentials.
-    weights = (log_weights - shift if log_weights.requires_grad else log_weights.sub_(shift)).exp_()
-    if values.shape[1] != 1:
-        return weights @ values, weights.sum(-1), peak
-    # Values that the heads share: one product for all of them.
-    total = (weights.flatten(1, 2) @ values[:, 0]).unflatten(1, weights.shape[1:3])
-    return total, weights.sum(-1), peak
+    in_place = not (log_weights.requires_grad and torch.is_grad_enabled())
+    weights = log_weights.sub_(shift[..., None]) if in_place else log_weights - shift[..., None]
+    weights = weights.exp_()
+    # One product for each head, or one for all where they share the values.
+    rows = weights.flatten(0, 1) if values.shape[1] > 1 else weights.flatten(1, 2)
+    values = values.flatten(0, 1)
+    mass = weights.sum(-1)
+    if onto is None:
+        return (rows @ values).view(*peak.shape, -1), mass, peak
+    scale = (onto[2] - shift).exp_()
+    total = (onto[0] * scale[..., None]).view(*rows.shape[:2], -1).baddbmm(rows, values)
+    return total.view(*peak.shape, -1), torch.addcmul(mass, onto[1], scale), peak
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """-inf, of sets without elements so far, made finite: nothing is subtracted from itself at infinity."""
+    return peak.clamp_min(torch.finfo(peak.dtype).min)
 
 
 def _log_weights(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if weights is not None:
-        positive = weights > 0
-        offset = torch.where(positive, torch.where(positive, weights.to(dtype), 1).log(), -torch.inf)
+        some = weights != 0
+        offset = torch.where(some, torch.where(some, weights.to(dtype), 1).log(), -torch.inf)
     elif mask is not None:
         offset = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     else:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from setenc import checks
-from setenc.pooling.base import Pooling, full_precision
-from setenc.state import SetState
+from setenc.pooling.base import Parts, Pooling, full_precision
+from setenc.state import SetState, larger
 
 
 class DeepSetsPooling(Pooling):
@@ -34,29 +34,34 @@ class DeepSetsPooling(Pooling):
         self.value = nn.Linear(in_dim, dim)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
-    def _part(self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None) -> tuple[Tensor, ...]:
+    def _part(
+        self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None
+    ) -> Parts:
         values = self.value(features).to(self._dtype)
         if self.reduce == "max":
             if offset is not None:
                 values = torch.where(offset[:, 0, 0, :, None] > -torch.inf, values, -torch.inf)
-            largest = values.max(1).values[..., None]
-            return values.new_zeros(*largest.shape, 0), torch.zeros_like(largest), largest
+            peak = values.max(1).values[..., None]
+            if onto is not None:
+                peak = larger(onto[2], peak)
+            return peak.new_zeros(*peak.shape, 0), torch.zeros_like(peak), peak
         # Sums need no running maximum: they are relative to a peak of 0.
         with full_precision(values.device):
             weights = values.new_ones(*values.shape[:2]) if offset is None else offset[:, 0, 0].exp()
-            total = (weights[:, None] @ values)[:, None]
-        mass = weights.sum(1)[:, None, None]
+            total, mass = (weights[:, None] @ values)[:, None], weights.sum(1)[:, None, None]
+        if onto is not None:
+            total, mass = onto[0] + total, onto[1] + mass
         return total, mass, torch.zeros_like(mass)
 
     def readout(self, state: SetState) -> Tensor:
         """The mean, sum or maximum ``(B, 1, dim)``."""
         if self.reduce == "max":
-            pooled = torch.where(state.peak > -torch.inf, state.peak, 0).mT
+            pooled = torch.where(state.peak == -torch.inf, 0, state.peak).mT
         elif self.reduce == "sum":
             pooled = state.total[:, 0]
         else:
             pooled = state.mean()[:, 0]
-        return self.norm(pooled.to(self._like.dtype))
+        return self.norm(checks.finite(pooled).to(self._like.dtype))
 
     def extra_repr(self) -> str:
         """Settings, for printing."""

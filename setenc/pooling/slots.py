@@ -98,6 +98,11 @@ class SlotPooling(Pooling):
         self.key_value = nn.Linear(in_dim, 2 * dim)
         self.output_norm = nn.LayerNorm(dim) if output_norm else nn.Identity()
 
+    @property
+    def _like(self) -> Tensor:
+        weight: Tensor = self.key_value.weight  # cheaper than next(self.parameters()), at every chunk
+        return weight
+
     def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
         slots: Tensor = self.slot_mean
         if self.random_slots and self.training:
@@ -107,46 +112,62 @@ class SlotPooling(Pooling):
                 dist.broadcast(noise, dist.get_global_rank(group, 0), group)
             slots = slots + F.softplus(self.slot_raw_std) * noise
         queries = self.query(self.slot_norm(slots)).to(self._dtype)
-        if not self.folded:
-            return queries
         with full_precision(queries.device):
-            q = self._heads(queries) * self.head_dim**-0.5
-            weight, bias = (t.to(q.dtype)[: self.out_dim] for t in (self.key_value.weight, self.key_value.bias))
-            keys = q @ weight.unflatten(0, (self.num_heads, -1))
-            shift = q @ bias.view(self.num_heads, -1, 1)
-            return torch.cat((queries, torch.cat((keys, shift), -1).transpose(0, 1).flatten(1)), 1)
+            q = self._heads(queries)
+            weight, bias = self._map(0)
+            # The biases of the keys shift the logits by the same for every element.
+            parts = [q, q @ bias[..., None]]
+            if self.folded:
+                parts.append(q @ weight)
+            return torch.cat(parts, -1).flatten(0, 1)
 
     def _heads(self, x: Tensor) -> Tensor:
         """``(…, m, dim)`` to ``(…, H, m, dim / H)``."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
+    def _map(self, which: int) -> tuple[Tensor, Tensor]:
+        """Weight ``(H, dim / H, in_dim)`` and bias ``(H, dim / H)`` of the keys (0) or values (1)."""
+        weight, bias = (t.view(2, self.num_heads, self.head_dim, -1)[which] for t in self.key_value.parameters())
+        return weight.to(self._dtype), bias[..., 0].to(self._dtype)
+
     def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        activate = ACTIVATIONS[self.activation]
-        if not self.folded:
-            keys, values = self.key_value(features).chunk(2, -1)
-            with full_precision(features.device):
-                q, k, v = (self._heads(t.to(self._dtype)) for t in (slots, keys, values))
-                return activate(q * self.head_dim**-0.5 @ k.mT), v
+        if self.folded:
+            keys = features.to(slots.dtype)
+            values = keys[:, None]
+            queries = slots[:, self.head_dim + 1 :].expand(len(features), -1, -1)
+            shift = slots[:, self.head_dim, None]
+        else:
+            keys, values = (t.to(slots.dtype) for t in self._project(features))
+            keys = keys.flatten(0, 1)
+            slots = slots.view(self.num_heads, self.num_slots, -1)
+            slots = slots if len(features) == 1 else slots.repeat(len(features), 1, 1)
+            queries, shift = slots.split([self.head_dim, 1], -1)
         with full_precision(features.device):
-            features = features.to(self._dtype)
-            q, shift = self._heads(slots[:, self.out_dim :]).flatten(0, 1).split([self.in_dim, 1], -1)
-            logits = torch.baddbmm(shift, q.expand(len(features), -1, -1), features.mT)
-            return activate(logits.unflatten(1, (self.num_heads, self.num_slots))), features[:, None]
+            scale = self.head_dim**-0.5
+            # A softmax over the set does not see the shifts, and adding them takes a pass over the logits.
+            seen = 0.0 if self.activation == "softmax" else scale
+            logits = torch.baddbmm(shift, queries, keys.mT, beta=seen, alpha=scale)
+            logits = logits.view(len(features), self.num_heads, self.num_slots, -1)
+            return ACTIVATIONS[self.activation](logits), values
+
+    def _project(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values ``(B, H, n, dim / H)``, without their biases: those are not the elements'."""
+        both = F.linear(features, self.key_value.weight)
+        return both.view(*both.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
 
     def readout(self, state: SetState) -> Tensor:
         """Slots ``(B, K, dim)``: means, plus ``q(s_k)`` with the residual, normalised."""
-        means = state.mean().to(self._like.dtype)
+        means = state.mean()
+        weight, bias = self._map(1)
         if self.folded:
-            weight, bias = (
-                t[self.out_dim :].unflatten(0, (self.num_heads, -1))
-                for t in (self.key_value.weight, self.key_value.bias)
-            )
-            means = torch.where(state.mass[..., None] > 0, means @ weight.mT + bias[:, None], 0)
-        return self._finish(means, state.slots)
+            means = means @ weight.mT
+        return self._finish(torch.where(state.mass[..., None] == 0, 0, means + bias[:, None]), state.slots)
 
     def _finish(self, means: Tensor, slots: Tensor) -> Tensor:
-        pooled = means.transpose(1, 2).flatten(2).to(self._like.dtype)
-        return self.output_norm(pooled + slots[:, : self.out_dim].to(pooled.dtype) if self.residual else pooled)
+        """``(B, H, K, dim / H)`` means and the slots ``(H K, …)`` to the result ``(B, K, dim)``."""
+        if self.residual:
+            means = means + slots[:, : self.head_dim].view(self.num_heads, self.num_slots, -1)
+        return self.output_norm(checks.finite(means.transpose(1, 2).flatten(2)).to(self._like.dtype))
 
     def forward(
         self,
@@ -163,7 +184,8 @@ class SlotPooling(Pooling):
         features, mask, weights = checks.elements(features, mask, weights, "features")
         if self.activation == "softmax" and features.shape[1] > 0:
             offset = _log_weights(mask, weights, self._dtype)
-            return self._fused(self.prepare(features, mask), offset, self._slots(generator, None))
+            features = self.prepare(features, mask)
+            return self._fused(features, offset, self._slots(generator, None))
         state = whole = self.init_state(len(features), generator=generator)
         for start in range(0, features.shape[1], _BLOCK):
             block = [t if t is None else t[:, start : start + _BLOCK] for t in (features, mask, weights)]
@@ -175,18 +197,22 @@ class SlotPooling(Pooling):
         return self.readout(whole)
 
     def _fused(self, features: Tensor, offset: Tensor | None, slots: Tensor) -> Tensor:
-        keys, values = self.key_value(features).chunk(2, -1)
-        queries = slots[:, : self.out_dim].to(keys.dtype).expand(len(features), -1, -1)
-        q, k, v = (self._heads(t) for t in (queries, keys, values))
+        keys, values = self._project(features)
+        queries = slots[:, : self.head_dim].view(self.num_heads, self.num_slots, -1).expand(len(features), -1, -1, -1)
+        bias = self._map(1)[1][:, None]
         if offset is None:
-            return self._finish(F.scaled_dot_product_attention(q, k, v), slots)
+            # A softmax over the set does not see the shifts.
+            means = F.scaled_dot_product_attention(queries.to(keys.dtype), keys, values)
+            checks.finite_features(features, means)
+            return self._finish(means + bias, slots)
         # Half-precision kernels would take the offset in half precision, and make NaN of a set without elements.
         with full_precision(features.device):
-            q, k, v = (t.to(offset.dtype) for t in (q, k, v))
+            q, k, v = (t.to(offset.dtype) for t in (queries, keys, values))
             empty = (offset == -torch.inf).all(-1, keepdim=True)
-            bias = offset.masked_fill(empty, 0).expand(-1, -1, self.num_slots, -1)
-            means = F.scaled_dot_product_attention(q, k, v, bias).masked_fill(empty, 0)
-        return self._finish(means, slots)
+            logs = offset.masked_fill(empty, 0).expand(-1, -1, self.num_slots, -1)
+            means = F.scaled_dot_product_attention(q, k, v, logs) + bias
+        checks.finite_features(features, means)
+        return self._finish(means.masked_fill(empty, 0), slots)
 
     def extra_repr(self) -> str:
         """Settings, for printing."""

@@ -95,6 +95,9 @@ def test_parts_are_checked():
     enc = encoder()
     with pytest.raises(ValueError, match="in_dim"):
         encoder(nn.Linear(2, 7))(torch.randn(1, 3, 2, dtype=torch.float64))
+    shorter = encoder(nn.Sequential(nn.Linear(2, 8), nn.Unflatten(1, (-1, 2)), nn.Flatten(2), nn.Linear(16, 8)))
+    with pytest.raises(ValueError, match=r"shape \(B, n, in_dim\) = \(1, 4, 8\); got \(1, 2, 8\)"):
+        shorter(torch.randn(1, 4, 2, dtype=torch.float64))
     with pytest.raises(TypeError, match=r"float32.*float64"):
         enc(torch.randn(1, 3, 2))
     with pytest.raises(ValueError, match="leave mask away"):

@@ -79,10 +79,11 @@ def test_logits_of_a_thousand(activation):
 def test_softmax_is_invariant_to_a_shift_of_all_logits(shift):
     pooling = slot_pooling().requires_grad_(False)
     x = torch.randn(1, 50, 3, dtype=torch.float64)
+    x[..., 0] = 1
     before = pooling(x)
-    # <q, b> is the same for all elements: it adds up to the shift in slot 0, and to something else in the others.
+    # A feature that all elements share adds up to the shift in slot 0, and to something else in the others.
     head = pooling.query(pooling.slot_mean)[0, :4]
-    pooling.key_value.bias[:4] += 2 * shift * head / head.square().sum()
+    pooling.key_value.weight[:4, 0] += 2 * shift * head / head.square().sum()
     state = pooling.init_state(1)
     for chunk in x.split(9, 1):
         state = pooling.update(state, chunk)
@@ -103,8 +104,38 @@ def test_blocks_of_a_large_set_give_values_and_gradients(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", ["softmax", "slot-sigmoid"])
+@pytest.mark.parametrize("fold", [0, 1000])
+@torch.no_grad()
+def test_a_large_chunk_is_taken_in_turns_without_gradients(activation, fold, monkeypatch):
+    monkeypatch.setattr("setenc.pooling.slots._FOLD", fold)
+    monkeypatch.setattr("setenc.pooling.base._CACHED", 1)
+    pooling = slot_pooling(activation)
+    x, mask = torch.randn(2, 600, 3, dtype=torch.float64), torch.rand(2, 600) < 0.5
+    mask[0, :300] = False
+    mask[1] = False
+    weights = torch.rand(2, 600, dtype=torch.float64)
+    for own in ((None, None), (mask, None), (mask, weights)):
+        start = pooling.update(pooling.init_state(2), x[:, :5])
+        state = pooling.update(start, x, *own)
+        with torch.enable_grad():
+            whole = pooling.update(start, x, *own)
+        for name in ("total", "mass", "peak", "count"):
+            torch.testing.assert_close(getattr(state, name), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    x[1, 400] = torch.inf
+    with pytest.raises(ValueError, match="must be finite; 3 of"):
+        pooling.update(start, x)
+
+
+def test_attention_of_a_stream_without_elements_is_0():
+    pooling = slot_pooling()
+    x, nothing = torch.randn(2, 5, 3, dtype=torch.float64), torch.zeros(2, 5, dtype=torch.bool)
+    state = pooling.update(pooling.init_state(2), x, nothing)
+    assert bool((pooling.attention(state, x, nothing) == 0).all())
+
+
 def test_random_slots_are_sampled_once_a_stream_in_training_only():
-    pooling = slot_pooling(slots="random")
+    pooling = slot_pooling(slots="random", num_heads=1)
     with torch.no_grad():
         pooling.query.weight.copy_(torch.eye(8))
         pooling.query.bias.zero_()
@@ -175,7 +206,7 @@ def test_attention_is_read_in_a_second_pass(make, monkeypatch):
     assert bool((shares[~mask[:, None, None].expand_as(shares)] == 0).all())
     values = pooling.value(x) if make()._get_name().startswith("Gated") else pooling.key_value(x)[..., 8:]
     means = shares @ values.unflatten(-1, (pooling.num_heads, -1)).transpose(1, 2)
-    torch.testing.assert_close(means, state.mean())
+    torch.testing.assert_close(means.transpose(1, 2).flatten(2), pooling.readout(state))
     with pytest.raises(NotImplementedError, match="DeepSetsPooling gives its elements no attention"):
         setenc.DeepSetsPooling(3, 8).double().attention(state, x)
 

@@ -1,0 +1,152 @@
+"""setenc on a device: a long stream, an exact-gradient step against full backprop, and errors in half precision.
+
+Runs on any device; `rows` hands the figures to whoever writes a result file.
+"""
+
+import argparse
+import resource
+import time
+
+import torch
+from setenc_time import D, K, encoder
+
+import setenc
+
+POOLINGS = {
+    **{
+        f"SlotPooling {activation}": (lambda a=activation: setenc.SlotPooling(D, D, K, activation=a))
+        for activation in ("sigmoid", "softmax", "slot-sigmoid", "slot-softmax", "slot-exp")
+    },
+    "DeepSetsPooling mean": lambda: setenc.DeepSetsPooling(D, D),
+    "DeepSetsPooling max": lambda: setenc.DeepSetsPooling(D, D, "max"),
+    "GatedAttentionPooling": lambda: setenc.GatedAttentionPooling(D, D),
+}
+
+
+def rows(device, quick=False):
+    """All figures, one dict a measurement; ``quick`` takes sets that a processor handles in seconds."""
+    device = torch.device(device)
+    stream = [streaming(device, n, 4096 if quick else 65_536) for n in ((2**14, 2**16) if quick else (10**6, 10**8))]
+    step = gradient_step(device, *((20_000, 5_000, 2048) if quick else (1_000_000, 100_000, 65_536)))
+    return [*stream, step, *half_precision(device, 512 if quick else 4096)]
+
+
+def streaming(device, n, chunk):
+    """Throughput and peak memory of a stream whose elements are made on the device, chunk by chunk."""
+    enc = encoder(4).to(device).eval()
+    generator = torch.Generator(device).manual_seed(1)
+
+    def run(n):
+        state = enc.init_state(1)
+        for start in range(0, n, chunk):
+            x = torch.randn(1, min(chunk, n - start), D, device=device, generator=generator)
+            state = enc.update(state, x)
+        return enc.readout(state)
+
+    with torch.no_grad():
+        run(2 * chunk)
+        _, seconds, peak = timed(device, lambda: run(n))
+    return {
+        "what": "stream",
+        "N": n,
+        "chunk": chunk,
+        "seconds": seconds,
+        "elements/s": n / seconds,
+        "peak memory, MiB": peak,
+    }
+
+
+def gradient_step(device, n, fits, chunk):
+    """Exact gradient of ``n`` elements against one shot, fused, with full backprop of ``fits``, extrapolated."""
+    enc = encoder(4).to(device)
+    x = torch.randn(1, n, D, device=device, generator=torch.Generator(device).manual_seed(1))
+
+    def run(n, exact):
+        enc.zero_grad()
+        out = setenc.encode(enc, x[:, :n], chunk_size=chunk, gradient="exact") if exact else enc(x[:, :n])
+        out.square().sum().backward()
+
+    for exact in (True, False):
+        run(min(fits, 2 * chunk), exact)
+    _, exact, exact_peak = timed(device, lambda: run(n, True))
+    _, full, full_peak = timed(device, lambda: run(fits, False))
+    full *= n / fits
+    return {
+        "what": "gradient step",
+        "N": n,
+        "chunk": chunk,
+        "exact, seconds": exact,
+        "exact, peak MiB": exact_peak,
+        f"full, seconds from N = {fits}": full,
+        f"full, peak MiB at N = {fits}": full_peak,
+        "exact / full (≤ 1.45)": exact / full,
+    }
+
+
+def half_precision(device, n):
+    """Error relative to the largest output against float64: half inputs and half modules, whole and in chunks."""
+    found = []
+    for name, make in POOLINGS.items():
+        torch.manual_seed(0)
+        exact = make().double().to(device).eval()
+        single = make().to(device).eval()
+        single.load_state_dict(exact.state_dict())
+        x = torch.randn(2, n, D, device=device, generator=torch.Generator(device).manual_seed(1), dtype=torch.float64)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            half = make().to(device, dtype).eval()
+            half.load_state_dict(exact.state_dict())
+            rounded = x.to(dtype)
+            with torch.no_grad():
+                target, own = exact(rounded.double()), exact(x)
+                outputs = {
+                    "input, chunks": stream(single, rounded),
+                    "input, whole": single(rounded),
+                    "input and module, chunks": stream(half, rounded),
+                    "input and module, whole": half(rounded),
+                }
+            row = {"what": "error", "pooling": name, "dtype": str(dtype).removeprefix("torch."), "N": n}
+            row["rounding of the input alone"] = error(target, own)
+            found.append(row | {what: error(out, target) for what, out in outputs.items()})
+    return found
+
+
+def stream(pooling, x):
+    """Pooled slots, in chunks of 64."""
+    state = pooling.init_state(len(x))
+    for chunk in x.split(64, 1):
+        state = pooling.update(state, chunk)
+    return pooling.readout(state)
+
+
+def error(out, target):
+    """Largest error relative to the largest target."""
+    return float((out.double() - target).abs().max() / target.abs().max())
+
+
+def timed(device, call):
+    """Result, seconds, and peak memory in MiB: the device's, or the resident memory of the whole process."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    result = call()
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else resident()
+    return result, seconds, peak
+
+
+def resident():
+    """Peak resident memory of the process so far, MiB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="small sets")
+    args = parser.parse_args()
+    for row in rows(args.device, args.quick):
+        print({key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()})
