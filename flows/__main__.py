@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def train(arguments: list[str]) -> None:
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
-        dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo",
+            timeout=timedelta(seconds=config.timeout),
+        )
     try:
         device = tasks.device_of(config.device)
         task = tasks.load_task(config)

@@ -71,6 +71,8 @@ class TrainConfig:
     """Pairs coupled at once, a multiple of batch_size."""
     coupling_scope: Literal["rank", "global"] = "rank"
     """Under torchrun: couple the batch of each process, or all of them together."""
+    timeout: float = 1800.0
+    """Under torchrun: seconds that a process waits for the others; if one is lost, the run then ends with an error."""
     num_workers: int = 0
     """Worker processes that load and couple; 0: a background thread."""
     lr: float = 1e-3

@@ -100,7 +100,9 @@ class CoupledLoader:
         device: where batches are wanted; None for the CPU.
         collate: turns a list of items into samples or ``(samples, conditions)``; None for torch's default.
         coupling_scope: under ``torch.distributed``: ``"rank"`` couples each process's batch by itself, ``"global"``
-            gathers data and conditions of all processes, solves once, and sends each the partners of its samples.
+            is one coupling of the samples of all processes (see `mbot.distributed.GlobalCoupling`), and each gets the
+            partners of its samples.
+        timeout: seconds that a process waits for the others in a global coupling; if one is lost, an error follows.
         multiprocessing_context: start method of the workers (None: the platform's).
 
     Raises:
@@ -131,6 +133,7 @@ class CoupledLoader:
         device: torch.device | str | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         coupling_scope: str = "rank",
+        timeout: float = 1800.0,
         multiprocessing_context: str | None = None,
     ) -> None:
         self.num_workers = checks.count(num_workers, "num_workers", at_least=0)
@@ -147,6 +150,7 @@ class CoupledLoader:
             drop_last=drop_last,
             collate=collate,
             scope=coupling_scope,
+            timeout=timeout,
         )
         self.multiprocessing_context = multiprocessing_context
         self.epoch = 0

@@ -183,6 +183,7 @@ def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview
         seed=config.seed,
         device=device,
         coupling_scope=config.coupling_scope,
+        timeout=config.timeout,
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps)
     length = config.steps if config.decay == "linear" else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mbot.numerics import running_sum
 from mbot.plan import Plan
 from mbot.random import draw
 from mbot.transport import ExactOT
@@ -36,7 +37,7 @@ def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) ->
     if plan.row is not None and plan.col is not None:
         order = plan.col.argsort(stable=True)
         mass = plan.mass[order].double()
-        ends = mass.cumsum(0)
+        ends = running_sum(mass, 0)
         column = torch.arange(plan.size[1], device=target.device)
         last = torch.searchsorted(plan.col[order].contiguous(), column, right=True) - 1
         first = torch.searchsorted(plan.col[order].contiguous(), column)
@@ -49,7 +50,7 @@ def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) ->
     for part in range(0, len(target), step):
         some = slice(part, part + step)
         mass = plan.mass[:, target[some]].T.double().contiguous()
-        source[some] = _search(mass.cumsum(-1), mass, uniform[some, None])[:, 0]
+        source[some] = _search(running_sum(mass, -1), mass, uniform[some, None])[:, 0]
     return source
 
 
@@ -72,7 +73,7 @@ def systematic(share: Tensor, generator: torch.Generator | None) -> Tensor:
     """Indices by systematic sampling (one random number): i comes ``share_i`` times, rounded up or down; ``(k,)``."""
     whole = share.round()
     share = torch.where((share - whole).abs() < 1e-6, whole, share)  # rounding must not split a certain draw
-    position = share.cumsum(0) + _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6)
+    position = running_sum(share, 0) + _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6)
     times = position.floor().diff(prepend=position.new_zeros(1)).long()
     return torch.arange(len(share), device=share.device).repeat_interleave(times)
 
@@ -96,7 +97,7 @@ def stratified(plan: Plan, count: int, generator: torch.Generator | None) -> tup
 def with_replacement(plan: Plan, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Independent pairs with probability proportional to their mass: a target by its mass, a source of its column."""
     mass = plan.col_mass().double()
-    target = _search(mass.cumsum(0), mass, _uniform(count, generator, mass))
+    target = _search(running_sum(mass, 0), mass, _uniform(count, generator, mass))
     return sources_of(plan, target, generator), target
 
 
