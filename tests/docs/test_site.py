@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTED = (
     "mbot",
     "mbot.compat",
+    "mbot.distributed",
     "flows",
     "flows.metrics",
     "flows.models",
@@ -58,9 +59,8 @@ def site(tmp_path_factory):
 
 
 def test_reference_names_everything_public(site):
-    anchors = "\n".join(
-        re.findall(r' id="([\w.]+)"', "".join(p.read_text() for p in (site / "reference").glob("*.html")))
-    )
+    pages = [site / "scale.html", *(site / "reference").glob("*.html")]
+    anchors = "\n".join(re.findall(r' id="([\w.]+)"', "".join(page.read_text() for page in pages)))
     for name in DOCUMENTED:
         for member in public(importlib.import_module(name)):
             assert re.search(rf"^{name.split('.')[0]}(\.\w+)*\.{member}$", anchors, re.MULTILINE), f"{name}.{member}"
