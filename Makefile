@@ -36,7 +36,7 @@ notebooks: $(VENV)/.notebooks
 	$(BIN)/python examples/notebooks/execute.py
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # One stamp a set of extras: installed again only when the project's requirements change.
 $(VENV)/.%: pyproject.toml constraints.txt

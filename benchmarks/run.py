@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HELPERS = {"run", "harness"}
+HELPERS = {"run", "harness", "gpu_mbot"}
 
 
 def scripts() -> list[str]:

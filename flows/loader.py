@@ -7,6 +7,7 @@ batches come out whoever computes them, and a run resumes at any of them.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -285,6 +286,11 @@ def _watch_only_when_asked(workers: Any) -> None:
         workers._worker_pids_set = False
 
 
+def _leave_interrupts_to_the_owner(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; workers must outlive it, so that the step at hand can be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
     x0, x1, y, weight, index, info = batches.couple(fetched, device)
     return CoupledBatch(x0, x1, y, weight, index, info)
@@ -331,6 +337,7 @@ def _run(
                 prefetch_factor=prefetch,
                 multiprocessing_context=context,
                 pin_memory=device.type == "cuda",
+                worker_init_fn=_leave_interrupts_to_the_owner,
                 generator=torch.Generator(),  # the default one belongs to the training loop
             )
         )

@@ -33,7 +33,7 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
     x, y = x - centre, y - centre
     # As products and in place: fresh memory for squares and terms would cost more than the arithmetic.
     norms_x, norms_y = (torch.linalg.vecdot(points, points) for points in (x, y))
-    return product(x, y.mT).mul_(-2).add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
+    return product(-2 * x, y.mT).add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
 
 
 def _root(squared: Tensor) -> Tensor:

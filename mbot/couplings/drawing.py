@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mbot.numerics import running_sum
 from mbot.plan import Plan
 from mbot.random import draw
 from mbot.transport import ExactOT
 
-# Columns of a dense plan are accumulated in float64 this many cells at a time (128 MB).
-_CELLS = 1 << 24
+_BLOCK = 32  # rows of a dense plan that are summed up before one of them is chosen
 _NOTHING = 1e-9  # share of a permutation that rounding may leave
 
 
@@ -23,10 +23,9 @@ def _uniform(count: int, generator: torch.Generator | None, like: Tensor) -> Ten
     return draw(torch.rand, count, generator=generator, device=like.device, dtype=torch.float64)
 
 
-def _search(cumulative: Tensor, mass: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative mass ``(…, n)`` at shares ``(…, k)`` of its total; never a cell without mass."""
-    total = cumulative[..., -1:]
-    cell = torch.searchsorted(cumulative, uniform * total, right=True)
+def _search(cumulative: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
+    """Inverse of the cumulative mass ``(…, n)`` at values ``(…, k)``; never a cell without mass."""
+    cell = torch.searchsorted(cumulative, wanted, right=True)
     last = mass.shape[-1] - 1 - (mass > 0).flip(-1).int().argmax(-1, keepdim=True)
     return cell.minimum(last)
 
@@ -45,13 +44,18 @@ def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) ->
         wanted = before[target] + uniform * (ends[last.clamp_min(0)] - before)[target]
         cell = torch.searchsorted(ends, wanted, right=True).clamp(first[target], last[target])
         return plan.row[order][_to_mass(cell, mass)]
-    source = torch.empty_like(target)
-    step = max(1, _CELLS // plan.size[0])
-    for part in range(0, len(target), step):
-        some = slice(part, part + step)
-        mass = plan.mass[:, target[some]].T.double().contiguous()
-        source[some] = _search(running_sum(mass, -1), mass, uniform[some, None])[:, 0]
-    return source
+    # First the block of rows, then the row in it: one pass in the order of memory, and no cumulative sums of the plan.
+    n = plan.size[0]
+    blocks = -(-n // _BLOCK)
+    mass = plan.mass if n == blocks * _BLOCK else F.pad(plan.mass, (0, 0, 0, blocks * _BLOCK - n))
+    sums = mass.reshape(blocks, _BLOCK, -1).sum(1, dtype=torch.float64).T[target]
+    ends = running_sum(sums, -1)
+    wanted = uniform[:, None] * ends[:, -1:]
+    block = _search(ends, sums, wanted)
+    rows = _BLOCK * block + torch.arange(_BLOCK, device=target.device)
+    inside = mass[rows, target[:, None]].double()
+    cell = _search(running_sum(inside, -1), inside, wanted - (ends - sums).gather(-1, block))
+    return rows.gather(-1, cell)[:, 0]
 
 
 def _to_mass(cell: Tensor, mass: Tensor) -> Tensor:
@@ -97,7 +101,8 @@ def stratified(plan: Plan, count: int, generator: torch.Generator | None) -> tup
 def with_replacement(plan: Plan, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Independent pairs with probability proportional to their mass: a target by its mass, a source of its column."""
     mass = plan.col_mass().double()
-    target = _search(running_sum(mass, 0), mass, _uniform(count, generator, mass))
+    ends = running_sum(mass, 0)
+    target = _search(ends, mass, _uniform(count, generator, mass) * ends[-1])
     return sources_of(plan, target, generator), target
 
 
