@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def _shown(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments without ``--out``, and with folders of one's own by their names."""
     pairs = zip(arguments, [None, *arguments], strict=False)
     kept = [a for a, before in pairs if "--out" not in (a, before)]
-    return [Path(a).name if "/" in a else a for a in kept]
+    return [shlex.quote(Path(a).name if "/" in a else a) for a in kept]
 
 
 def save(name: str, args: argparse.Namespace, page: str, figures: dict[str, Any]) -> None:
