@@ -266,7 +266,7 @@ class Digits:
         ]
         rows += [[name, *(f"{share:.3f}" for share in shares.values())] for name, shares in self.found.items()]
         text = table(["", *(f"{n} pixels" for n in self.counts)], rows)
-        return f"Share of completions in which a classifier sees the true digit:\n\n{text}\n\n", {"found": self.found}
+        return f"Share of completions in which a classifier sees the true digit:\n\n{text}", {"found": self.found}
 
     def show(self, model: SetFlow, axes: Any) -> None:
         """A row a digit: two numbers of observed pixels, two completions of each, the true image."""
@@ -358,7 +358,7 @@ def picture(task: Task, found: list[dict[str, Any]], model: SetFlow, path: Any) 
     ax.set(xscale="log", yscale="log", xlabel=f"observed {task.unit}")
     ax.set_xticks(task.counts, [f"{n:,}" for n in task.counts])
     ax.minorticks_off()
-    ticks = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if ax.get_ylim()[0] < v < ax.get_ylim()[1]]
+    ticks = [v for v in (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10) if ax.get_ylim()[0] < v < ax.get_ylim()[1]]
     ax.set_yticks(ticks, [f"{v:g}" for v in ticks])
     ax.set_title(f"{task.score}, lower is better", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
@@ -386,7 +386,7 @@ def main() -> None:
             f"# Sets as conditions of a flow: {name}\n\n{task.score} over the number of observed {task.unit}, lower is "
             f"better. {args.steps:,} steps, {args.seeds} seed(s) from {args.seed}, width {args.width}; data, field and "
             "budget are the same for all methods. Samples by 8 Runge-Kutta steps; in the column before the last by 2 "
-            f"Euler steps. No published values: the combination is new.\n\n{results(task, found)}\n\n{remarks} "
+            f"Euler steps. No published values: the combination is new.\n\n{results(task, found)}\n\n{remarks}\n\n"
             "Parameters of the encoder: "
             + ", ".join(f"{m['encoder']} {m['encoder_size']:,}" for m in (found[0], found[-1]))
             + "."
