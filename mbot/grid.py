@@ -115,17 +115,7 @@ class Grid:
         values = like.detach() if len(blocks) == 1 else like.new_zeros((k, 1) if aligned else (k, k2))
         for block in blocks if len(blocks) > 1 else []:
             values[block.i, block.j] = block.values.detach()
-        share_x, share_y = _shares(stacks_x), _shares(stacks_y)
-        pairs = None
-        if aligned:
-            pairs = (share_x * share_y).sqrt()
-            for factor in (u, v):
-                pairs = pairs if factor is None else pairs.to(factor) * factor
-            pairs = pairs.to(like)[:, None]
-        u, v = (
-            (share if factor is None else share.to(factor) * factor).to(like)
-            for share, factor in ((share_x, u), (share_y, v))
-        )
+        u, v, pairs = _weights(_shares(stacks_x), _shares(stacks_y), u, v, like, aligned)
         return cls(values, u, v, blocks, pairs, rows, cols)
 
     def independent(self) -> Tensor:
@@ -164,12 +154,35 @@ class Grid:
         return Plan(mass, (n, m), unique // m, unique % m)
 
 
-def _stacks(batches: Tensor | Sequence[Tensor], name: str) -> list[tuple[slice, Tensor]]:
-    """Runs of equally shaped batches, stacked and flattened to ``(k, m, d)``."""
+def _weights(
+    share_x: Tensor, share_y: Tensor, u: Tensor | None, v: Tensor | None, like: Tensor, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights of the batches of either side, and of the pairs if only the aligned ones count; see `Grid`."""
+    pairs = None
+    if aligned:
+        pairs = (share_x * share_y).sqrt()
+        for factor in (u, v):
+            pairs = pairs if factor is None else pairs.to(factor) * factor
+        pairs = pairs.to(like)[:, None]
+    of_x, of_y = (
+        (share if factor is None else share.to(factor) * factor).to(like)
+        for share, factor in ((share_x, u), (share_y, v))
+    )
+    return of_x, of_y, pairs
+
+
+def _batches(batches: Tensor | Sequence[Tensor], name: str) -> Tensor | Sequence[Tensor]:
+    """Mini-batches, at least one."""
     if isinstance(batches, Tensor) and batches.ndim < 3:
         raise ValueError(f"{name} must have shape (batches, points, features…); got {tuple(batches.shape)}")
     if not isinstance(batches, Tensor | Sequence) or len(batches) == 0:
         raise ValueError(f"{name} must be a tensor or a sequence of at least one mini-batch; got {batches!r}")
+    return batches
+
+
+def _stacks(batches: Tensor | Sequence[Tensor], name: str) -> list[tuple[slice, Tensor]]:
+    """Runs of equally shaped batches, stacked and flattened to ``(k, m, d)``."""
+    batches = _batches(batches, name)
     if isinstance(batches, Tensor):
         return [(slice(0, len(batches)), batches.flatten(2))]
     stacks, start = [], 0
