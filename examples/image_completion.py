@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=500)
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.test_images = 60, 100
+        args.steps, args.test_images = 200, 100
     args.data = args.data or ("digits" if args.data_root is None else "mnist")
     setting, name = SETTINGS[args.data], "image_completion"
     if args.data != "digits":
