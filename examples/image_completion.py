@@ -1,7 +1,7 @@
 """Image completion: from some pixels of an image, a normal distribution of all of them, better as pixels arrive.
 
-    python examples/image_completion.py                             # scikit-learn's digits, 8 x 8; 2 minutes
-    python examples/image_completion.py --data-root DATA            # DATA/mnist/*.gz, 28 x 28; 4 minutes
+    python examples/image_completion.py                             # scikit-learn's digits, 8 x 8; 2-3 minutes
+    python examples/image_completion.py --data-root DATA            # DATA/mnist/*.gz, 28 x 28; 5-8 minutes
     python examples/image_completion.py --data photographs          # 32 x 32 crops of scikit-learn's two photographs
 
 Conditional neural processes (Garnelo et al. 2018, arXiv 1807.01613) with the set encoders of Willette et al. 2023
@@ -187,13 +187,13 @@ def known(pixels: Tensor, height: int, width: int, channels: int) -> Tensor:
 def main() -> None:
     parser = arguments(__doc__, "image_completion")
     parser.add_argument("--data", choices=tuple(SETTINGS), help="default: mnist with --data-root, else digits")
-    parser.add_argument("--steps", type=int, default=1500, help="the official protocol has 200,000")
+    parser.add_argument("--steps", type=int, default=4000, help="the official protocol has 200,000")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--targets", type=int, default=200, help="random pixels in the loss of a step")
     parser.add_argument("--test-images", type=int, default=500)
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.test_images = 60, 100
+        args.steps, args.test_images = 200, 100
     args.data = args.data or ("digits" if args.data_root is None else "mnist")
     setting, name = SETTINGS[args.data], "image_completion"
     if args.data != "digits":

@@ -352,10 +352,11 @@ def losing(rank, world, folder, kind, loss):
     torch.manual_seed(0)
     group(rank, world, folder / "rendezvous", timeout=timedelta(seconds=120))
     work(kind, None)  # what is loaded and compiled at first takes its time
-    among = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-    if rank == world - 1:
-        os.kill(os.getpid(), loss)
     try:
+        among = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
+        work(kind, among)
+        if rank == world - 1:
+            os.kill(os.getpid(), loss)
         while True:
             work(kind, among)
     except Exception as error:
