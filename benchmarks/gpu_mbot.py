@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 
 import mbot
-from mbot.couplings.streaming import Streamed
 from mbot.kernels import device_matching
 from mbot.kernels.device_streaming import triton_kernels
+from mbot.transport.streaming import Streamed
 
 BUDGET = 220.0  # seconds after which no further row is begun
 Row = dict[str, Any]

@@ -13,9 +13,9 @@ from torch import Tensor
 from mbot import checks
 from mbot.cost import Cost, _paired, _pairwise, _working, check_cost
 from mbot.couplings.base import Coupling, Labels, Pairs
-from mbot.couplings.streaming import Held, Layout, Potentials, Rows, Streamed, solve
 from mbot.numerics import running_sum
 from mbot.random import draw
+from mbot.transport.streaming import Held, Layout, Potentials, Rows, Streamed, solve
 
 _PROBE = 1024  # samples a side that the spread of the costs is measured on
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mbot.couplings.streaming import Layout, Rows
 from mbot.distributed.ranks import Ranks
 from mbot.numerics import running_sum
+from mbot.transport.streaming import Layout, Rows
 
 
 class SpreadRows(Rows):
-    """Rows of a cost spread over ranks; see `mbot.couplings.streaming.Rows`."""
+    """Rows of a cost spread over ranks; see `mbot.transport.streaming.Rows`."""
 
     def __init__(self, ranks: Ranks, sizes: list[int]) -> None:
         self.ranks, self.sizes = ranks, sizes

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.cost import Cost, _pairwise, _unit, _working
+from mbot.transport.streaming import Streamed, solve
 
 _CELLS = 1 << 24  # entries of the largest tile
 _MOST = {"cuda": 1 << 24, "cpu": 1 << 27}  # entries of a cost matrix beyond which it is not made
@@ -54,8 +55,6 @@ def entropic_values(
 
 
 def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, max_iter: int, tol: float) -> Tensor:
-    from mbot.couplings.streaming import Streamed, solve
-
     if not bool((a > 0).all() & (b > 0).all()):
         x, y, a, b = x[a > 0], y[b > 0], a[a > 0], b[b > 0]  # points of weight 0 take no part
     with torch.no_grad():

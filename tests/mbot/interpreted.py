@@ -10,10 +10,10 @@ from unittest.mock import patch
 import torch
 
 import mbot
-from mbot.couplings.streaming import Streamed
 from mbot.kernels import device_matching, triton_matching, triton_streaming
 from mbot.kernels.device_matching import Problems, Reference, match
 from mbot.kernels.device_streaming import Fused
+from mbot.transport.streaming import Streamed
 
 
 def check_matching(n, cardinality, kind, dtype):
