@@ -11,6 +11,8 @@ import setenc
 
 # pytest imports every module for its doctests; numba kernels compile once and are cached on disk.
 collect_ignore = ["examples", "benchmarks", "docs"]
+# Modules that cannot be imported without Triton, and have no doctests.
+collect_ignore += ["mbot/kernels/triton_matching.py", "mbot/kernels/triton_streaming.py", "tests/mbot/interpreted.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,6 +79,20 @@ def train_flow(
     return model.eval()
 
 
+def he_init(module: torch.nn.Module) -> torch.nn.Module:
+    """He's initialisation of all linear maps, biases of zero; returns the module.
+
+    torch's default shrinks what tells one set from another by about 0.4 in each layer, and its biases add constants:
+    behind eight layers all sets look the same, and training starts on a plateau.
+    """
+    for part in module.modules():
+        if isinstance(part, torch.nn.Linear):
+            torch.nn.init.kaiming_normal_(part.weight, nonlinearity="relu")
+            if part.bias is not None:
+                torch.nn.init.zeros_(part.bias)
+    return module
+
+
 def plotter() -> Any:
     """``matplotlib.pyplot`` that draws to files."""
     import matplotlib
@@ -104,7 +119,7 @@ def _shown(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments without ``--out``, and with folders of one's own by their names."""
     pairs = zip(arguments, [None, *arguments], strict=False)
     kept = [a for a, before in pairs if "--out" not in (a, before)]
-    return [Path(a).name if "/" in a else a for a in kept]
+    return [shlex.quote(Path(a).name if "/" in a else a) for a in kept]
 
 
 def save(name: str, args: argparse.Namespace, page: str, figures: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,15 @@ def anytime(model: tasks.MixtureClustering, x: Tensor, chunks: list[Tensor]) -> 
     return [*shots, (seen, model.mixture(model.enc.readout(state)))]
 
 
+def contours(ax: Any, mixture: tuple[Tensor, ...]) -> None:
+    """The density of a mixture of the plane, in grey."""
+    axis = torch.linspace(-5.5, 5.5, 160)
+    density = mixture_log_likelihood(torch.cartesian_prod(axis, axis)[None], *mixture)[0].reshape(160, 160).T
+    levels = float(density.max()) - torch.tensor([6.0, 4.0, 2.5, 1.2, 0.4])
+    ax.contourf(axis, axis, density, [*levels, float(density.max()) + 1e-3], cmap="Greys", alpha=0.55)
+    ax.contour(axis, axis, density, levels, colors="0.35", linewidths=0.6, linestyles="solid")
+
+
 def picture(sets: tasks.MixtureSets, shots: dict[str, list], path: Path) -> None:
     """A row for each stream, a column for each time."""
     import matplotlib
@@ -75,15 +85,10 @@ def picture(sets: tasks.MixtureSets, shots: dict[str, list], path: Path) -> None
     import matplotlib.pyplot as plt
 
     x, labels = sets.x[0], sets.labels[0]
-    axis = torch.linspace(-5.5, 5.5, 160)
-    grid = torch.cartesian_prod(axis, axis)[None]
     figure, axes = plt.subplots(len(shots), len(SHOWN) + 1, figsize=(10.4, 10.9), sharex=True, sharey=True)
     for row, (name, columns) in zip(axes, shots.items(), strict=True):
         for ax, (seen, mixture) in zip(row, columns, strict=True):
-            density = mixture_log_likelihood(grid, *mixture)[0].reshape(160, 160).T
-            levels = float(density.max()) - torch.tensor([6.0, 4.0, 2.5, 1.2, 0.4])
-            ax.contourf(axis, axis, density, [*levels, float(density.max()) + 1e-3], cmap="Greys", alpha=0.55)
-            ax.contour(axis, axis, density, levels, colors="0.35", linewidths=0.6, linestyles="solid")
+            contours(ax, mixture)
             for k, colour in enumerate(COLOURS):
                 mine = seen[labels[seen] == k]
                 size = 34 if len(seen) < 20 else 9

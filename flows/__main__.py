@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{stop}; run the same command with --resume to go on", file=sys.stderr)
         return int(stop.code or 0)
     except CheckpointError as error:
-        hint = f"\n  --resume-from {error.previous}" if error.previous else ""
+        flag = "--resume-from" if arguments[0] == "train" else "--checkpoint"
+        hint = f"\n  {flag} {error.previous}" if error.previous else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 3
     except WorkerDied as error:
@@ -81,19 +83,26 @@ def parse(kind: Any, arguments: list[str], command: str) -> Any:
 def train(arguments: list[str]) -> None:
     """The command ``train``."""
     config: TrainConfig = parse(TrainConfig, arguments, "train")
-    from flows import evaluation, tasks
+    from flows import checkpoint, evaluation, tasks
     from flows.checkpoint import write_atomically
     from flows.datasets import save_grid
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several:
-        dist.init_process_group("nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo")
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() and config.device != "cpu" else "gloo",
+            timeout=timedelta(seconds=config.timeout),
+        )
     try:
         device = tasks.device_of(config.device)
-        task = tasks.load_task(config)
         first = not several or dist.get_rank() == 0
-        resume: bool | Path = config.resume_from or config.resume
-        if not resume and (config.out / "checkpoints").is_dir() and any((config.out / "checkpoints").glob("step-*.pt")):
+        if several and config.download and not first:
+            dist.barrier()  # one process downloads
+        task = tasks.load_task(config)
+        if several and config.download and first:
+            dist.barrier()
+        tasks.check_guidance(config.guidance, config, task)
+        if not (config.resume or config.resume_from) and checkpoint.latest(config.out / "checkpoints"):
             raise ConfigError(f"{config.out} holds a run already: --resume goes on with it, --out names another folder")
 
         def preview(model: Any, step: int) -> None:
@@ -103,11 +112,14 @@ def train(arguments: list[str]) -> None:
             _picture(x, task, config.out / "samples" / f"step-{step:08d}", save_grid)
 
         trainer = tasks.build_trainer(config, task, device, preview)
-        if first:
+        resume = config.resume_from or (checkpoint.latest(config.out / "checkpoints") if config.resume else None)
+        if resume is not None:
+            settings.same_run(trainer.load(resume), config)
+        if first:  # only now: settings that were refused must not replace those of the run
             config.out.mkdir(parents=True, exist_ok=True)
             resolved = settings.to_toml(config).encode()
             write_atomically(config.out / "config.toml", lambda file: file.write(resolved))
-        trainer.fit(resume=resume)
+        trainer.fit()
         if first and config.evaluate:
             model = trainer.sampling_model.eval()
             result = evaluation.evaluate(model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance)
@@ -126,10 +138,13 @@ def sample(arguments: list[str]) -> None:
     from flows import tasks
     from flows.datasets import save_grid
 
-    _, task, model = tasks.load_run(config.run, config.checkpoint, tasks.device_of(config.device))
+    trained, task, model = tasks.load_run(config.run, config.checkpoint, tasks.device_of(config.device))
+    tasks.check_guidance(config.guidance, trained, task)
     generator = torch.Generator().manual_seed(config.seed)
     y = task.conditions(config.num, generator)
     if config.label is not None:
+        if not task.num_classes:
+            raise ConfigError(f"--label {config.label}: the run in {config.run} has no classes")
         if not 0 <= config.label < task.num_classes:
             raise ConfigError(f"--label must lie in 0 … {task.num_classes - 1}; got {config.label}")
         y = torch.full((config.num,), config.label)
@@ -150,7 +165,8 @@ def evaluate(arguments: list[str]) -> None:
     config: EvaluateConfig = parse(EvaluateConfig, arguments, "evaluate")
     from flows import evaluation, tasks
 
-    _, task, model = tasks.load_run(config.run, config.checkpoint, tasks.device_of(config.device))
+    trained, task, model = tasks.load_run(config.run, config.checkpoint, tasks.device_of(config.device))
+    tasks.check_guidance(config.guidance, trained, task)
     result = evaluation.evaluate(model, task, num=config.num, seed=config.seed, guidance=config.guidance)
     evaluation.write(result, config.run)
     print(evaluation.as_table(result))
@@ -182,7 +198,7 @@ def _value_of(arguments: list[str], flag: str) -> str | None:
 def _picture(x: torch.Tensor, task: Any, stem: Path, save_grid: Any) -> Path | None:
     """Images as a grid, points in the plane as a scatter plot (where matplotlib is installed)."""
     path = stem.with_suffix(".png")
-    if task.images:
+    if task.images and task.shape[0] in (1, 3):
         save_grid(x, path, scale=max(1, 32 // task.shape[-1]))
         return path
     if task.shape != (2,):

@@ -4,41 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.labels import select, to_device
 from mbot.random import draw
 
-
-def select(y: Any, rows: Tensor | slice) -> Any:
-    """The conditions at some rows, in the container they came in.
-
-    Args:
-        y: None, a tensor or array ``(n, …)``, a sequence of n values, or a dict of these.
-        rows: a slice or an int64 index.
-
-    >>> select({"age": torch.arange(4), "name": ["a", "b", "c", "d"]}, torch.tensor([3, 0]))
-    {'age': tensor([3, 0]), 'name': ['d', 'a']}
-    """
-    if y is None:
-        return None
-    if isinstance(y, dict):
-        return {key: select(value, rows) for key, value in y.items()}
-    if isinstance(rows, slice):
-        return y[rows]
-    if isinstance(y, Tensor):
-        return y[rows.to(y.device)]
-    index = rows.cpu().numpy()
-    return y[index] if isinstance(y, np.ndarray) else [y[i] for i in index]
-
-
-def to_device(y: Any, device: torch.device | str) -> Any:
-    """The conditions with their tensors on a device."""
-    if isinstance(y, dict):
-        return {key: to_device(value, device) for key, value in y.items()}
-    return y.to(device, non_blocking=True) if isinstance(y, Tensor) else y
+__all__ = ["drop_conditions", "null_condition", "select", "to_device"]
 
 
 def null_condition(y: Any) -> Any:

@@ -62,7 +62,11 @@ class TrainConfig:
     sigma: float | None = None
     """Noise of the path; by default the path's own."""
     model: Model = "auto"
-    """auto: the preset that fits the data, an MLP for points."""
+    """auto: a U-Net that fits the images, an MLP for points."""
+    mlp_width: int = 128
+    """Hidden features of the MLP; at least as many as the data has is wise."""
+    mlp_depth: int = 3
+    """Residual blocks of the MLP."""
     steps: int = 800
     """Optimiser steps."""
     batch_size: int = 128
@@ -71,6 +75,8 @@ class TrainConfig:
     """Pairs coupled at once, a multiple of batch_size."""
     coupling_scope: Literal["rank", "global"] = "rank"
     """Under torchrun: couple the batch of each process, or all of them together."""
+    timeout: float = 1800.0
+    """Under torchrun: seconds that a process waits for the others; if one is lost, the run then ends with an error."""
     num_workers: int = 0
     """Worker processes that load and couple; 0: a background thread."""
     lr: float = 1e-3
@@ -281,11 +287,45 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
+# What a resumed run may change: what it trains does not hang on it, but for steps (then linear decay ends later).
+_FREE = {
+    "out", "config", "preset", "data_root", "download", "steps", "num_workers", "guidance", "device", "compile",
+    "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress", "resume",
+    "resume_from",
+}  # fmt: skip
+
+
+def same_run(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to go on with a run under other settings than those it began with.
+
+    Args:
+        saved: plain settings from a checkpoint.
+        config: settings of now.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    mine = plain(config)
+    differ = [
+        f"--{name.replace('_', '-')}: then {saved[name]}, now {value}"
+        for name, value in mine.items()
+        if name not in _FREE and name in saved and plain(saved[name]) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"--resume goes on with the settings that the run in {config.out} began with; its config.toml holds them. "
+            "These differ: " + "; ".join(differ)
+        )
+
+
+def plain(value: Any) -> Any:
+    """Settings as numbers, strings, lists and dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
 def to_toml(config: Any) -> str:
     """A settings object as a TOML file that `read_file` and `typed` take back to the same object."""
-
-    def text(value: Any) -> str:
-        plain = "none" if value is None else str(value) if isinstance(value, Path) else value
-        return json.dumps(plain, ensure_ascii=False)
-
-    return "".join(f"{f.name} = {text(getattr(config, f.name))}\n" for f in dataclasses.fields(config))
+    values = {name: "none" if value is None else value for name, value in plain(config).items()}
+    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())

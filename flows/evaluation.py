@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +65,15 @@ def train_classifier(
 
 
 def evaluate(
-    model: Any, task: Task, *, num: int, seed: int, guidance: float = 1.0, classifier: SmallClassifier | None = None
+    model: Any,
+    task: Task,
+    *,
+    num: int,
+    seed: int,
+    guidance: float = 1.0,
+    classifier: SmallClassifier | None = None,
+    shape: tuple[int, ...] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Measure a model with each of `SOLVERS`.
 
@@ -79,6 +88,8 @@ def evaluate(
         seed: of noise and classifier.
         guidance: guidance scale.
         classifier: to measure by, in place of a fresh one.
+        shape: of a sample of the model, where that is not the data's: a flow in a latent space.
+        decode: from such samples to the data's space.
 
     Returns:
         ``{"rows": {solver: {measure: value}}, "facts": {...}}``, plain values.
@@ -111,13 +122,14 @@ def evaluate(
         def measure(x: Tensor, y: Tensor | None) -> dict[str, float]:
             return {"W2²": metrics.squared_wasserstein2(x, reference)}
 
+    space = task if shape is None else replace(task, shape=shape)
     rows: dict[str, dict[str, float]] = {}
     for name, solver in SOLVERS.items():
-        x, _, nfe = generate(model, task, y, num, generator_at(seed, "noise"), guidance=guidance, **solver)
-        rows[name] = {"NFE": nfe, **measure(x, y)}
+        x, _, nfe = generate(model, space, y, num, generator_at(seed, "noise"), guidance=guidance, **solver)
+        rows[name] = {"NFE": nfe, **measure(x if decode is None else decode(x), y)}
     rows["data"] = {"NFE": 0, **measure(other, None if labels is None else labels[num : 2 * num])}
     if not task.images:
-        x0 = torch.randn(num, *task.shape, generator=generator_at(seed, "noise"))
+        x0 = torch.randn(num, *space.shape, generator=generator_at(seed, "noise"))
         facts["straightness"] = metrics.straightness(model, x0, y=y)
         facts["path_energy"] = metrics.path_energy(model, x0, y=y)
     return {"rows": rows, "facts": facts}

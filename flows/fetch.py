@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from flows.conditions import select, to_device
 from flows.seeds import derive_seed, generator_at, seeded
-from mbot import Coupling, Pairs, SemidiscreteCoupling, checks
+from mbot import Coupling, SemidiscreteCoupling, checks
+from mbot.distributed import GlobalCoupling
 
 Source = Callable[[int, torch.Generator], Tensor] | Tensor | Dataset[Any] | None
 
@@ -51,6 +53,7 @@ class OTBatches:
         drop_last: bool,
         collate: Callable[[list[Any]], Any] | None,
         scope: str,
+        timeout: float,
     ) -> None:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise TypeError(
@@ -79,7 +82,10 @@ class OTBatches:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         # A group of its own: the background thread must not mix its collectives with those of the training step.
-        self.group = dist.new_group(backend="gloo") if self.scope == "global" and self.world > 1 else None
+        self.group = None
+        checks.positive(timeout, "timeout")
+        if self.scope == "global" and self.world > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.size = len(dataset)
         self.full, rest = divmod(self.size, self.world * ot_batch_size)
         self.rest = 0 if drop_last else rest // self.world
@@ -166,7 +172,8 @@ class OTBatches:
         x0 = self._noise(total, x1, generator_at(self.seed, "noise", number, part, device=device), number)
         generator = generator_at(self.seed, "coupling", number, part, device=device)
         if together and self.world > 1:
-            pairs = self._solve_together(x0, x1, y, generator)
+            whole = GlobalCoupling(self.coupling, self.group, source="shared")
+            pairs = whole(x0, x1, y1=y, generator=generator, place=self._place(len(x1))).here()
         else:
             pairs = self.coupling(x0, x1, y1=y, generator=generator)
         x0, x1 = pairs.apply(x0, x1)
@@ -206,40 +213,12 @@ class OTBatches:
             return rows.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
         return order[begin + self.rank * self.rest :][: self.rest]
 
-    def _own(self, size: int) -> Tensor:
-        """Which rows of the gathered batch, rank after rank, stand at which place of the whole OT batch."""
+    def _place(self, size: int) -> Tensor:
+        """Where the rows of this process stand in the whole OT batch, so that it is one process's."""
         place = torch.arange(size * self.world)
         if size != self.ot_batch_size:
-            return place.reshape(self.world, size)
-        return place.reshape(-1, self.world, self.batch_size).transpose(0, 1).reshape(self.world, size)
-
-    def _solve_together(self, x0: Tensor, x1: Tensor, y: Any, generator: torch.Generator) -> Pairs:
-        """One coupling of all processes' samples on rank 0; every process gets the pairs of its own samples."""
-        places = self._own(len(x1))
-        local = x1.detach().cpu().contiguous()
-        gathered = [torch.empty_like(local) for _ in range(self.world)] if self.rank == 0 else None
-        dist.gather(local, gathered, dst=0, group=self.group)
-        labels: list[Any] = [None] * self.world
-        dist.gather_object(to_device(y, "cpu"), labels if self.rank == 0 else None, dst=0, group=self.group)
-        result: list[Any] = [None]
-        if gathered is not None:
-            try:
-                order = torch.cat(list(places)).argsort()
-                whole = torch.cat(gathered)[order].to(x1.device)
-                conditions = select(_concatenate(labels), order)
-                pairs = self.coupling(x0, whole, y1=to_device(conditions, x1.device), generator=generator)
-                weight = None if pairs.weight is None else pairs.weight.cpu()
-                result = [(pairs.source.cpu(), pairs.target.cpu(), weight, pairs.info)]
-            except Exception as error:
-                result = [error]
-        dist.broadcast_object_list(result, src=0, group=self.group)
-        if isinstance(result[0], Exception):
-            raise result[0]
-        source, target, weight, info = result[0]
-        mine = torch.full((len(x0),), -1).scatter_(0, places[self.rank], torch.arange(len(x1)))
-        kept = mine[target] >= 0
-        weight = None if weight is None else weight[kept].to(x1.device)
-        return Pairs(source[kept].to(x1.device), mine[target[kept]].to(x1.device), weight, info)
+            return place.reshape(self.world, size)[self.rank]
+        return place.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
 
     def _noise(self, n: int, like: Tensor, generator: torch.Generator, number: int) -> Tensor:
         shape = like.shape[1:]
@@ -280,13 +259,3 @@ class OTBatches:
 @lru_cache(maxsize=2)
 def _order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator_at(seed, "order", epoch))
-
-
-def _concatenate(parts: list[Any]) -> Any:
-    """Conditions of several processes in one container."""
-    first = parts[0]
-    if first is None:
-        return None
-    if isinstance(first, dict):
-        return {key: _concatenate([part[key] for part in parts]) for key in first}
-    return torch.cat(parts) if isinstance(first, Tensor) else [value for part in parts for value in part]

@@ -7,6 +7,7 @@ batches come out whoever computes them, and a run resumes at any of them.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -100,7 +101,9 @@ class CoupledLoader:
         device: where batches are wanted; None for the CPU.
         collate: turns a list of items into samples or ``(samples, conditions)``; None for torch's default.
         coupling_scope: under ``torch.distributed``: ``"rank"`` couples each process's batch by itself, ``"global"``
-            gathers data and conditions of all processes, solves once, and sends each the partners of its samples.
+            is one coupling of the samples of all processes (see `mbot.distributed.GlobalCoupling`), and each gets the
+            partners of its samples.
+        timeout: seconds that a process waits for the others in a global coupling; if one is lost, an error follows.
         multiprocessing_context: start method of the workers (None: the platform's).
 
     Raises:
@@ -131,6 +134,7 @@ class CoupledLoader:
         device: torch.device | str | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         coupling_scope: str = "rank",
+        timeout: float = 1800.0,
         multiprocessing_context: str | None = None,
     ) -> None:
         self.num_workers = checks.count(num_workers, "num_workers", at_least=0)
@@ -147,6 +151,7 @@ class CoupledLoader:
             drop_last=drop_last,
             collate=collate,
             scope=coupling_scope,
+            timeout=timeout,
         )
         self.multiprocessing_context = multiprocessing_context
         self.epoch = 0
@@ -281,6 +286,11 @@ def _watch_only_when_asked(workers: Any) -> None:
         workers._worker_pids_set = False
 
 
+def _leave_interrupts_to_the_owner(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; workers must outlive it, so that the step at hand can be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
     x0, x1, y, weight, index, info = batches.couple(fetched, device)
     return CoupledBatch(x0, x1, y, weight, index, info)
@@ -327,6 +337,7 @@ def _run(
                 prefetch_factor=prefetch,
                 multiprocessing_context=context,
                 pin_memory=device.type == "cuda",
+                worker_init_fn=_leave_interrupts_to_the_owner,
                 generator=torch.Generator(),  # the default one belongs to the training loop
             )
         )

@@ -37,7 +37,8 @@ class RunLog:
     """
 
     def __init__(self, out: Path | None, *, steps: int, first: int, tensorboard: bool, progress: bool) -> None:
-        self.bar = tqdm(total=steps, initial=first, disable=not progress, unit="step", dynamic_ncols=True)
+        # A disabled bar would still take tqdm's lock, which forked processes share: one that is killed keeps it.
+        self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True) if progress else None
         self.path = None if out is None else out / "metrics.csv"
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +61,13 @@ class RunLog:
 
     def step(self) -> None:
         """One step is done."""
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.update()
 
     def row(self, figures: dict[str, float]) -> None:
         """Figures of one moment, under the names of `COLUMNS`."""
-        self.bar.set_postfix(loss=f"{figures['loss']:.4g}", wait=f"{figures['wait_share']:.0%}")
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{figures['loss']:.4g}", wait=f"{figures['wait_share']:.0%}")
         if self.path is not None:
             with open(self.path, "a", newline="") as file:
                 csv.writer(file).writerow([_short(figures.get(name)) for name in COLUMNS])
@@ -75,7 +78,8 @@ class RunLog:
 
     def close(self) -> None:
         """End the bar and flush the files."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.writer is not None:
             self.writer.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import mbot
 from flows import checkpoint, datasets, paths
-from flows.config import ConfigError, DiagnoseConfig, TrainConfig, read_file, typed
+from flows.config import ConfigError, DiagnoseConfig, Model, TrainConfig, plain, read_file, typed
 from flows.guidance import GuidedModel
 from flows.integrate import integrate
 from flows.loader import CoupledLoader
@@ -23,6 +22,7 @@ from flows.seeds import derive_seed, generator_at
 from flows.trainer import Trainer
 
 _PLANAR = ("eight-gaussians", "moons", "checkerboard")
+_FITTING: tuple[Model, ...] = ("digits", "mnist", "cifar10-otcfm")  # U-Nets from small to large images
 _PATHS = {
     "linear": paths.LinearPath,
     "schrodinger-bridge": paths.SchrodingerBridgePath,
@@ -93,7 +93,7 @@ def load_task(config: TrainConfig | DiagnoseConfig) -> Task:
     elif name == "cifar10":
         dataset = datasets.cifar10(root or "", flip=flip, download=config.download)
     elif name == "folder":
-        dataset = datasets.ImageFolder(root or "", config.image_size, flip=flip)
+        dataset = datasets.ImageFolder(root or "", config.image_size, flip=flip, labels=config.conditional)
     elif name == "arrays":
         dataset = datasets.load_arrays(root or "", y="y" if config.conditional else None)
     else:
@@ -142,12 +142,13 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
     conditions = {"num_classes": task.num_classes, "condition_dim": task.condition_dim}
     name = config.model
     if name == "auto":
-        fits = [key for key, sizes in PRESETS.items() if task.images and sizes["image_size"] >= task.shape[-1]]
-        name = fits[0] if fits else "mlp"  # type: ignore[assignment]
+        name = next((key for key in _FITTING if PRESETS[key]["image_size"] >= task.shape[-1]), _FITTING[-1])
+        name = name if task.images else "mlp"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "model"))
         if name == "mlp":
-            return ResidualMLP(torch.Size(task.shape).numel(), **conditions)
+            features = torch.Size(task.shape).numel()
+            return ResidualMLP(features, width=config.mlp_width, depth=config.mlp_depth, **conditions)
         if not task.images:
             raise ConfigError(f"--model {name} is for images; {config.data} has samples of shape {task.shape}")
         changes: dict[str, Any] = {"in_channels": task.shape[0], "image_size": task.shape[-1]}
@@ -183,10 +184,10 @@ def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview
         seed=config.seed,
         device=device,
         coupling_scope=config.coupling_scope,
+        timeout=config.timeout,
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps)
     length = config.steps if config.decay == "linear" else None
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     return Trainer(
         model,
         loader,
@@ -209,7 +210,7 @@ def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview
         progress=config.progress,
         preview=preview,
         preview_every=config.preview_every,
-        config=plain,
+        config=plain(config),
     )
 
 
@@ -230,12 +231,27 @@ def load_run(run: Path, which: Path | None, device: torch.device) -> tuple[Train
     state = checkpoint.load(found)
     task = load_task(config)
     model = build_model(config, task)
-    if state["ema"] is None:
-        model.load_state_dict(state["model"])
-    else:
-        averaged = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-        model.load_state_dict(averaged)
+    weights = state["model"]
+    if state["ema"] is not None:
+        weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{found} holds another model than {settings} says: {error}") from error
     return config, task, model.to(device).eval()
+
+
+def check_guidance(guidance: float, trained: TrainConfig, task: Task) -> None:
+    """Refuse a guidance scale that the model was not trained for."""
+    if guidance == 1:
+        return
+    if not task.num_classes and not task.condition_dim:
+        raise ConfigError(f"--guidance {guidance:g} needs a model with conditions; this one has none")
+    if not trained.condition_dropout:
+        raise ConfigError(
+            f"--guidance {guidance:g} needs a model that was trained without conditions some of the time; this run has "
+            "condition_dropout 0 (train with --condition-dropout 0.1)"
+        )
 
 
 def generate(

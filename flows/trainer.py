@@ -251,8 +251,8 @@ class Trainer:
             self.keep,
         )
 
-    def load(self, path: str | FilePath) -> None:
-        """Take over the state of a checkpoint.
+    def load(self, path: str | FilePath) -> dict[str, Any]:
+        """Take over the state of a checkpoint, where `fit` then goes on; returns the ``config`` saved with it.
 
         Raises:
             CheckpointError: it cannot be read, or was written by a run with other settings or another model.
@@ -279,6 +279,7 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(generators["cuda"], self.device)
         self.step, self._started = state["step"], True
+        return dict(state["config"])
 
     @property
     def _folder(self) -> FilePath:

@@ -1,6 +1,6 @@
 """Mini-batch optimal transport on CPU and GPU, as losses and as couplings for generative training."""
 
-from mbot import compat
+from mbot import compat, distributed
 from mbot.checks import ConvergenceWarning
 from mbot.cost import pairwise_cost
 from mbot.couplings import (
@@ -50,6 +50,7 @@ __all__ = [
     "WeightedCoupling",
     "compat",
     "condition_ratio",
+    "distributed",
     "effective_sample_size",
     "marginal_tilt",
     "pairwise_cost",

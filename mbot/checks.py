@@ -89,12 +89,11 @@ def clouds(x: Any, y: Any, x_name: str = "x", y_name: str = "y", *, feature_ndim
     for tensor, name in ((x, x_name), (y, y_name)):
         if tensor.numel() == 0:
             raise ValueError(f"{name} must hold at least one point with one feature; got shape {tuple(tensor.shape)}")
-    try:
-        torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
-    except RuntimeError:
+    axes = zip(reversed(x.shape[:-2]), reversed(y.shape[:-2]), strict=False)
+    if not all(p == q or p == 1 or q == 1 for p, q in axes):
         raise ValueError(
             f"the batch axes of {x_name} and {y_name} must match; got {tuple(x.shape)} and {tuple(y.shape)}"
-        ) from None
+        )
     return finite(x, x_name), finite(y, y_name)
 
 

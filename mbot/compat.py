@@ -18,10 +18,10 @@ from torch import Tensor
 from mbot import checks
 from mbot.cost import _pairwise
 from mbot.couplings.drawing import sources_of, stratified
-from mbot.couplings.streaming import Held, solve
 from mbot.plan import Plan
 from mbot.random import draw
 from mbot.transport import ExactOT, Transport, UnbalancedOT
+from mbot.transport.streaming import Held, solve
 
 # What a draw of pairs can tell apart; POT's own limits are 1000 iterations and 1e-9.
 _MAX_ITER = 1000

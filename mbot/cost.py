@@ -1,8 +1,8 @@
 """Ground costs between points: every pair of two clouds, or the matched pairs of a sparse plan.
 
 The squared Euclidean cost is ``|x - y|^2`` (no factor 1/2). Half-precision points are computed with in float32;
-autocast is switched off inside, and large-dimensional squared distances are taken about the clouds' common centre,
-so that an offset of the data does not cancel digits.
+autocast and TF32 products are switched off inside, and large-dimensional squared distances are taken about the clouds'
+common centre, so that an offset of the data does not cancel digits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.numerics import full_float32, product
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
 """The name of a cost, or a callable ``(…, n, d), (…, m, d) -> (…, n, m)``."""
@@ -32,7 +33,7 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
     x, y = x - centre, y - centre
     # As products and in place: fresh memory for squares and terms would cost more than the arithmetic.
     norms_x, norms_y = (torch.linalg.vecdot(points, points) for points in (x, y))
-    return (x @ y.mT).mul_(-2).add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
+    return product(-2 * x, y.mT).add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
 
 
 def _root(squared: Tensor) -> Tensor:
@@ -57,11 +58,12 @@ class _GroundCost:
 _COSTS: dict[str, _GroundCost] = {
     "sqeuclidean": _GroundCost(_squared, lambda x, y: (x - y).square().sum(-1)),
     "euclidean": _GroundCost(lambda x, y: _root(_squared(x, y)), lambda x, y: _root((x - y).square().sum(-1))),
+    # Half the squared distance on the sphere: 1 - <x, y> would cancel between directions that are close.
     "cosine": _GroundCost(
-        lambda x, y: (1 - _unit(x) @ _unit(y).mT).clamp_min(0),
-        lambda x, y: (1 - (_unit(x) * _unit(y)).sum(-1)).clamp_min(0),
+        lambda x, y: _squared(_unit(x), _unit(y)) / 2,
+        lambda x, y: (_unit(x) - _unit(y)).square().sum(-1) / 2,
     ),
-    "dot": _GroundCost(lambda x, y: -(x @ y.mT), lambda x, y: -(x * y).sum(-1)),
+    "dot": _GroundCost(lambda x, y: -product(x, y.mT), lambda x, y: -(x * y).sum(-1)),
 }
 
 
@@ -113,7 +115,7 @@ def pairwise_cost(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean", *, feature_n
 def _pairwise(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
     """`pairwise_cost` of checked points ``(…, n, d)``."""
     check_cost(cost)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_float32():
         x, y = _working(x), _working(y)
         if isinstance(cost, str):
             return _named(cost).pairwise(x, y)
@@ -127,5 +129,5 @@ def _pairwise(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
 
 def _paired(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """Named cost of matched points: ``(…, d), (…, d) -> (…)``."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_float32():
         return _named(cost).paired(_working(x), _working(y))

@@ -54,6 +54,8 @@ class _MatchedValues(torch.autograd.Function):
                 group: Tensor, groups: int, cost: str) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, y, row, col, mass, costs, group)
         ctx.cost = cost
+        if groups == 1:
+            return (mass * costs).sum()[None]
         return costs.new_zeros(groups).index_add_(0, group, mass * costs)
 
     @staticmethod
@@ -72,7 +74,7 @@ class _MatchedValues(torch.autograd.Function):
 
 def _pull(x: Tensor, y: Tensor, row: Tensor, col: Tensor, weight: Tensor, own: bool) -> Tensor:
     """``sum_e weight_e (x_i - y_col(e))`` over the entries of each row i; without the ``x_i`` if not ``own``."""
-    if bool((row[1:] < row[:-1]).any()):
+    if x.is_cuda or bool((row[1:] < row[:-1]).any()):  # to ask costs more there than to sort
         order = row.argsort(stable=True)  # sums in a fixed order: the same result on every run
         row, col, weight = row[order], col[order], weight[order]
     starts = torch.searchsorted(row, torch.arange(len(x), device=x.device))

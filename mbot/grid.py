@@ -93,13 +93,13 @@ class Grid:
             generator: for transports that draw (sliced).
             aligned: solve the pairs (X_i, Y_i) only.
         """
-        xs, ys = _batches(xs, "xs"), _batches(ys, "ys")
-        sizes_x, sizes_y = [len(x) for x in xs], [len(y) for y in ys]
-        if aligned and len(xs) != len(ys):
-            raise ValueError(f"pairing='aligned' needs as many batches of xs as of ys; got {len(xs)} and {len(ys)}")
+        stacks_x, stacks_y = _stacks(xs, "xs"), _stacks(ys, "ys")
+        k, k2 = stacks_x[-1][0].stop, stacks_y[-1][0].stop
+        if aligned and k != k2:
+            raise ValueError(f"pairing='aligned' needs as many batches of xs as of ys; got {k} and {k2}")
         blocks = []
-        for i, x in _stacks(xs):
-            for j, y in _stacks(ys):
+        for i, x in stacks_x:
+            for j, y in stacks_y:
                 if aligned:
                     lo, hi = max(i.start, j.start), min(i.stop, j.stop)
                     if lo >= hi:
@@ -112,18 +112,10 @@ class Grid:
                     ins = (None if a is None else a[i], None if b is None else b[j])
                     blocks.append(_solve_block(transport, i, j, x, y, *ins, cost, generator))
         like = blocks[0].values
-        shape = (len(xs), 1) if aligned else (len(xs), len(ys))
-        values = like.new_zeros(shape)
-        for block in blocks:
+        values = like.detach() if len(blocks) == 1 else like.new_zeros((k, 1) if aligned else (k, k2))
+        for block in blocks if len(blocks) > 1 else []:
             values[block.i, block.j] = block.values.detach()
-        share_x = torch.tensor(sizes_x, dtype=torch.float64, device=like.device) / sum(sizes_x)
-        share_y = torch.tensor(sizes_y, dtype=torch.float64, device=like.device) / sum(sizes_y)
-        factor_x = torch.ones_like(share_x) if u is None else u
-        factor_y = torch.ones_like(share_y) if v is None else v
-        u, v = (share_x * factor_x).to(like.dtype), (share_y * factor_y).to(like.dtype)
-        pairs = None
-        if aligned:
-            pairs = ((share_x * share_y).sqrt() * factor_x * factor_y).to(like.dtype)[:, None]
+        u, v, pairs = _weights(_shares(stacks_x), _shares(stacks_y), u, v, like, aligned)
         return cls(values, u, v, blocks, pairs, rows, cols)
 
     def independent(self) -> Tensor:
@@ -162,22 +154,49 @@ class Grid:
         return Plan(mass, (n, m), unique // m, unique % m)
 
 
-def _batches(batches: Tensor | Sequence[Tensor], name: str) -> list[Tensor]:
+def _weights(
+    share_x: Tensor, share_y: Tensor, u: Tensor | None, v: Tensor | None, like: Tensor, aligned: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weights of the batches of either side, and of the pairs if only the aligned ones count; see `Grid`."""
+    pairs = None
+    if aligned:
+        pairs = (share_x * share_y).sqrt()
+        for factor in (u, v):
+            pairs = pairs if factor is None else pairs.to(factor) * factor
+        pairs = pairs.to(like)[:, None]
+    of_x, of_y = (
+        (share if factor is None else share.to(factor) * factor).to(like)
+        for share, factor in ((share_x, u), (share_y, v))
+    )
+    return of_x, of_y, pairs
+
+
+def _batches(batches: Tensor | Sequence[Tensor], name: str) -> Tensor | Sequence[Tensor]:
+    """Mini-batches, at least one."""
     if isinstance(batches, Tensor) and batches.ndim < 3:
         raise ValueError(f"{name} must have shape (batches, points, features…); got {tuple(batches.shape)}")
     if not isinstance(batches, Tensor | Sequence) or len(batches) == 0:
         raise ValueError(f"{name} must be a tensor or a sequence of at least one mini-batch; got {batches!r}")
-    return list(batches)
+    return batches
 
 
-def _stacks(batches: list[Tensor]) -> list[tuple[slice, Tensor]]:
+def _stacks(batches: Tensor | Sequence[Tensor], name: str) -> list[tuple[slice, Tensor]]:
     """Runs of equally shaped batches, stacked and flattened to ``(k, m, d)``."""
+    batches = _batches(batches, name)
+    if isinstance(batches, Tensor):
+        return [(slice(0, len(batches)), batches.flatten(2))]
     stacks, start = [], 0
     for _, run in groupby(batches, key=lambda batch: batch.shape):
         members = list(run)
         stacks.append((slice(start, start + len(members)), torch.stack(members).flatten(2)))
         start += len(members)
     return stacks
+
+
+def _shares(stacks: list[tuple[slice, Tensor]]) -> Tensor:
+    """Share of all points that each batch holds, ``(k,)``, float64."""
+    sizes = torch.tensor([batch.shape[1] for part, batch in stacks for _ in range(part.stop - part.start)])
+    return sizes.double() / sizes.sum()
 
 
 def _solve_block(
@@ -202,12 +221,20 @@ def _solve_block(
             matrix = _pairwise(part.reshape(-1, x.shape[-1]), flat_y, cost)
             matrix = matrix.reshape(len(part), m, k2, m2).transpose(1, 2).contiguous()
             plan = transport.plan(matrix, *_in_batch(None if a is None else a[start : start + step], b))
-            values.append(plan.cost(matrix) + plan.penalty)
+            value, matched = _valued(plan, matrix)
+            values.append(value)
             plans.append(plan)
-            if plan.row is not None and plan.col is not None:
-                matched = matrix.flatten(-2).gather(-1, plan.row * m2 + plan.col)
-                costs.append(torch.where(plan.mass > 0, matched, 0))
+            costs += matched
     return _Block(i, j, torch.cat(values), plans, costs, x, y, cost)
+
+
+def _valued(plan: Plan, matrix: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Values of the problems, and the costs of the plans' entries (none of dense plans)."""
+    if plan.row is None or plan.col is None:
+        return plan.cost(matrix) + plan.penalty, []
+    matched = matrix.flatten(-2).gather(-1, plan.row * matrix.shape[-1] + plan.col)
+    matched = torch.where(plan.mass > 0, matched, 0)  # padding may sit at a forbidden pair
+    return (matched * plan.mass).sum(-1) + plan.penalty, [matched]
 
 
 def _in_batch(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -229,11 +256,7 @@ def _solve_aligned(
     with torch.no_grad():
         matrix = _pairwise(x, y, cost)
         plan = transport.plan(matrix, a, b)
-        values = plan.cost(matrix) + plan.penalty
-        costs = []
-        if plan.row is not None and plan.col is not None:
-            matched = matrix.flatten(-2).gather(-1, plan.row * matrix.shape[-1] + plan.col)
-            costs.append(torch.where(plan.mass > 0, matched, 0))
+        values, costs = _valued(plan, matrix)
     return _Block(part, j, values[:, None], [plan], costs, x, y, cost)
 
 

@@ -32,6 +32,8 @@ Batches = Tensor | Sequence[Tensor]
 class MiniBatchLoss(nn.Module):
     """What the mini-batch losses share: drawing, solving the grid of inner problems, and low-memory backward."""
 
+    _solver: Callable[..., Grid] = staticmethod(Grid.solve)  # `mbot.distributed.spread` sets another
+
     def __init__(
         self,
         transport: Inner,
@@ -105,7 +107,7 @@ class MiniBatchLoss(nn.Module):
 
     def _grid(self, xs: Batches, ys: Batches, a: Any = None, b: Any = None, u: Any = None, v: Any = None,
               rows: Any = None, cols: Any = None) -> Grid:  # fmt: skip
-        return Grid.solve(
+        return self._solver(
             self.transport, xs, ys, a, b, u, v, rows, cols, cost=self.cost, generator=self.generator, aligned=False
         )
 
@@ -223,7 +225,7 @@ class MiniBatchOT(MiniBatchLoss):
 
     def _grid(self, xs: Batches, ys: Batches, a: Any = None, b: Any = None, u: Any = None, v: Any = None,
               rows: Any = None, cols: Any = None) -> Grid:  # fmt: skip
-        return Grid.solve(
+        return self._solver(
             self.transport, xs, ys, a, b, u, v, rows, cols, cost=self.cost, generator=self.generator,
             aligned=self.pairing == "aligned",
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mbot.numerics import running_sum
 from mbot.random import draw
 
 
@@ -41,7 +42,7 @@ def draw_batches(
         if weight is None:
             uniform = draw(torch.rand, num_batches, batch_size, generator=generator, device=device, dtype=torch.float64)
             return (uniform * size).long().clamp_max(size - 1)
-        cumulative = weight.double().cumsum(0)
+        cumulative = running_sum(weight.double(), 0)
         uniform = draw(torch.rand, num_batches, batch_size, generator=generator, device=device, dtype=torch.float64)
         last = int(torch.nonzero(weight)[-1])
         return torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp_max(last)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.numerics import product, running_sum
 from mbot.random import draw
 
 
@@ -164,7 +165,7 @@ class Plan:
             )
         if replacement:
             # Inverse of the cumulative mass in float64: torch.multinomial is limited to 2^24 cells.
-            cumulative = mass.double().cumsum(-1)
+            cumulative = running_sum(mass.double(), -1)
             uniform = draw(
                 torch.rand, *mass.shape[:-1], num, generator=generator, device=mass.device, dtype=torch.float64
             )
@@ -208,7 +209,7 @@ class Plan:
         mass = self.mass.to(y.dtype)
         row_mass = self.row_mass().to(y.dtype)
         if self.row is None or self.col is None:
-            moved = mass @ y
+            moved = product(mass, y)
         else:
             y = y.expand(*self.batch_shape, *y.shape[-2:])
             index = self.col[..., None].expand(*self.col.shape, y.shape[-1])

@@ -17,8 +17,8 @@ from flows.datasets.images import ImageData
 def load_arrays(path: str | Path, *, x: str = "x", y: str | None = "y") -> TensorDataset | ImageData:
     """Samples, and conditions where there are some, from a ``.npy`` or ``.npz`` file.
 
-    Integer conditions become int64 labels, others float32 vectors. Images of bytes, ``(N, H, W)``, ``(N, H, W, C)`` or
-    ``(N, C, H, W)`` with 1 or 3 channels, become `ImageData`; all else becomes float32.
+    Integer conditions ``(N,)`` become int64 labels, others float32 vectors. Images of bytes, ``(N, H, W)``,
+    ``(N, H, W, C)`` or ``(N, C, H, W)`` with 1 or 3 channels, become `ImageData`; all else becomes float32.
 
     Args:
         path: the file. Pickled objects are refused.
@@ -51,9 +51,14 @@ def load_arrays(path: str | Path, *, x: str = "x", y: str | None = "y") -> Tenso
         raise ValueError(f"{path} holds {len(samples)} samples and {len(conditions)} conditions")
     given = None if conditions is None else torch.from_numpy(conditions)
     if given is not None:
+        if not given.is_floating_point() and given.ndim != 1:
+            raise ValueError(
+                f"integer conditions are labels of shape (N,); {path} holds {conditions.dtype} of shape "  # type: ignore[union-attr]
+                f"{tuple(given.shape)}. Save vectors as floating point"
+            )
         given = given.float() if given.is_floating_point() else given.long()
     if samples.dtype == np.uint8 and samples.ndim in (3, 4):
-        return ImageData(_channels_first(samples), given if given is None or given.ndim == 1 else None)
+        return ImageData(_channels_first(samples), given)
     tensor = torch.from_numpy(np.ascontiguousarray(samples)).float()
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"the samples of {path} must be finite; some are NaN or infinite")

@@ -25,13 +25,13 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", 
 
 
 class ImageData(Dataset[Any]):
-    """Images kept as bytes, served as float32 in [-1, 1], with their labels.
+    """Images kept as bytes, served as float32 in [-1, 1], with their conditions.
 
     Args:
         images: ``(N, C, H, W)`` uint8.
-        labels: ``(N,)`` int64, or None.
+        labels: ``(N,)`` integers, or vectors ``(N, c)`` of floating point such as text features, or None.
         flip: mirror a random half of the images, drawn from torch's default generator.
-        classes: names of the labels.
+        classes: names of integer labels.
     """
 
     def __init__(
@@ -39,10 +39,16 @@ class ImageData(Dataset[Any]):
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(f"images must be uint8 of shape (N, C, H, W); got {images.dtype} {tuple(images.shape)}")
-        if labels is not None and labels.shape != (len(images),):
-            raise ValueError(f"labels must have shape ({len(images)},); got {tuple(labels.shape)}")
+        vectors = labels is not None and labels.is_floating_point() and labels.ndim == 2 and len(labels) == len(images)
+        if labels is not None and not vectors and labels.shape != (len(images),):
+            raise ValueError(
+                f"labels must be integers of shape ({len(images)},) or floating-point vectors of shape ({len(images)}, "
+                f"c); got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
         self.images, self.labels, self.flip = images, labels, flip
-        self.classes = classes or [] if labels is None else classes or [str(c) for c in range(int(labels.max()) + 1)]
+        self.classes = classes or []
+        if labels is not None and not labels.is_floating_point() and not classes:
+            self.classes = [str(c) for c in range(int(labels.max()) + 1)]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,7 +58,7 @@ class ImageData(Dataset[Any]):
         return one[0] if isinstance(one, Tensor) else (one[0][0], one[1][0])
 
     def rows(self, index: Tensor) -> Any:
-        """Images ``(n, C, H, W)``, with their labels ``(n,)`` where there are some."""
+        """Images ``(n, C, H, W)``, with their labels ``(n,)`` or vectors ``(n, c)`` where there are some."""
         x = self.images[index].float() / 127.5 - 1
         if self.flip:
             x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
@@ -150,13 +156,14 @@ class ImageFolder(Dataset[Any]):
         root: the folder.
         size: pixels a side; images are scaled so that the shorter side fits, and cropped in the middle.
         flip: mirror a random half, drawn from torch's default generator.
+        labels: serve the classes; False leaves them out.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
     """
 
-    def __init__(self, root: str | Path, size: int, *, flip: bool = False) -> None:
-        self.root, self.size, self.flip = Path(root), checks.count(size, "size"), flip
+    def __init__(self, root: str | Path, size: int, *, flip: bool = False, labels: bool = True) -> None:
+        self.root, self.size, self.flip, self.labels = Path(root), checks.count(size, "size"), flip, labels
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of images at {root}")
         self.classes = sorted(p.name for p in self.root.iterdir() if p.is_dir() and _pictures(p))
@@ -177,7 +184,7 @@ class ImageFolder(Dataset[Any]):
         x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
         if self.flip and bool(torch.rand(()) < 0.5):
             x = x.flip(-1)
-        return (x, label) if self.classes else x
+        return (x, label) if self.classes and self.labels else x
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int = 10, scale: int = 1) -> None:

@@ -20,6 +20,7 @@ from mbot.cost import _pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.conditions import COSTS, Condition, Sides, named_conditions, sides
 from mbot.diagnostics import ratio_counts
+from mbot.numerics import kth_largest
 from mbot.transport.exact import assign_blocks
 
 _DEFAULT_RATIO = 0.01  # the paper's setting in all experiments
@@ -205,7 +206,7 @@ def _weight_for_ratio(costs: list[Tensor], mismatches: list[Tensor], target: flo
         )
         wanted = 1
     # Midway between the wanted-th largest threshold and the next smaller one: robust to rounding when r is evaluated.
-    upper = thresholds.kthvalue(thresholds.numel() - wanted + 1).values
+    upper = kth_largest(thresholds, wanted)
     lower = thresholds.masked_fill_(thresholds >= upper, -torch.inf).amax().clamp_min(0)
     return float(upper.double() + lower.double()) / 2
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from mbot.numerics import running_sum
 from mbot.plan import Plan
 from mbot.random import draw
 from mbot.transport import ExactOT
 
-# Columns of a dense plan are accumulated in float64 this many cells at a time (128 MB).
-_CELLS = 1 << 24
+_BLOCK = 32  # rows of a dense plan that are summed up before one of them is chosen
 _NOTHING = 1e-9  # share of a permutation that rounding may leave
 
 
@@ -22,10 +23,9 @@ def _uniform(count: int, generator: torch.Generator | None, like: Tensor) -> Ten
     return draw(torch.rand, count, generator=generator, device=like.device, dtype=torch.float64)
 
 
-def _search(cumulative: Tensor, mass: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse of the cumulative mass ``(…, n)`` at shares ``(…, k)`` of its total; never a cell without mass."""
-    total = cumulative[..., -1:]
-    cell = torch.searchsorted(cumulative, uniform * total, right=True)
+def _search(cumulative: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
+    """Inverse of the cumulative mass ``(…, n)`` at values ``(…, k)``; never a cell without mass."""
+    cell = torch.searchsorted(cumulative, wanted, right=True)
     last = mass.shape[-1] - 1 - (mass > 0).flip(-1).int().argmax(-1, keepdim=True)
     return cell.minimum(last)
 
@@ -36,7 +36,7 @@ def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) ->
     if plan.row is not None and plan.col is not None:
         order = plan.col.argsort(stable=True)
         mass = plan.mass[order].double()
-        ends = mass.cumsum(0)
+        ends = running_sum(mass, 0)
         column = torch.arange(plan.size[1], device=target.device)
         last = torch.searchsorted(plan.col[order].contiguous(), column, right=True) - 1
         first = torch.searchsorted(plan.col[order].contiguous(), column)
@@ -44,13 +44,18 @@ def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) ->
         wanted = before[target] + uniform * (ends[last.clamp_min(0)] - before)[target]
         cell = torch.searchsorted(ends, wanted, right=True).clamp(first[target], last[target])
         return plan.row[order][_to_mass(cell, mass)]
-    source = torch.empty_like(target)
-    step = max(1, _CELLS // plan.size[0])
-    for part in range(0, len(target), step):
-        some = slice(part, part + step)
-        mass = plan.mass[:, target[some]].T.double().contiguous()
-        source[some] = _search(mass.cumsum(-1), mass, uniform[some, None])[:, 0]
-    return source
+    # First the block of rows, then the row in it: one pass in the order of memory, and no cumulative sums of the plan.
+    n = plan.size[0]
+    blocks = -(-n // _BLOCK)
+    mass = plan.mass if n == blocks * _BLOCK else F.pad(plan.mass, (0, 0, 0, blocks * _BLOCK - n))
+    sums = mass.reshape(blocks, _BLOCK, -1).sum(1, dtype=torch.float64).T[target]
+    ends = running_sum(sums, -1)
+    wanted = uniform[:, None] * ends[:, -1:]
+    block = _search(ends, sums, wanted)
+    rows = _BLOCK * block + torch.arange(_BLOCK, device=target.device)
+    inside = mass[rows, target[:, None]].double()
+    cell = _search(running_sum(inside, -1), inside, wanted - (ends - sums).gather(-1, block))
+    return rows.gather(-1, cell)[:, 0]
 
 
 def _to_mass(cell: Tensor, mass: Tensor) -> Tensor:
@@ -72,7 +77,7 @@ def systematic(share: Tensor, generator: torch.Generator | None) -> Tensor:
     """Indices by systematic sampling (one random number): i comes ``share_i`` times, rounded up or down; ``(k,)``."""
     whole = share.round()
     share = torch.where((share - whole).abs() < 1e-6, whole, share)  # rounding must not split a certain draw
-    position = share.cumsum(0) + _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6)
+    position = running_sum(share, 0) + _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6)
     times = position.floor().diff(prepend=position.new_zeros(1)).long()
     return torch.arange(len(share), device=share.device).repeat_interleave(times)
 
@@ -96,7 +101,8 @@ def stratified(plan: Plan, count: int, generator: torch.Generator | None) -> tup
 def with_replacement(plan: Plan, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Independent pairs with probability proportional to their mass: a target by its mass, a source of its column."""
     mass = plan.col_mass().double()
-    target = _search(mass.cumsum(0), mass, _uniform(count, generator, mass))
+    ends = running_sum(mass, 0)
+    target = _search(ends, mass, _uniform(count, generator, mass) * ends[-1])
     return sources_of(plan, target, generator), target
 
 

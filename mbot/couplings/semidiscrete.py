@@ -23,6 +23,7 @@ from mbot import checks
 from mbot.cost import _working
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.conditions import class_codes
+from mbot.numerics import full_float32
 from mbot.random import draw
 
 Noise = Callable[..., Tensor]
@@ -146,7 +147,8 @@ class SemidiscreteCoupling(Coupling):
                 raise ValueError(f"noise must return {(count, *data.shape[1:])}; got {got}")
             return drawn.detach().flatten(1).to(points)
 
-        learned = self._learn(points, self._codes(y, points, "y"), fresh, generator, progress)
+        with full_float32():
+            learned = self._learn(points, self._codes(y, points, "y"), fresh, generator, progress)
         if learned.chi2 > self.tol:
             warnings.warn(
                 f"SemidiscreteCoupling: the cells' masses are off by chi2 = {learned.chi2:.3g} after {learned.steps} "

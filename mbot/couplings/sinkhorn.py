@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _pairwise, _working, check_cost
+from mbot.cost import Cost, _paired, _pairwise, _working, check_cost
 from mbot.couplings.base import Coupling, Labels, Pairs
-from mbot.couplings.streaming import Held, Layout, Potentials, Streamed, solve
+from mbot.numerics import running_sum
 from mbot.random import draw
+from mbot.transport.streaming import Held, Layout, Potentials, Rows, Streamed, solve
 
 _PROBE = 1024  # samples a side that the spread of the costs is measured on
 
@@ -107,6 +108,10 @@ class SinkhornCoupling(Coupling):
         y1: Labels | None,
         generator: torch.Generator | None,
     ) -> Pairs:
+        return self.couple(x0, x1, Rows(), generator)
+
+    def couple(self, x0: Tensor, x1: Tensor, rows: Rows, generator: torch.Generator | None) -> Pairs:
+        """Pair all of ``x1`` with sources of which ``x0``, the rows here, may be a part (see `mbot.distributed`)."""
         x, y = _working(x0), _working(x1)
         centres = x.new_zeros(2, x.shape[1])
         if self.start is not None:
@@ -116,19 +121,20 @@ class SinkhornCoupling(Coupling):
                 )
             centres = self.start.centres.to(x)
         elif self.cost == "dot":
-            centres = torch.stack((x.mean(0), y.mean(0)))
+            centres = torch.stack((rows.mean(x), y.mean(0)))
         x, y = x - centres[0], y - centres[1]
 
-        probe = _pairwise(x[:: -(-len(x) // _PROBE)], y[:: -(-len(y) // _PROBE)], self.cost).double()
+        probe = _pairwise(rows.thinned(x, _PROBE), y[:: -(-len(y) // _PROBE)], self.cost).double()
         deviation = float(probe.std()) if probe.numel() > 1 else 0.0
         eps = self.reg * (deviation or 1.0) if self.relative else self.reg
         layout: Layout = (
             Held(_pairwise(x, y, self.cost)) if len(x) * len(y) <= self.cells else Streamed(x, y, self.cost, self.cells)
         )
+        layout = rows.spread(layout)
         start = None
         if self.start is not None:
             old = Streamed(x, self.start.points.to(x), self.cost, self.cells, self.start.eps)
-            start = -self.start.eps * old.soft_rows(self.start.psi, self.start.psi.to(x.device))
+            start = rows.gather(-self.start.eps * old.soft_rows(self.start.psi, self.start.psi.to(x.device)))
         found = solve(
             layout, eps, float(probe.amax() - probe.amin()), max_iter=self.max_iter, tol=self.tol, start=start,
             device=x.device,
@@ -138,50 +144,58 @@ class SinkhornCoupling(Coupling):
                 f"SinkhornCoupling: not converged after {found.iterations} iterations (error {found.error:.3g}). Raise "
                 f"max_iter (now {self.max_iter}), raise reg (now {self.reg:g}), or loosen tol (now {self.tol:g})",
                 checks.ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        source, entropy = _draw(layout, found, self.cells, generator)
+        source, here, entropy = _draw(rows, layout, found, self.cells, generator)
+        mean_cost = float(rows.sum(_total_cost(x[source[here] - rows.first], y[here], self.cost, self.cells))) / len(y)
         target = torch.arange(len(y), device=y.device)
         info = {
             "plan_entropy": entropy, "reg": eps, "error": found.error, "iterations": found.iterations,
-            "converged": found.converged, "transport_cost": _mean_cost(x[source], y, self.cost, self.cells),
+            "converged": found.converged, "transport_cost": mean_cost,
             "potentials": SinkhornPotentials(y, found.psi, eps, centres),
         }  # fmt: skip
         return Pairs(source, target, info=info)
 
 
-def _draw(layout: Layout, found: Potentials, cells: int, generator: torch.Generator | None) -> tuple[Tensor, float]:
-    """A source for each column, and the plan's entropy (see `mbot.plan_entropy`), in one pass over the columns."""
+def _draw(
+    rows: Rows, layout: Layout, found: Potentials, cells: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, float]:
+    """A source for each column, whether it is here, and the plan's entropy (see `mbot.plan_entropy`), in one pass."""
     n, m = layout.size
     device = found.phi.device
-    uniform = draw(torch.rand, m, generator=generator, device=device, dtype=torch.float64)
+    uniform = rows.agreed(draw(torch.rand, m, generator=generator, device=device, dtype=torch.float64))
+    here, uniform, share = rows.split(layout, uniform)
+    phi = rows.here(found.phi)
     source = torch.empty(m, dtype=torch.int64, device=device)
-    rows = torch.zeros(n, dtype=torch.float64, device=device)
+    reached = torch.zeros(len(phi), dtype=torch.float64, device=device)
     inside = torch.zeros((), dtype=torch.float64, device=device)
     for cols, tile in layout.col_tiles(max(1, cells // 2)):  # sums of the probabilities are in float64
-        tile = tile.add_(found.phi.to(tile.dtype))
+        tile = tile.add_(phi.to(tile.dtype))
         tile = tile.sub_(tile.amax(1, keepdim=True))
         mass = tile.exp()
-        cumulative = mass.cumsum(1, dtype=torch.float64)
+        cumulative = running_sum(mass, 1, dtype=torch.float64)
         total = cumulative[:, -1:]
         wanted = uniform[cols, None] * total
-        source[cols] = torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp_max(n - 1)
-        inside += (total[:, 0].log() - tile.mul_(mass).sum(1) / total[:, 0]).sum()
-        rows += (1 / total[:, 0]).to(mass.dtype) @ mass
+        source[cols] = torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp_max(len(phi) - 1)
+        inside += (share[cols] * (total[:, 0].log() - tile.mul_(mass).sum(1) / total[:, 0])).sum()
+        reached += (share[cols] / total[:, 0]).to(mass.dtype) @ mass
+    source = rows.sum(torch.where(here, source + rows.first, 0))
     if min(n, m) == 1:
-        return source, 0.0
-    share = rows / rows.sum()
-    of_rows, of_cols = -torch.xlogy(share, share).sum(), torch.log(rows.new_tensor(float(m)))
+        return source, here, 0.0
+    inside = rows.sum(inside - torch.xlogy(share, share).sum())
+    reached = rows.gather(reached)
+    reached = reached / reached.sum()
+    of_rows, of_cols = -torch.xlogy(reached, reached).sum(), torch.log(reached.new_tensor(float(m)))
     whole = of_cols + inside / m
     entropy = (whole - torch.maximum(of_rows, of_cols)) / torch.minimum(of_rows, of_cols).clamp_min(1e-9)
-    return source, float(entropy.clamp(0, 1))
+    return source, here, float(entropy.clamp(0, 1))
 
 
-def _mean_cost(x: Tensor, y: Tensor, cost: Cost, cells: int) -> float:
-    """Mean cost of matched points; of a callable from blocks of pairs, as it has no other form."""
-    from mbot.cost import _paired
-
+def _total_cost(x: Tensor, y: Tensor, cost: Cost, cells: int) -> Tensor:
+    """Summed cost of matched points; of a callable from blocks of pairs, as it has no other form."""
     if isinstance(cost, str):
-        return float(_paired(x, y, cost).double().mean())
-    values = [cost(p[:, None], q[:, None])[:, 0, 0] for p, q in zip(x.split(cells), y.split(cells), strict=True)]
-    return float(torch.cat(values).double().mean())
+        return _paired(x, y, cost).sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for p, q in zip(x.split(cells), y.split(cells), strict=True):
+        total += cost(p[:, None], q[:, None])[:, 0, 0].sum(dtype=torch.float64)
+    return total

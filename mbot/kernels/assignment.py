@@ -132,7 +132,9 @@ def _two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     infinity = price.dtype.type(np.inf)
     first, second, column = infinity, infinity, 0
     blocks = n // _BLOCK
-    if blocks > 0:
+    if blocks == 1:
+        first, second, column = _scan_block(row, price, 0)
+    elif blocks > 1:
         best, rest, start = infinity, infinity, 0  # minima of the blocks: the least, and the least of the others
         for block in range(blocks):
             least = _block_min(row, price, block * _BLOCK)
@@ -309,7 +311,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
 
 
 @njit(**_OPTIONS)
-def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, typical):  # type: ignore[no-untyped-def]
+def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, size, typical):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
     largest = 1
     for p in range(begin, stop):
@@ -344,12 +346,14 @@ def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual,
             for j in range(n):
                 price[j] = price32[j] * spread
         _finish(cost, price, col_of, row_of_all[:n], dist_all[:n], open_all[:n], parent_all[:n], free_all[:n], zero)
-        slack = 0.0
+        slack, magnitude = 0.0, 0.0
         for i in range(n):
             first, _, _ = _two_smallest(cost[i], price, n)
             row_dual[at + i] = first
-            slack += cost[i, col_of[i]] - price[col_of[i]] - first
-        gap[p] = slack
+            matched = np.float64(cost[i, col_of[i]])
+            slack += matched - price[col_of[i]] - first
+            magnitude += abs(matched) + abs(first) + abs(price[i])
+        gap[p], size[p] = slack, magnitude
 
 
 def assign(flat: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -360,18 +364,18 @@ def assign(flat: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
         sizes: ``(B,)`` int64, rows of each problem; ``sum(sizes ** 2) == len(flat)``.
 
     Returns:
-        ``column`` (the column of each row), ``row_dual``, ``col_dual`` (each of length ``sum(sizes)``), ``gap`` (B,),
-        primal minus dual value of each problem (0 up to rounding certifies optimality), and ``typical`` ``(B,)``, the
-        magnitude of a typical cost.
+        ``column`` (the column of each row), ``row_dual``, ``col_dual`` (each of length ``sum(sizes)``), and of each
+        problem, ``(B,)``: ``gap``, primal minus dual value (0 up to rounding certifies optimality); ``size``, the sum
+        of the magnitudes that it is computed from; ``typical``, the magnitude of a typical cost.
     """
     points = np.concatenate(([0], np.cumsum(sizes)))
     starts = np.concatenate(([0], np.cumsum(sizes * sizes)))
     column = np.empty(points[-1], np.int64)
     row_dual, col_dual = np.empty(points[-1]), np.empty(points[-1])
-    gap, typical = np.zeros(len(sizes)), np.zeros(len(sizes))
+    gap, size, typical = np.zeros((3, len(sizes)))
 
     def solve(begin: int, stop: int) -> None:
-        _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, typical)
+        _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, size, typical)
 
-    run_slices(solve, (sizes.astype(float) ** 2.5).tolist())
-    return column, row_dual, col_dual, gap, typical
+    run_slices(solve, sizes**2.5)
+    return column, row_dual, col_dual, gap, size, typical

@@ -310,7 +310,7 @@ def match(
     """
     problems = len(flat) // (size * size)
     if cardinality == size:
-        column, f, g, gap, _ = assign(flat, np.full(problems, size))
+        column, f, g, gap, *_ = assign(flat, np.full(problems, size))
         shape = (1, problems, size)
         return column.reshape(shape), f.reshape(shape), g.reshape(shape), gap[None]
     shape = (1 + more, problems, size)

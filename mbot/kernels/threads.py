@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
+import numpy as np
 import torch
+
+_HOME = os.getpid()
 
 
 @lru_cache(maxsize=4)
@@ -17,26 +21,50 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mbot")
 
 
-def run_slices(solve: Callable[[int, int], None], work: Sequence[float]) -> None:
+@lru_cache(maxsize=1)
+def _openmp() -> Callable[..., None] | None:
+    """Starts a parallel region of the OpenMP library that torch has loaded; None where that is not GNU's."""
+    try:
+        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return library.GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+
+
+def run_slices(solve: Callable[[int, int], None], work: Sequence[float] | np.ndarray) -> None:
     """Call ``solve(start, stop)`` on slices of ``range(len(work))`` of about equal total ``work``, in parallel.
 
-    Uses at most ``torch.get_num_threads()`` threads. The result must not depend on the slicing.
+    Uses at most ``torch.get_num_threads()`` threads, the calling one among them. The result must not depend on the
+    slicing.
     """
     threads = min(torch.get_num_threads(), len(work))
     if threads <= 1:
         solve(0, len(work))
         return
     # More slices than threads, so that one hard problem does not leave the other threads idle.
-    slices = min(len(work), 4 * threads)
-    total = sum(work)
-    bounds, done = [0], list(accumulate(work))
-    for part in range(1, slices):
-        goal = total * part / slices
-        cut = bounds[-1]
-        while cut < len(work) and done[cut] <= goal:
-            cut += 1
-        bounds.append(cut)
-    bounds.append(len(work))
-    jobs = [(lo, hi) for lo, hi in pairwise(bounds) if hi > lo]
-    for future in [_pool(os.getpid(), threads).submit(solve, lo, hi) for lo, hi in jobs]:
-        future.result()
+    done = np.cumsum(work)
+    inner = np.searchsorted(done, done[-1] * np.linspace(0, 1, 4 * threads + 1)[1:-1])
+    bounds = np.unique(np.concatenate(([0], inner, [len(work)]))).tolist()
+    jobs = iter(list(pairwise(bounds)))  # one list iterator: the threads share it without a lock
+    failures: list[BaseException] = []
+
+    def drain(_: object = None) -> None:
+        try:
+            while (job := next(jobs, None)) is not None:
+                solve(*job)
+        except BaseException as failure:  # an OpenMP thread could not raise it
+            failures.append(failure)
+
+    # Torch's own team, where there is one: its threads spin for milliseconds after each parallel operation, so others
+    # would compete with them for the cores. It does not survive a fork either.
+    parallel = _openmp() if os.getpid() == _HOME else None
+    if parallel is not None:
+        region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(drain)
+        parallel(region, None, threads, 0)
+    else:
+        helpers = [_pool(os.getpid(), threads).submit(drain) for _ in range(threads - 1)]
+        drain()
+        for helper in helpers:
+            helper.result()
+    if failures:
+        raise failures[0]

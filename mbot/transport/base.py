@@ -11,6 +11,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.cost import Cost, _pairwise
 from mbot.envelope import matched_values
+from mbot.numerics import full_float32
 from mbot.plan import Plan
 
 
@@ -40,7 +41,7 @@ class Transport(ABC):
         cost = checks.cost_matrix(cost).detach()
         a = checks.weights(a, cost.shape[-2], cost, "a")
         b = checks.weights(b, cost.shape[-1], cost, "b")
-        with torch.no_grad():
+        with torch.no_grad(), full_float32():
             return self._solve(cost, a, b)
 
     @abstractmethod

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.cost import Cost
 from mbot.plan import Plan
 from mbot.transport.base import Transport
+from mbot.transport.points import entropic_values, too_large
 from mbot.transport.sinkhorn import Balanced, Solution, sinkhorn
 
 
@@ -26,6 +28,10 @@ class EntropicOT(Transport):
     ``transport(x, y)`` is the whole objective, so that its gradient (the plan, by the envelope theorem) is that of the
     value; ``plan.cost(C)`` is the transport part alone. ``Plan.potentials`` are ``(f, g)`` with
     ``P = a b exp((f + g - C) / reg)``.
+
+    Between clouds of more than 2^27 pairs (2^24 on a CUDA device) ``transport(x, y)`` makes no cost matrix for the
+    costs ``"sqeuclidean"``, ``"dot"`` and ``"cosine"``: value and gradients come from passes over tiles, in O(n d)
+    memory. Where Triton is installed these are fused CUDA kernels (not of float64 points).
     """
 
     reg: float
@@ -36,6 +42,20 @@ class EntropicOT(Transport):
         checks.positive(self.reg, "reg")
         checks.count(self.max_iter, "max_iter")
         checks.positive(self.tol, "tol")
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        cost: Cost = "sqeuclidean",
+    ) -> Tensor:
+        """See `Transport`; large clouds make no cost matrix."""
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim > 1 and y.ndim > 1 and too_large(x, y, cost):
+            x, y = checks.clouds(x, y)
+            return entropic_values(x, y, a, b, str(cost), self.reg, self.max_iter, self.tol)
+        return super().__call__(x, y, a, b, cost)
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])

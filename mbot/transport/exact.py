@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.kernels import device_matching
 from mbot.plan import Plan
 from mbot.transport.base import Transport
 
 # The gap of a plan that is optimal up to rounding: float64 dual values of up to n * eps relative size.
 _TOLERANCE = 1e-9
+_ADVICE = "Rescale the cost or pass it in float64."
+_ALL_FORBIDDEN = "every pair of a problem is forbidden (its costs are all +inf)"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class ExactOT(Transport):
             wherever it applies. There is no crossover to pick by: in every cell measured (n = 256 … 4096, d = 2 and
             3072, Gaussian and clustered clouds) its kernel was faster than the best of scipy, POT's network simplex
             and lapx; the table is ``benchmarks/results/mbot_one_problem.md``.
+
+    Uniform square problems on a CUDA device are solved there where Triton is installed (it comes with torch's CUDA
+    builds) and n is at most 16,384; a call then waits for the device three times, to check its input and its result.
+    All other problems on a device are solved on the CPU, and the plan is copied back.
 
     >>> x = torch.tensor([[0.0], [1.0], [2.0]])
     >>> ExactOT()(x, x.flip(0) + 0.5)
@@ -49,6 +56,8 @@ class ExactOT(Transport):
             a = (uniform / n).expand(*cost.shape[:-1]) if a is None else a
             b = (uniform / m).expand(*cost.shape[:-2], m) if b is None else b
             b = checks.equal_totals(a, b)
+        if a is None and n == m and self.solver != "network_simplex" and device_matching.applies(cost):
+            return _on_device(cost)
         flat = np.ascontiguousarray(cost.flatten(0, -3).cpu().numpy() if cost.ndim > 2 else cost[None].cpu().numpy())
         if a is None and n == m and self.solver != "network_simplex":
             found = _assign_uniform(flat)
@@ -79,8 +88,80 @@ def _plan(name: str, cost: Tensor, found: _Found) -> Plan:
         error=tensor(error, torch.float64),
         potentials=(tensor(f, cost.dtype), tensor(g, cost.dtype)),
     )
-    checks.warn_unconverged(name, plan, "Rescale the cost or pass it in float64.")
+    checks.warn_unconverged(name, plan, _ADVICE)
     return plan
+
+
+def _on_device(cost: Tensor) -> Plan:
+    """Uniform square problems ``(…, n, n)`` as tensors on the costs' device, which the CPU path does in numpy."""
+    n = cost.shape[-1]
+    walled, forbidden = forbid_on_device(cost.reshape(-1, n, n))
+    found = device_matching.match(walled)
+    col = found.column
+    row = torch.arange(n, device=cost.device).expand_as(col)
+    check_allowed_on_device(forbidden, row, col, torch.ones_like(col))
+    matched = walled.gather(2, col[:, :, None])[:, :, 0].double().abs()
+    size = matched.sum(1) + found.row_dual.abs().sum(1) + found.col_dual.abs().sum(1)
+    error = relative_on_device(found.gap, size, n * found.typical)
+    mass = torch.full(col.shape, 1 / n, dtype=cost.dtype, device=cost.device)
+    return plan_on_device("ExactOT", cost, row, col, mass, error, found.row_dual, found.col_dual)
+
+
+def plan_on_device(
+    name: str, cost: Tensor, row: Tensor, col: Tensor, mass: Tensor, error: Tensor, f: Tensor, g: Tensor
+) -> Plan:
+    """Tensors of ``B`` problems as a sparse `Plan` of the cost's batch shape, with a warning if not certified."""
+    batch = cost.shape[:-2]
+
+    def shaped(tensor: Tensor) -> Tensor:
+        return tensor.reshape((*batch, *tensor.shape[1:]))
+
+    plan = Plan(
+        shaped(mass),
+        (cost.shape[-2], cost.shape[-1]),
+        shaped(row),
+        shaped(col),
+        converged=shaped(error <= _TOLERANCE),
+        error=shaped(error),
+        potentials=(shaped(f.to(cost.dtype)), shaped(g.to(cost.dtype))),
+    )
+    checks.warn_unconverged(name, plan, _ADVICE)
+    return plan
+
+
+def forbid_on_device(cost: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`_forbid` for tensors ``(B, n, m)``."""
+    if bool(cost.amax() < torch.inf):
+        return cost, None
+    forbidden = cost == torch.inf
+    if bool(forbidden.flatten(1).all(1).any()):
+        raise ValueError(_ALL_FORBIDDEN)
+    finite = cost.double()
+    low = finite.amin((1, 2))
+    high = finite.masked_fill(forbidden, -torch.inf).amax((1, 2))
+    wall = high + (high - low + 1) * (1 + min(cost.shape[-2:]))
+    return torch.where(forbidden, wall[:, None, None], finite), forbidden
+
+
+def check_allowed_on_device(forbidden: Tensor | None, row: Tensor, col: Tensor, mass: Tensor) -> None:
+    """`_check_allowed` for tensors."""
+    if forbidden is None:
+        return
+    problem = torch.arange(len(row), device=row.device)[:, None]
+    used = (forbidden[problem, row, col] & (mass > 1e-12 * mass.amax())).any(1)
+    if bool(used.any()):
+        raise ValueError(_unavoidable(int(used.sum()), len(row), int(used.int().argmax())))
+
+
+def relative_on_device(gap: Tensor, size: Tensor, typical: Tensor) -> Tensor:
+    """`_relative` for tensors."""
+    return gap.clamp_min(0) / torch.maximum(size, 1e-3 * typical).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _unavoidable(count: int, problems: int, first: int) -> str:
+    return (
+        f"no plan avoids the forbidden pairs (cost +inf) in {count} of {problems} problems, the first at index {first}"
+    )
 
 
 def _forbid(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -93,7 +174,7 @@ def _forbid(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return cost, None
     finite = np.where(forbidden, np.nan, cost.astype(np.float64))
     if np.isnan(finite).all(axis=(-2, -1)).any():
-        raise ValueError("every pair of a problem is forbidden (its costs are all +inf)")
+        raise ValueError(_ALL_FORBIDDEN)
     low, high = np.nanmin(finite, axis=(-2, -1)), np.nanmax(finite, axis=(-2, -1))
     wall = high + (high - low + 1) * (1 + min(cost.shape[-2:]))
     return np.where(forbidden, wall[:, None, None], finite), forbidden
@@ -105,10 +186,7 @@ def _check_allowed(forbidden: np.ndarray | None, row: np.ndarray, col: np.ndarra
     problem = np.arange(len(row))[:, None]
     used = (forbidden[problem, row, col] & (mass > 1e-12 * mass.max())).any(axis=1)
     if used.any():
-        raise ValueError(
-            f"no plan avoids the forbidden pairs (cost +inf) in {int(used.sum())} of {len(row)} problems, "
-            f"the first at index {int(used.argmax())}"
-        )
+        raise ValueError(_unavoidable(int(used.sum()), len(row), int(used.argmax())))
 
 
 def _relative(gap: Any, size: Any, typical: Any) -> Any:
@@ -122,15 +200,11 @@ def _assign_uniform(cost: np.ndarray) -> _Found:
 
     problems, n, _ = cost.shape
     walled, forbidden = _forbid(cost)
-    col, f, g, gap, typical = assign(walled.reshape(-1), np.full(problems, n))
+    col, f, g, gap, size, typical = assign(walled.reshape(-1), np.full(problems, n))
     col, f, g = (array.reshape(problems, n) for array in (col, f, g))
-    row = np.broadcast_to(np.arange(n), col.shape)
-    mass = np.full(col.shape, 1 / n)
+    row, mass = np.tile(np.arange(n), (problems, 1)), np.full(col.shape, 1 / n)
     _check_allowed(forbidden, row, col, mass)
-    matched = np.abs(np.take_along_axis(walled, col[..., None], -1)[..., 0])
-    size = matched.sum(1, dtype=np.float64) + np.abs(f).sum(1) + np.abs(g).sum(1)
-    error = _relative(gap, size, n * typical)
-    return row.copy(), col, mass, error, f, g
+    return row, col, mass, _relative(gap, size, n * typical), f, g
 
 
 def assign_blocks(costs: list[Tensor]) -> list[Tensor]:

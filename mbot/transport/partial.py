@@ -12,10 +12,22 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.kernels import device_matching
 from mbot.plan import Plan
 from mbot.transport.base import Transport
 from mbot.transport.entropic import flat_weights, plan_of
-from mbot.transport.exact import ExactOT, _check_allowed, _forbid, _general, _plan, _relative
+from mbot.transport.exact import (
+    ExactOT,
+    _check_allowed,
+    _forbid,
+    _general,
+    _plan,
+    _relative,
+    check_allowed_on_device,
+    forbid_on_device,
+    plan_on_device,
+    relative_on_device,
+)
 from mbot.transport.sinkhorn import Capped, sinkhorn
 
 
@@ -33,6 +45,8 @@ class PartialOT(Transport):
     column instead of three matrices). This is POT's objective; the Sinkhorn problem with dummy points is another one.
 
     The value is not renormalised: it shrinks with the mass, as in the m-POT loss.
+
+    Uniform square problems on a CUDA device are solved there, as by `ExactOT`, up to 16,384 rows with the dummy ones.
 
     Args:
         mass: total mass to move, between 0 and the smaller total weight (1 for uniform weights).
@@ -76,6 +90,8 @@ class PartialOT(Transport):
             return self._entropic(cost, flat_a, flat_b, mass)
         if bool(((totals - mass).abs() <= (1e-12 if uniform else 1e-5) * mass).all()) and mass >= limit * (1 - 1e-12):
             return ExactOT()._solve(cost, a, b)
+        if uniform and n == m and device_matching.applies(cost, max(1, int(np.floor(mass * n + 1e-9)))):
+            return _uniform_on_device(cost, mass)
         flat = np.ascontiguousarray(cost.reshape(-1, n, m).cpu().numpy())
         if uniform and n == m:
             return _plan("PartialOT", cost, _uniform(flat, mass))
@@ -91,15 +107,42 @@ class PartialOT(Transport):
         return plan_of("PartialOT", cost, found, self.reg * objective, self.reg, self.max_iter)
 
 
+def _bends(mass: float, n: int) -> tuple[float, int, float]:
+    """Pairs that make up the mass, the whole ones among them, and the weight of the plan with one pair more."""
+    pairs = mass * n
+    lower = int(np.floor(pairs + 1e-9))
+    return pairs, lower, pairs - lower if pairs - lower > 1e-9 * lower else 0.0
+
+
+def _uniform_on_device(cost: Tensor, mass: float) -> Plan:
+    """`_uniform` for tensors ``(…, n, n)``, on their device."""
+    n = cost.shape[-1]
+    walled, forbidden = forbid_on_device(cost.reshape(-1, n, n))
+    pairs, lower, share = _bends(mass, n)
+    plans = [(lower, 1 - share)] * (lower > 0) + [(lower + 1, share)] * (share > 0)
+    cols, masses, error = [], [], walled.new_zeros(len(walled), dtype=torch.float64)
+    for cardinality, weight in plans:
+        found = device_matching.match(walled, cardinality)
+        used = found.column >= 0
+        col = found.column.clamp_min(0)
+        matched = walled.gather(2, col[:, :, None])[:, :, 0].double().abs() * used
+        size = matched.sum(1) + found.row_dual.abs().sum(1) + found.col_dual.abs().sum(1)
+        error = torch.maximum(error, relative_on_device(found.gap, size, pairs * found.typical))
+        cols.append(col)
+        masses.append(torch.where(used, weight / n, 0.0))
+    col, amount = torch.cat(cols, 1), torch.cat(masses, 1)
+    row = torch.arange(n, device=cost.device).repeat(len(plans)).expand_as(col)
+    check_allowed_on_device(forbidden, row, col, amount)
+    return plan_on_device("PartialOT", cost, row, col, amount.to(cost.dtype), error, found.row_dual, found.col_dual)
+
+
 def _uniform(cost: np.ndarray, mass: float):  # type: ignore[no-untyped-def]
     """Uniform square problems: interpolate between the cardinalities below and above ``mass * n``."""
     from mbot.kernels.cardinality import match
 
     problems, n, _ = cost.shape
     walled, forbidden = _forbid(cost)
-    pairs = mass * n
-    lower = int(np.floor(pairs + 1e-9))
-    share = pairs - lower if pairs - lower > 1e-9 * lower else 0.0  # weight of the plan with one pair more
+    pairs, lower, share = _bends(mass, n)
     # The plan with ``lower`` pairs, the one with a pair more, or both.
     weights = [1 - share] * (lower > 0) + [share] * (share > 0)
     column, duals_f, duals_g, gaps = match(walled.reshape(-1), n, max(lower, 1), more=lower > 0 and share > 0)

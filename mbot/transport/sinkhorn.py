@@ -7,10 +7,11 @@ All of them minimise ``<C, P> + reg * (entropy of P) + (terms in the marginals)`
 and alternate exact minimisations over ``phi`` and ``psi`` (in units of ``reg``). A problem differs only in its step:
 from ``S_i = log sum_j exp(psi_j + L_ij)``, the log of the row masses at ``phi = 0``, to the new ``phi_i``.
 
-Three things make it fast. Potentials live in the log domain, but between renewals of ``P`` the iterations are plain
+Four things make it fast. Potentials live in the log domain, but between renewals of ``P`` the iterations are plain
 products with it, on scalings kept within ``exp(±range)`` (stabilised scaling, Schmitzer 2019). A small ``reg`` is
 approached from above (epsilon-scaling). Where the iterations converge slowly, Newton's method solves the same fixed
-point (Brauer et al. 2017), safeguarded by the residual. A problem leaves the batch when it has converged.
+point (Brauer et al. 2017), safeguarded by the residual. A problem leaves the batch when it has converged. On the CPU,
+small problems that need no renewal run in a compiled kernel first (`mbot.kernels.scaling`); what it leaves comes here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mbot.numerics import running_sum
+
 _RANGE = {torch.float32: 20.0, torch.float64: 200.0}  # |log scaling| at which P is renewed, far from overflow
 _REACH = 12.0  # largest change of a potential in a Newton step
 _EVERY = 10  # iterations between checks
@@ -28,10 +31,16 @@ _DIRECT = 40  # costs spread over fewer regularisations than this need no epsilo
 _SCALING = 0.25  # ratio of successive regularisations on the way down to reg
 _ROUNDS = 4  # rounds at most at each of them
 _NEWTON_SIZE = 2048  # rows up to which a dense Newton system is solved
+_CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
+_PLAIN = 300.0  # costs spread over fewer regularisations than this need no renewal in float64
+_BUDGET = 400  # iterations in it, and two a row, before Newton steps are the quicker way to the end
 
 
 class Step(Protocol):
     """What a problem asks of its row (or column) masses."""
+
+    def plain(self) -> tuple[int, float]:
+        """The step's kind and parameter in `mbot.kernels.scaling`."""
 
     def __call__(self, soft: Tensor, weight: Tensor) -> Tensor:
         """``phi`` from ``S``; both ``(B, n)``."""
@@ -46,6 +55,10 @@ class Step(Protocol):
 @dataclass(frozen=True)
 class Balanced:
     """Row masses equal their weights."""
+
+    def plain(self) -> tuple[int, float]:
+        """See `Step`."""
+        return 0, 0.0
 
     def __call__(self, soft: Tensor, weight: Tensor) -> Tensor:
         """``phi = log weight - S``."""
@@ -65,6 +78,10 @@ class KLRelaxed:
     """Row masses pay ``reg_marginal * KL(mass | weight)``; ``rate = reg_marginal / (reg_marginal + reg)``."""
 
     rate: float
+
+    def plain(self) -> tuple[int, float]:
+        """See `Step`."""
+        return 1, self.rate
 
     def __call__(self, soft: Tensor, weight: Tensor) -> Tensor:
         """The damped step of Chizat et al. 2018."""
@@ -86,6 +103,10 @@ class Capped:
 
     mass: float
 
+    def plain(self) -> tuple[int, float]:
+        """See `Step`."""
+        return 2, self.mass
+
     def _level(self, soft: Tensor, weight: Tensor) -> Tensor:
         """The level at which ``sum min(weight, exp(level + S))`` is ``mass``, ``(B, 1)``.
 
@@ -96,7 +117,7 @@ class Capped:
         bend, order = bend.sort(-1)
         full = weight.gather(-1, order)
         open_mass = torch.where(full > 0, soft.gather(-1, order), -torch.inf)
-        before = full.cumsum(-1) - full  # mass of the rows that are full, and log mass of those that are open
+        before = running_sum(full, -1) - full  # mass of the rows that are full, and log mass of those that are open
         after = open_mass.flip(-1).logcumsumexp(-1).flip(-1)
         level = (self.mass - before).clamp_min(0).log() - after
         fits = level <= bend
@@ -132,6 +153,25 @@ class Solution:
     iterations: Tensor
     converged: Tensor
 
+    @classmethod
+    def empty(cls, like: Tensor) -> Solution:
+        """Room for the problems of ``like`` ``(B, n, m)``."""
+        (problems, n, m), device = like.shape, like.device
+        return cls(
+            plan=torch.zeros_like(like),
+            phi=torch.zeros(problems, n, dtype=torch.float64, device=device),
+            psi=torch.zeros(problems, m, dtype=torch.float64, device=device),
+            error=torch.full((problems,), torch.inf, dtype=torch.float64, device=device),
+            iterations=torch.zeros(problems, dtype=torch.int64, device=device),
+            converged=torch.zeros(problems, dtype=torch.bool, device=device),
+        )
+
+    def put(self, rows: Tensor, other: Solution) -> None:
+        """Write the solution of some problems; iterations add up."""
+        for name in ("plan", "phi", "psi", "error", "converged"):
+            getattr(self, name)[rows] = getattr(other, name).to(getattr(self, name).dtype)
+        self.iterations[rows] += other.iterations
+
 
 def sinkhorn(
     cost: Tensor,
@@ -161,15 +201,85 @@ def sinkhorn(
     tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
     log_a, log_b = (w.log() if weighted else torch.where(w > 0, 0.0, -torch.inf) for w in (a, b))
     reference = (log_a[:, :, None] + log_b[:, None, :]).to(cost.dtype)  # -inf: takes no part
+    finite = torch.isfinite(cost)
+    low = torch.where(finite, cost, torch.inf).amin((1, 2)).double()
+    spread = torch.where(finite, cost, -torch.inf).amax((1, 2)).double() - low
 
-    loop = _Loop(reference, a, b, row_step, col_step)
-    finite = torch.where(torch.isfinite(cost), cost, 0)
-    low = float(finite.amin())
-    spread = float(finite.amax()) - low
-    easy = spread <= _RANGE[cost.dtype] * reg  # the plan at equal potentials neither under- nor overflows
-    level = reg if easy else spread / _DIRECT
+    def loop(rows: Tensor) -> _Loop:
+        return _Loop(reference[rows] - cost[rows] / reg, a[rows], b[rows], row_step, col_step)
+
+    out = Solution.empty(cost)
+    todo = torch.ones_like(out.converged)
+    n, m = cost.shape[1:]
+    most = _CACHED if len(cost) < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
+    if cost.device.type == "cpu" and n * m <= most:
+        easy = spread <= _PLAIN * reg
+        rows = easy.nonzero()[:, 0]
+        if len(rows):
+            failed = _plain(out, rows, cost, reference, low / reg, a, b, row_step.plain(), reg, max_iter, tol)
+            todo = ~easy | failed
+            slow = easy & ~failed & ~out.converged & (out.iterations < max_iter)
+            if bool(slow.any()):  # go on from where the kernel stopped
+                some = loop(slow)
+                some.phi, some.psi, some.plan = out.phi[slow], out.psi[slow], out.plan[slow]
+                some.drift = torch.zeros_like(some.drift)
+                out.put(slow, _iterate(some, max_iter - int(out.iterations[slow].max()), tol))
+    if not bool(todo.any()):
+        return out
+    some, least, widest = loop(todo), float(low[todo].amin()), float(spread[todo].amax())
+    if widest <= _RANGE[cost.dtype] * reg:  # the plan at equal potentials neither under- nor overflows
+        some.phi = torch.full_like(some.phi, least / reg)
+        some.plan = (some.kernel + least / reg).exp_()
+        some.drift = torch.zeros_like(some.drift)
+    else:
+        some = _from_above(some, reference[todo], cost[todo], reg, widest)
+    out.put(todo, _iterate(some, max_iter, tol))
+    return out
+
+
+def _plain(
+    out: Solution, rows: Tensor, cost: Tensor, reference: Tensor, start: Tensor, a: Tensor, b: Tensor,
+    step: tuple[int, float], reg: float, max_iter: int, tol: float,
+) -> Tensor:  # fmt: skip
+    """Run the problems ``rows`` in the compiled kernel; returns which problems it had to give up, ``(B,)``."""
+    from mbot.kernels.scaling import iterate
+
+    kind, parameter = step
+    start, n = start[rows], cost.shape[1]
+    whole = len(rows) == len(cost)
+    some, log_weight = (cost, reference) if whole else (cost[rows], reference[rows])
+    plan = some.double().div_(-reg) if some.dtype != torch.float64 else some / -reg
+    plan.add_(start[:, None, None]).add_(log_weight).exp_()
+    factor = ((parameter - 1) * start).exp() if kind == 1 else torch.ones_like(start)
+    u, v, error, iterations = (
+        torch.from_numpy(part)
+        for part in iterate(
+            plan.numpy(),
+            a[rows].contiguous().numpy(),
+            b[rows].contiguous().numpy(),
+            kind,
+            parameter,
+            factor.numpy(),
+            min(max_iter, _BUDGET + 2 * n),
+            tol,
+        )
+    )
+    good = error >= 0
+    phi = start[:, None] + u.log()
+    converged = good & (error <= tol)
+    out.put(rows, Solution(plan, phi, v.log(), error, torch.where(good, iterations, 0), converged))
+    failed = torch.zeros(len(cost), dtype=torch.bool)
+    failed[rows] = ~good
+    return failed
+
+
+def _from_above(loop: _Loop, reference: Tensor, cost: Tensor, reg: float, spread: float) -> _Loop:
+    """Potentials for ``reg`` by epsilon-scaling.
+
+    Roughly converged at each level: below it the plan may fall apart into blocks that no longer see each other.
+    """
+    level, kernel = spread / _DIRECT, loop.kernel
     while level > reg:
-        # Roughly converged at each level: below it the plan may fall apart into blocks that no longer see each other.
         loop.kernel, loop.drift = reference - cost / level, torch.full_like(loop.drift, torch.inf)
         for _ in range(_ROUNDS):
             change, error = loop.round(_EVERY // 2)
@@ -180,12 +290,8 @@ def sinkhorn(
         lower = max(reg, level * _SCALING)
         loop.phi, loop.psi = loop.phi * (level / lower), loop.psi * (level / lower)  # constant in units of the cost
         level = lower
-    loop.kernel, loop.drift = reference - cost / reg, torch.full_like(loop.drift, torch.inf)
-    if easy:
-        loop.phi = torch.full_like(loop.phi, low / reg)
-        loop.plan = (loop.kernel + low / reg).exp_()
-        loop.drift = torch.zeros_like(loop.drift)
-    return _iterate(loop, max_iter, tol)
+    loop.kernel, loop.drift = kernel, torch.full_like(loop.drift, torch.inf)
+    return loop
 
 
 def _masked(step: Step, soft: Tensor, weight: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
@@ -226,11 +332,12 @@ class _Loop:
         """``count`` updates of both potentials as products with the plan."""
         plan, transposed = self.plan, self.plan.mT
         row_scale, col_scale = torch.zeros_like(self.phi), torch.zeros_like(self.psi)
+        most = 3 * _RANGE[plan.dtype]  # a longer way is taken in several rounds: exp must not overflow
         for _ in range(count):
             soft = _times(plan, col_scale.exp()).log() - self.phi
-            row_scale = _masked(self.row_step, soft, self.a, self.phi) - self.phi
+            row_scale = (_masked(self.row_step, soft, self.a, self.phi) - self.phi).clamp(-most, most)
             soft = _times(transposed, row_scale.exp()).log() - self.psi
-            col_scale = _masked(self.col_step, soft, self.b, self.psi) - self.psi
+            col_scale = (_masked(self.col_step, soft, self.b, self.psi) - self.psi).clamp(-most, most)
         self.plan = _scaled(plan, row_scale, col_scale)
         self._move(row_scale, col_scale)
 
@@ -324,14 +431,7 @@ def _slope(step: Step, soft: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
 
 def _iterate(loop: _Loop, max_iter: int, tol: float) -> Solution:
     problems, device = len(loop.kernel), loop.kernel.device
-    out = Solution(
-        plan=torch.zeros_like(loop.kernel),
-        phi=loop.phi.clone(),
-        psi=loop.psi.clone(),
-        error=torch.full((problems,), torch.inf, dtype=torch.float64, device=device),
-        iterations=torch.zeros(problems, dtype=torch.int64, device=device),
-        converged=torch.zeros(problems, dtype=torch.bool, device=device),
-    )
+    out = Solution.empty(loop.kernel)
     active = torch.arange(problems, device=device)
     previous = torch.full((problems,), torch.inf, dtype=loop.phi.dtype, device=device)
     spent = 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.cost import Cost, _working
+from mbot.numerics import product, running_sum
 from mbot.plan import Plan
 from mbot.random import draw
 from mbot.transport.base import Transport
@@ -89,7 +90,7 @@ class SlicedOT(Transport):
             left, right = u.values.flatten(1), v.values.flatten(1)
             centre = right.detach().mean(0)
             left, right = left - centre, right - centre
-            squared = left.square().sum(1)[:, None] + right.square().sum(1) - 2 * left @ right.T
+            squared = left.square().sum(1)[:, None] + right.square().sum(1) - 2 * product(left, right.T)
             return squared.clamp_min(0) / left.shape[1]
         return torch.stack([self._distance(u[i : i + 1], v) for i in range(len(xs))])
 
@@ -142,9 +143,9 @@ class _Projected:
 
 
 def _project(points: Tensor, weight: Tensor | None, directions: Tensor, name: str) -> _Projected:
-    values, order = (directions @ points.mT).sort(-1)
+    values, order = product(directions, points.mT).sort(-1)
     weight = checks.weights(weight, points.shape[-2], points[..., :1].mT, name)
     if weight is None:
         return _Projected(values, None)
     weight = (weight / weight.sum(-1, keepdim=True)).to(points.dtype)
-    return _Projected(values, weight[..., None, :].expand_as(values).gather(-1, order).cumsum(-1))
+    return _Projected(values, running_sum(weight[..., None, :].expand_as(values).gather(-1, order), -1))

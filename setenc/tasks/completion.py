@@ -6,12 +6,14 @@ Willette et al. 2023 (arXiv 2208.12401) on CelebA at 32 x 32.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from setenc import checks
 from setenc.decoders import MLPDecoder, SetTransformerDecoder
 from setenc.encode import encode
 from setenc.encoder import UMBC
@@ -41,6 +43,24 @@ def pixel_sets(
     return elements.gather(1, order.expand(-1, -1, elements.shape[-1])), grid, colours
 
 
+class PixelEmbedding(nn.Module):
+    """Sines and cosines of the two coordinates, which come first, at ``π 2^j`` beside what is given.
+
+    >>> PixelEmbedding(3)(torch.rand(2, 5, 4)).shape
+    torch.Size([2, 5, 16])
+    """
+
+    def __init__(self, num_frequencies: int) -> None:
+        super().__init__()
+        self.num_frequencies = checks.count(num_frequencies, "num_frequencies", at_least=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(…, 2 + C)`` to ``(…, 2 + C + 4 num_frequencies)``."""
+        frequencies = math.pi * 2.0 ** torch.arange(self.num_frequencies, device=x.device, dtype=x.dtype)
+        angles = (x[..., :2, None] * frequencies).flatten(-2)
+        return torch.cat((x, angles.sin(), angles.cos()), -1)
+
+
 class ImageCompletion(nn.Module):
     """A normal distribution of every pixel's colours, given a set of known pixels.
 
@@ -49,6 +69,8 @@ class ImageCompletion(nn.Module):
         width: features throughout.
         num_slots: slots of the pooling.
         pooling: another pooling than softmax attention of one head without residual.
+        decoder: another decoder ``(B, K, width)`` -> ``(B, 1, width)`` than two `SAB` and a `PMA`.
+        num_frequencies: of a `PixelEmbedding`, which learns in fewer steps; 0 is the paper's plain coordinates.
 
     >>> model = ImageCompletion(1, width=16, num_slots=8)
     >>> context, grid, colours = pixel_sets(torch.rand(3, 1, 8, 8), 20)
@@ -57,21 +79,34 @@ class ImageCompletion(nn.Module):
     """
 
     def __init__(
-        self, channels: int = 3, *, width: int = 128, num_slots: int = 128, pooling: Pooling | None = None
+        self,
+        channels: int = 3,
+        *,
+        width: int = 128,
+        num_slots: int = 128,
+        pooling: Pooling | None = None,
+        decoder: nn.Module | None = None,
+        num_frequencies: int = 0,
     ) -> None:
         super().__init__()
         self.channels = channels
+        self.embed = PixelEmbedding(num_frequencies)
+        place = 2 + 4 * num_frequencies
         self.enc = UMBC(
-            MLPDecoder(2 + channels, width, hidden_dim=width, num_layers=4),
+            nn.Sequential(self.embed, MLPDecoder(place + channels, width, hidden_dim=width, num_layers=4)),
             pooling or SlotPooling(width, width, num_slots, num_heads=1, residual=False, slot_norm=True),
-            SetTransformerDecoder(width, 2, num_heads=1, num_outputs=1, norm=True),
+            decoder or SetTransformerDecoder(width, 2, num_heads=1, num_outputs=1, norm=True),
         )
-        self.head = MLPDecoder(width + 2, 2 * channels, hidden_dim=width, num_layers=5)
+        self.head = MLPDecoder(width + place, 2 * channels, hidden_dim=width, num_layers=5)
 
     def forward(self, context: Any, coordinates: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Means and standard deviations ``(B, M, C)`` at ``coordinates`` ``(B, M, 2)``; ``options`` go to `encode`."""
-        image = encode(self.enc, context, **options).expand(-1, coordinates.shape[1], -1)
-        mean, raw = self.head(torch.cat((image, coordinates), -1)).split(self.channels, -1)
+        return self.predict(encode(self.enc, context, **options), coordinates)
+
+    def predict(self, image: Tensor, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, from the encoder's output ``(B, 1, width)``: what ``enc.readout`` gives at any time."""
+        image = image.expand(-1, coordinates.shape[1], -1)
+        mean, raw = self.head(torch.cat((image, self.embed(coordinates)), -1)).split(self.channels, -1)
         return mean, 0.1 + 0.9 * F.softplus(raw)
 
     def loss(self, context: Any, coordinates: Tensor, colours: Tensor, **options: Any) -> Tensor:

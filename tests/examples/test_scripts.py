@@ -39,13 +39,15 @@ def test_c2ot_moons_keeps_finished_runs(tmp_path):
 
 
 def test_couplings_on_digits_keeps_finished_runs(tmp_path):
-    script = (EXAMPLES / "couplings_on_digits.py", "--steps", 4, "--samples", 40, "--out", tmp_path, "--couplings")
+    tiny = ("--steps", 4, "--samples", 40, "--components", 8, "--out", tmp_path)
+    script = (EXAMPLES / "couplings_on_digits.py", *tiny, "--couplings")
     run(*script, "fm", "--seeds", 0)
     first = json.loads((tmp_path / "couplings_on_digits.json").read_text())["runs"]
     done = run(*script, "fm", "wcfm", "--seeds", 0)
     assert json.loads((tmp_path / "couplings_on_digits.json").read_text())["runs"][0] == first[0]
     assert "| W-CFM |" in done.stdout
     assert "| OT |" not in done.stdout
+    assert "MLP of 3 blocks and 128 features on 8 principal components, 4 steps" in done.stdout
 
 
 def test_single_cell_leaves_each_inner_time_out(tmp_path):

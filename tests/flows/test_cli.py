@@ -74,33 +74,29 @@ def test_a_damaged_checkpoint_is_refused_with_the_flag_that_helps(tmp_path, caps
     assert "truncated or damaged" in said
     previous = run / "checkpoints" / "step-00000004.pt"
     assert f"--resume-from {previous}" in said
+    assert main(["sample", "--run", str(run), "--device", "cpu"]) == 3
+    assert f"--checkpoint {previous}" in capsys.readouterr().err
     assert main(["train", *TINY, "--out", str(run), "--resume-from", str(previous)]) == 0
 
 
-def test_sigterm_saves_and_the_exit_code_says_so(tmp_path):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "1")], ids=["term", "ctrl-c"])
+def test_a_signal_saves_and_the_exit_code_says_so(number, workers, tmp_path):
+    """Ctrl-C goes to the data workers as well."""
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "flows",
-        "train",
-        *SMALL,
-        "--steps",
-        "100000",
-        "--checkpoint-every",
-        "5",
-        "--out",
-        str(run),
-    ]
+    more = ["--steps", "100000", "--checkpoint-every", "5", "--num-workers", workers, "--out", str(run)]
+    command = [sys.executable, "-m", "flows", "train", *SMALL, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         while checkpoint.latest(run / "checkpoints") is None and process.poll() is None:
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        os.killpg(process.pid, number)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == 75
-    assert "--resume to go on" in said
-    assert checkpoint.load(checkpoint.latest(run / "checkpoints"))["step"] > 0
+    last = checkpoint.latest(run / "checkpoints")
+    assert f"saved as {last}; run the same command with --resume to go on" in said
+    assert checkpoint.load(last)["step"] > 0
 
 
 def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
@@ -115,6 +111,49 @@ def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
     state = checkpoint.load(run / "checkpoints" / "step-00000006.pt")
     assert state["settings"]["processes"] == 2
     assert len(state["generators"]) == 2
+
+
+def test_other_settings_are_not_resumed_and_leave_the_run_as_it_was(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", *TINY, "--out", str(run)]) == 0
+    before = (run / "config.toml").read_text()
+    for code, change, says in (
+        (2, ["--lr", "0.5", "--betas", "0.5", "0.6"], "--lr: then 0.001, now 0.5; --betas: then [0.9, 0.99], now [0.5"),
+        (3, ["--coupling", "ot"], "they differ in coupling: saved ConditionalOTCoupling"),
+        (3, ["--mlp-width", "64"], "belongs to another model"),
+    ):
+        assert main(["train", *TINY, "--out", str(run), "--resume", *change]) == code
+        assert says in capsys.readouterr().err
+    assert (run / "config.toml").read_text() == before
+    longer = [*TINY, "--steps", "8", "--num-workers", "1", "--checkpoint-every", "3"]
+    assert main(["train", *longer, "--out", str(run), "--resume"]) == 0
+    assert checkpoint.latest(run / "checkpoints").name == "step-00000008.pt"
+    (run / "config.toml").write_text((run / "config.toml").read_text().replace("mlp_width = 128", "mlp_width = 64"))
+    assert main(["sample", "--run", str(run), "--device", "cpu"]) == 3
+    assert "holds another model than" in capsys.readouterr().err
+
+
+def test_guidance_that_was_not_trained_for_is_refused(tmp_path, capsys):
+    for name, extra, says in (
+        ("plain", ["--no-conditional"], "--guidance 3 needs a model with conditions"),
+        ("sure", ["--condition-dropout", "0"], "condition_dropout 0 (train with --condition-dropout 0.1)"),
+    ):
+        run = str(tmp_path / name)
+        assert main(["train", *TINY, *extra, "--guidance", "3", "--out", run]) == 2
+        assert main(["train", *TINY, *extra, "--out", run]) == 0
+        for command in ("sample", "evaluate"):
+            assert main([command, "--run", run, "--num", "20", "--guidance", "3", "--device", "cpu"]) == 2
+            assert says in capsys.readouterr().err
+    assert main(["sample", "--run", str(tmp_path / "plain"), "--label", "3", "--device", "cpu"]) == 2
+    assert "has no classes" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_has_its_own_exit_code(tmp_path, capsys):
+    wild = ["--lr", "1e30", "--warmup", "0", "--clip", "None"]
+    assert main(["train", *TINY, *wild, "--out", str(tmp_path / "run")]) == 4
+    said = capsys.readouterr().err
+    assert "the loss is nan" in said or "the loss is inf" in said
+    assert "at learning rate" in said
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
@@ -236,6 +275,41 @@ def test_data_and_models_fit_each_other(arguments, shape, classes, model):
     x, y = task.draw(3, torch.Generator().manual_seed(0))
     assert built(torch.rand(3), x, y).shape == x.shape
     assert (y is None) == (classes == 0)
+
+
+def test_images_of_any_size_get_a_unet(tmp_path):
+    for size, channels in ((16, 1), (64, 3)):
+        images = np.zeros((4, size, size, channels), np.uint8)
+        np.savez(tmp_path / "a.npz", x=images)
+        settings = parse(TrainConfig, ["--data", "arrays", "--data-root", str(tmp_path / "a.npz")], "train")
+        with torch.device("meta"):
+            model = tasks.build_model(settings, tasks.load_task(settings))
+        assert isinstance(model, flows.models.UNet)
+        assert model.enter.in_channels == channels
+
+
+def test_images_with_text_features_train_on_them(tmp_path):
+    """What the preset imagenet32-c2ot reads: bytes and vectors."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", x=rng.integers(0, 256, (40, 8, 8), np.uint8), y=rng.normal(size=(40, 5)))
+    data = ["--data", "arrays", "--data-root", str(tmp_path / "a.npz"), "--ot-batch-size", "32"]
+    settings = parse(TrainConfig, ["--preset", "imagenet32-c2ot", *data], "train")
+    task = tasks.load_task(settings)
+    assert (task.shape, task.condition_dim) == ((1, 8, 8), 5)
+    assert tasks.build_coupling(settings, task) == mbot.ConditionalOTCoupling("continuous", target_ratio=0.2)
+    run = str(tmp_path / "run")
+    assert main(["train", *TINY, *data, "--evaluate", "10", "--out", run]) == 0
+    assert main(["sample", "--run", run, "--num", "3", "--guidance", "-1.5", "--device", "cpu"]) == 0
+
+
+def test_a_folder_without_its_classes(tmp_path):
+    from PIL import Image
+
+    for i in range(32):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    data = ["--data", "folder", "--data-root", str(tmp_path / "data"), "--image-size", "8", "--no-conditional"]
+    assert main(["train", *TINY, *data, "--ot-batch-size", "32", "--out", str(tmp_path / "run")]) == 0
 
 
 def test_vector_conditions_come_from_array_files(tmp_path):

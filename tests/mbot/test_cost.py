@@ -92,3 +92,12 @@ def test_half_precision_and_autocast_are_computed_in_float32():
 def test_bad_input(x, y, kwargs, error, says):
     with pytest.raises(error, match=says):
         mbot.pairwise_cost(x, y, **kwargs)
+
+
+def test_cosine_costs_of_close_directions_keep_their_digits():
+    """``1 - cos`` of vectors far from the origin: a difference of numbers near 1, which float32 must not lose."""
+    x, y = (100 + torch.randn(50, 64, dtype=torch.float64) for _ in range(2))
+    exact = mbot.pairwise_cost(x, y, "cosine")
+    ours = mbot.pairwise_cost(x.float(), y.float(), "cosine")
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=0)
+    torch.testing.assert_close(1 - torch.nn.functional.cosine_similarity(x[:, None], y, dim=-1), exact)

@@ -154,12 +154,17 @@ def test_draws_with_replacement_repeat_themselves():
     assert torch.equal(exact.source[pairs.target], pairs.source)
 
 
-def test_dense_draws_do_not_depend_on_the_chunk(monkeypatch):
-    x0, x1 = clouds(30, 30)
-    coupling = OTCoupling(EntropicOT(reg=1.0))
-    whole = coupling(x0, x1, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr("mbot.couplings.drawing._CELLS", 70)
-    assert torch.equal(coupling(x0, x1, generator=torch.Generator().manual_seed(3)).source, whole.source)
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 100])
+def test_dense_draws_invert_the_cumulative_mass_of_their_column(n):
+    """Whatever the number of rows is to the blocks that they are summed in; half of them hold nothing."""
+    g = torch.Generator().manual_seed(n)
+    mass = torch.rand(n, 7, generator=g) * (torch.rand(n, 7, generator=g) < 0.5)
+    mass[torch.randint(n, (7,), generator=g), torch.arange(7)] = 0.3
+    target = torch.randint(7, (500,), generator=g)
+    source = sources_of(mbot.Plan(mass, (n, 7)), target, torch.Generator().manual_seed(1))
+    share = torch.rand(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ends = mass.double().cumsum(0).T[target].contiguous()
+    assert torch.equal(source, torch.searchsorted(ends, share[:, None] * ends[:, -1:], right=True)[:, 0])
 
 
 @settings(max_examples=25, deadline=None)

@@ -208,5 +208,6 @@ def test_bad_settings(make, says):
 def test_large_problem_in_float32_keeps_its_marginals():
     x, y = problem(1, n=600, m=500, d=64, dtype=torch.float32)
     plan = EntropicOT(5.0).plan(pairwise_cost(x, y))
-    np.testing.assert_allclose(plan.row_mass()[0].numpy(), 1 / 600, rtol=1e-4)
+    # the documented stopping rule: L1 error of the marginals, 1e-6 by default
+    assert float((plan.row_mass().double() - 1 / 600).abs().sum()) < 2e-6
     np.testing.assert_allclose(plan.col_mass()[0].numpy(), 1 / 500, rtol=1e-4)

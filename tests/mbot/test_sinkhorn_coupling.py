@@ -7,7 +7,7 @@ import torch
 
 import mbot
 from mbot import EntropicOT, OTCoupling, SinkhornCoupling, pairwise_cost
-from mbot.couplings.streaming import Held, Streamed, solve
+from mbot.transport.streaming import Held, Streamed, solve
 
 
 def clouds(n, m, d=2, seed=0):

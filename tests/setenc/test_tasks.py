@@ -94,6 +94,16 @@ def test_pixel_sets_and_completion():
     torch.testing.assert_close(model.loss(context, grid, colours), expected.mean())
 
 
+def test_completion_takes_any_pooling_and_decoder():
+    sets = tasks.pixel_sets(torch.rand(3, 1, 4, 5), 12)
+    model = tasks.ImageCompletion(
+        1, width=16, pooling=setenc.DeepSetsPooling(16, 16, "mean"), decoder=setenc.MLPDecoder(16)
+    )
+    mean, _ = model(sets[0], sets[1], chunk_size=5)
+    assert mean.shape == (3, 20, 1)
+    torch.testing.assert_close(mean, model(sets[0].flip(1), sets[1])[0])
+
+
 def test_completion_learns_images_of_one_shade():
     g = torch.Generator().manual_seed(0)
     draw = lambda: torch.rand(8, 1, 1, 1, generator=g).expand(8, 1, 6, 6)  # noqa: E731

@@ -7,19 +7,21 @@
 Costs that fit into the memory allowed are held, with the current kernel, and an iteration is two matrix products
 (stabilised scaling, Schmitzer 2019). Otherwise every pass makes them again, some rows at a time. Small eps is
 approached from above; over-relaxation by the rate seen (Thibault et al. 2021; Lehmann et al. 2022) saves passes.
+On a CUDA device with Triton a pass is one fused kernel, and no tile is ever written to memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mbot.cost import Cost, _pairwise
+from mbot.kernels.device_streaming import Fused
 
 _RANGE = 20.0  # |log scaling| at which a held kernel is renewed
 _START = 0.5  # first eps, as a share of the costs' range
@@ -31,6 +33,55 @@ _RELAX_BELOW = 0.3  # error below which over-relaxation starts
 _RELAX_EVERY = 6  # iterations that a rate is measured over
 _RELAX_SLOW = 0.85  # rate above which more of it is tried
 _RELAX_MOST = 1.95
+
+
+class Rows:
+    """Where the rows of the costs are: all of them here. `mbot.distributed` spreads them over ranks.
+
+    Columns and potentials are whole everywhere; with all rows here, nothing has to be exchanged.
+    """
+
+    first = 0  # index of the first row here
+
+    def here(self, values: Tensor) -> Tensor:
+        """The part ``(n_here, …)`` of values of all rows ``(n, …)``."""
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Values of all rows from those of the rows here."""
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the places that hold rows."""
+        return values
+
+    def agreed(self, values: Tensor) -> Tensor:
+        """The same random numbers everywhere."""
+        return values
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean row, from the rows here."""
+        return x.mean(0)
+
+    def thinned(self, x: Tensor, most: int) -> Tensor:
+        """At most ``most`` of all rows, evenly, from the rows here."""
+        return x[:: -(-len(x) // most)]
+
+    def spread(self, layout: Layout) -> Layout:
+        """The layout of all rows, from that of the rows here."""
+        return layout
+
+    def split(self, layout: Layout, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A draw in each column, cut down to the rows here.
+
+        Args:
+            layout: what `spread` returned, after a pass over the columns.
+            uniform: ``(m,)`` shares of the columns' mass, in the order of the rows.
+
+        Returns:
+            ``(m,)`` each: whether the draw falls here, at which share of the mass here, and the column's mass here.
+        """
+        return torch.ones_like(uniform, dtype=torch.bool), uniform, torch.ones_like(uniform)
 
 
 class Layout(Protocol):
@@ -125,6 +176,10 @@ class Streamed:
     cost: Cost
     cells: int
     eps: float = 1.0
+    fused: Fused | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.fused = Fused.of(self.x, self.y, self.cost)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -160,7 +215,23 @@ class Streamed:
         """See `Layout`."""
         return self._soft(self.y, self.x, phi, True)
 
+    def pull(self, phi: Tensor, psi: Tensor, *, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """``P y`` ``(n, d)`` and row sums ``(n,)`` of ``P = exp(phi + psi - c / eps)``, and the points x.
+
+        ``turned`` exchanges the sides. Points and pulled ones may both be shifted by the same centre.
+        """
+        if self.fused is not None:
+            return self.fused.pull(phi, psi, self.eps, turned)
+        x, y, own, other = (self.y, self.x, psi, phi) if turned else (self.x, self.y, phi, psi)
+        pulled, mass = torch.empty_like(x), x.new_empty(len(x))
+        for rows, tile in self._tiles(x, y, turned, self.cells):
+            plan = tile.add_((own[rows, None]).to(tile.dtype)).add_(other.to(tile.dtype)).exp_()
+            pulled[rows], mass[rows] = plan @ y, plan.sum(1)
+        return pulled, mass, x
+
     def _soft(self, x: Tensor, y: Tensor, potential: Tensor, turned: bool) -> Tensor:
+        if self.fused is not None:
+            return self.fused.soft(potential, self.eps, turned)
         soft = torch.empty(len(x), dtype=torch.float64, device=x.device)
         for rows, tile in self._tiles(x, y, turned, self.cells):
             tile += potential.to(tile.dtype)
@@ -181,8 +252,9 @@ class Potentials:
 
 
 def solve(
-    layout: Layout, eps: float, spread: float, *, max_iter: int, tol: float, start: Tensor | None, device: torch.device
-) -> Potentials:
+    layout: Layout, eps: float, spread: float, *, max_iter: int, tol: float, start: Tensor | None, device: torch.device,
+    log_a: Tensor | None = None, log_b: Tensor | None = None,
+) -> Potentials:  # fmt: skip
     """Run the loop.
 
     Args:
@@ -193,8 +265,12 @@ def solve(
         tol: L1 error of the marginals to stop at.
         start: ``(n,)`` source potentials in cost units to start from; None starts from nothing.
         device: of the potentials.
+        log_a: ``(n,)`` logs of the row sums, finite; None for ``1/n``.
+        log_b: ``(m,)`` logs of the column sums, of the same total.
     """
     n, m = layout.size
+    row_mass: Tensor | float = -math.log(n) if log_a is None else log_a
+    col_mass: Tensor | float = -math.log(m) if log_b is None else log_b
     phi = torch.zeros(n, dtype=torch.float64, device=device)
     psi = torch.zeros(m, dtype=torch.float64, device=device)
     level, spent = max(eps, _START * spread), 0
@@ -202,12 +278,12 @@ def solve(
         level = max(eps, min(_WARM * eps, level))
         layout.set(level)
         phi = start.double() / level
-        psi = -math.log(m) - layout.soft_cols(phi, psi)
+        psi = col_mass - layout.soft_cols(phi, psi)
     while level > eps:
         layout.set(level)
         for _ in range(_ROUNDS):
             spent += 1
-            phi, psi, error = _round(layout, phi, psi, 1.0)
+            phi, psi, error = _round(layout, phi, psi, 1.0, row_mass, col_mass)
             if error < 0.1:
                 break
         lower = max(eps, level * _SCALING)
@@ -216,7 +292,7 @@ def solve(
     relax, most = 1.0, _RELAX_MOST
     history: list[float] = []
     for iteration in range(1, max_iter + 1):
-        phi, psi, error = _round(layout, phi, psi, relax)
+        phi, psi, error = _round(layout, phi, psi, relax, row_mass, col_mass)
         if error <= tol or not math.isfinite(error):
             break
         if relax == 1.0 and iteration >= 4 and history and error < min(_RELAX_BELOW, history[-1]):
@@ -232,18 +308,24 @@ def solve(
             relax = min(most, relax + 0.1)
         history.clear()
     if relax != 1.0:  # leave with exact columns, as a plain iteration does
-        psi = -math.log(m) - layout.soft_cols(phi, psi)
+        psi = col_mass - layout.soft_cols(phi, psi)
     return Potentials(phi, psi, error, spent + iteration, error <= tol)
 
 
-def _round(layout: Layout, phi: Tensor, psi: Tensor, relax: float) -> tuple[Tensor, Tensor, float]:
-    """Rows, then columns; and the L1 error that the marginals had before their step."""
-    wanted = -math.log(len(phi)) - layout.soft_rows(phi, psi)
-    step = wanted - phi
-    error = (-step).clamp_max(50).expm1().abs().mean()
+def _round(
+    layout: Layout, phi: Tensor, psi: Tensor, relax: float, row_mass: Tensor | float, col_mass: Tensor | float
+) -> tuple[Tensor, Tensor, float]:
+    """Rows, then columns; and the L1 error that the marginals had before their step, as a share of the mass."""
+    step = row_mass - layout.soft_rows(phi, psi) - phi
+    error = _moved(step, row_mass)
     phi = phi + relax * step
-    wanted = -math.log(len(psi)) - layout.soft_cols(phi, psi)
-    step = wanted - psi
+    step = col_mass - layout.soft_cols(phi, psi) - psi
     if relax != 1.0:
-        error = torch.maximum(error, (-step).clamp_max(50).expm1().abs().mean())
+        error = torch.maximum(error, _moved(step, col_mass))
     return phi, psi + relax * step, float(error)
+
+
+def _moved(step: Tensor, log_mass: Tensor | float) -> Tensor:
+    """Share of the mass that a step of the potentials moves."""
+    moved = (-step).clamp_max(50).expm1().abs()
+    return moved.mean() if isinstance(log_mass, float) else (log_mass.softmax(0) * moved).sum()

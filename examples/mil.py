@@ -1,0 +1,340 @@
+"""Multiple-instance learning: a label for a bag of instances, from benchmark molecules to bags of 100,000.
+
+    python examples/mil.py                                          # rare instances, bags of digits; 3 minutes
+    python examples/mil.py --data-root DATA --parts benchmark       # MUSK1, MUSK2, Elephant, Fox, Tiger: DATA/mil/*.npz
+    python examples/mil.py --data-root DATA --parts digits          # bags of MNIST digits
+
+Five models on the same features: UMBC (8 slots, a set transformer on them; Willette et al. 2023, arXiv 2208.12401),
+UMBC with the largest logit of a single instance beside it (their model of slides), gated attention (Ilse et al. 2018,
+arXiv 1802.04712), and Deep Sets with maximum and mean.
+
+* ``large``: positive bags hold 10 shifted instances, whatever their size. Trained on bags of 100, 1,000, 10,000, then
+  100,000, with exact or sampled gradients of the whole bag in the memory of a chunk.
+* ``digits``: bags of about 10 images, positive with a 9 among them (the pattern of Ilse et al.).
+* ``benchmark``: stratified cross-validation over the bags. Features are standardised by the training folds alone; the
+  number of steps is fixed beforehand, so that no test bag chooses anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from common import arguments, he_init, plotter, save, save_picture, spread, table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import flows
+import setenc
+from setenc import tasks
+
+MODELS = ("UMBC", "UMBC + instance", "gated attention", "Deep Sets, max", "Deep Sets, mean")
+COLOURS = dict(zip(MODELS, ("#1b7837", "#7fbf7b", "#2166ac", "#b2182b", "#f4a582"), strict=True))
+BENCHMARKS = ("musk1", "musk2", "elephant", "fox", "tiger")
+
+
+class PooledBags(nn.Module):
+    """A bag's logit from one pooling; the interface of `setenc.tasks.BagClassifier`."""
+
+    def __init__(self, extractor: nn.Module, pooling: setenc.Pooling, decoder: nn.Module) -> None:
+        super().__init__()
+        self.bag = setenc.UMBC(extractor, pooling, decoder)
+
+    def score(self, x: Any, **options: Any) -> Tensor:
+        """Probabilities ``(B,)``."""
+        return setenc.encode(self.bag, x, **options)[:, 0, 0].sigmoid()
+
+    def loss(self, x: Any, labels: Tensor, **options: Any) -> Tensor:
+        """Binary cross-entropy with ``labels`` ``(B,)``."""
+        logits = setenc.encode(self.bag, x, **options)[:, 0, 0]
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+def build(name: str, in_dim: int, width: int, dropout: float) -> nn.Module:
+    """A model by its name in the tables."""
+    extractor = nn.Sequential(
+        nn.Linear(in_dim, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width), nn.ReLU()
+    )
+    slots = setenc.SlotPooling(width, width, 8)
+    if name == "UMBC + instance":
+        return he_init(tasks.BagClassifier(width, width=width, extractor=extractor, pooling=slots, dropout=dropout / 2))
+    if name == "UMBC":
+        return he_init(PooledBags(extractor, slots, setenc.SetTransformerDecoder(width, 1, out_dim=1, num_outputs=1)))
+    if name == "gated attention":
+        pooling: setenc.Pooling = setenc.GatedAttentionPooling(width, width)
+    else:
+        pooling = setenc.DeepSetsPooling(width, width, name.split(", ")[1])
+    return he_init(PooledBags(extractor, pooling, setenc.MLPDecoder(width, 1, num_layers=2)))
+
+
+def fit(model: nn.Module, draw: Callable[[int], tuple[Any, Tensor]], steps: int, lr: float, **options: Any) -> None:
+    """Steps of AdamW on the bags of ``draw(step)``."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2))
+    for step in range(steps):
+        x, labels = draw(step)
+        optimizer.zero_grad()
+        model.loss(x, labels, **options).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def measures(score: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy at 1/2, and the area under the ROC curve."""
+    from sklearn.metrics import roc_auc_score
+
+    right = ((score > 0.5) == (labels > 0.5)).float().mean()
+    return {"accuracy": float(right), "auc": float(roc_auc_score(labels.numpy(), score.numpy()))}
+
+
+# Benchmark bags ------------------------------------------------------------------------------------------------------
+
+
+def load_bags(path: Path) -> tuple[list[Tensor], Tensor]:
+    """Bags ``(n_i, d)`` and labels ``(B,)`` of an npz with instances ``x``, bounds ``ptr`` and labels ``y``."""
+    with np.load(path) as file:
+        x, bounds = torch.from_numpy(file["x"]).float(), file["ptr"]
+        labels = torch.from_numpy(file["y"]).float()
+    return [x[a:b] for a, b in pairwise(bounds)], labels
+
+
+def cross_validate(name: str, bags: list[Tensor], labels: Tensor, args: argparse.Namespace, seed: int) -> float:
+    """Accuracy over all folds of one shuffle."""
+    from sklearn.model_selection import StratifiedKFold
+
+    folds = StratifiedKFold(args.folds, shuffle=True, random_state=seed)
+    right = 0
+    for fold, (train, test) in enumerate(folds.split(labels, labels)):
+        torch.manual_seed(1000 * seed + fold)
+        known = setenc.Ragged.of([bags[i] for i in train])
+        shift, scale = known.values.mean(0), known.values.std(0)
+        scale = scale.where(scale > 1e-6, 1)
+        known = setenc.Ragged((known.values - shift) / scale, known.offsets)
+        model = build(name, known.values.shape[1], 64, 0.5)
+        fit(model, lambda _, known=known, train=train: (known, labels[train]), args.benchmark_steps, 2e-3)
+        with torch.no_grad():
+            score = model.score([(bags[i] - shift) / scale for i in test])
+        right += int(((score > 0.5) == (labels[test] > 0.5)).sum())
+    return right / len(bags)
+
+
+def benchmark(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, Any]]:
+    """Accuracies of cross-validation on the classical bags that are there."""
+    if args.data_root is None:
+        raise SystemExit("--parts benchmark reads files: give --data-root with mil/musk1.npz and others in it")
+    paths = [args.data_root / "mil" / f"{name}.npz" for name in BENCHMARKS]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise SystemExit(f"no bags in {args.data_root / 'mil'}: looked for {', '.join(BENCHMARKS)} (.npz)")
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in MODELS}
+    for path in tqdm(paths, desc="benchmark", unit="set"):
+        bags, labels = load_bags(path)
+        for name in MODELS:
+            found[name][path.stem] = [cross_validate(name, bags, labels, args, seed) for seed in seeds]
+    rows = [[name, *(spread(v) for v in by_set.values())] for name, by_set in found.items()]
+    text = (
+        f"Accuracy of {args.folds}-fold cross-validation, mean ± deviation over {len(seeds)} shuffles, "
+        f"{args.benchmark_steps} full-batch steps.\n\n{table(['model', *found[MODELS[0]]], rows)}"
+    )
+    return text, {"accuracy": found}
+
+
+# Bags of digits ------------------------------------------------------------------------------------------------------
+
+
+def digit_pool(root: Path | None, train: bool) -> tuple[Tensor, Tensor]:
+    """Images ``(N, d)`` and digits ``(N,)``: MNIST where there are files, else a half of scikit-learn's digits."""
+    if root is not None:
+        data = flows.datasets.mnist(root, train=train)
+        rows = torch.arange(len(data))
+    else:
+        data = flows.datasets.digits()
+        rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tensor_split(2)[int(train)]
+    images, digits = data.rows(rows)
+    return images.flatten(1), digits
+
+
+def digit_bags(pool: tuple[Tensor, Tensor], n: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """``n`` bags of 10 ± 2 images, every second one with a 9 among them."""
+    images, digits = pool
+    nines, others = (torch.nonzero(digits == 9)[:, 0], torch.nonzero(digits != 9)[:, 0])
+    sizes = (10 + 2 * torch.randn(n, generator=generator)).round().clamp_min(2).long()
+    bags = []
+    for i, size in enumerate(sizes.tolist()):
+        rows = others[torch.randint(len(others), (size,), generator=generator)]
+        if i % 2:
+            rows[0] = nines[torch.randint(len(nines), (), generator=generator)]
+        bags.append(images[rows])
+    return bags, (torch.arange(n) % 2).float()
+
+
+def some_bags(bags: list[Tensor], labels: Tensor, step: int) -> tuple[list[Tensor], Tensor]:
+    """Fifty of the bags, others at each step."""
+    rows = torch.randperm(len(bags), generator=torch.Generator().manual_seed(step))[:50]
+    return [bags[i] for i in rows], labels[rows]
+
+
+def digits(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, Any]]:
+    """Accuracy and AUC on bags of unseen images."""
+    pools = [digit_pool(args.data_root, train) for train in (True, False)]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in MODELS}
+    for seed in tqdm(seeds, desc="digits", unit="seed"):
+        generator = torch.Generator().manual_seed(seed)
+        bags, labels = digit_bags(pools[0], args.bags, generator)
+        test, truth = digit_bags(pools[1], 500, generator)
+        for name in MODELS:
+            torch.manual_seed(seed)
+            model = build(name, bags[0].shape[1], 64, 0.2)
+            fit(model, partial(some_bags, bags, labels), args.digit_steps, 2e-3)
+            with torch.no_grad():
+                found[name].append(measures(model.score(test), truth))
+    rows = [[name, *(spread([run[k] for run in runs]) for k in ("accuracy", "auc"))] for name, runs in found.items()]
+    source = "scikit-learn's digits" if args.data_root is None else "MNIST"
+    text = (
+        f"{source}, {args.bags} training bags, {args.digit_steps} steps of 50 bags, 500 test bags of other images, "
+        f"mean ± deviation over {len(seeds)} seeds.\n\n{table(['model', 'accuracy', 'AUC'], rows)}"
+    )
+    return text, {"source": source, "runs": found}
+
+
+# Large bags ----------------------------------------------------------------------------------------------------------
+
+rare = partial(tasks.rare_instance_bags, num_positive=10, shift=5.0)
+
+
+def peak_memory(size: int, chunk: int) -> dict[str, float]:
+    """By how much forward and backward of one bag raise the peak memory of the process, in MB; the largest last."""
+    model = build("UMBC", 16, 32, 0.0)
+    x, label = rare(1, size)
+    model.loss(x[:, : 2 * chunk], label, chunk_size=chunk, gradient="exact").backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = {}
+    for gradient in ("sampled", "exact", "full"):
+        model.loss(x, label, chunk_size=chunk, gradient=gradient).backward()
+        grown[gradient] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return grown
+
+
+def large(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, Any]]:
+    """Train on growing bags; accuracy on bags of every size, time of a step, memory of the gradient."""
+    sizes, chunk = args.sizes, args.chunk
+    memory = peak_memory(sizes[-1], chunk)
+    runs = [(name, "exact") for name in MODELS]
+    runs.insert(1, ("UMBC", "sampled"))
+    generator = torch.Generator().manual_seed(10_000)
+    tests = {size: rare(args.test_bags, size, generator=generator) for size in sizes}
+    found: list[dict[str, Any]] = []
+    for name, gradient in tqdm(runs, desc="large", unit="model"):
+        accuracy: dict[int, list[float]] = {size: [] for size in sizes}
+        for seed in seeds:
+            torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
+            model = build(name, 16, 32, 0.0)
+            options = {"chunk_size": chunk, "gradient": gradient, "num_gradient_chunks": 2}
+            for size, (bags, steps) in zip(sizes, args.stages, strict=True):
+                began = time.process_time()
+                draw = partial(rare, bags, size, generator=generator)
+                rate = 3e-3 * bags / args.stages[0][0]  # in proportion to the bags of a step
+                fit(model, lambda _, draw=draw: draw(), steps, rate, **options)
+                cost = (time.process_time() - began) / steps / bags
+            for size, (x, labels) in tests.items():
+                with torch.no_grad():
+                    score = torch.cat([model.score(bag, chunk_size=chunk, gradient="none") for bag in x.split(1)])
+                accuracy[size].append(measures(score, labels)["accuracy"])
+        found.append({"model": name, "gradient": gradient, "accuracy": accuracy, "seconds": cost})
+    rows = [
+        [run["model"], run["gradient"], *(spread(run["accuracy"][n]) for n in sizes), f"{run['seconds']:.2f}"]
+        for run in found
+    ]
+    stages = ", ".join(
+        f"{steps} steps of {bags} bags of {n:,}" for n, (bags, steps) in zip(sizes, args.stages, strict=True)
+    )
+    header = ["model", "gradient", *(f"{n:,}" for n in sizes), "CPU s/bag"]
+    text = (
+        f"10 shifted instances in a positive bag. {stages}; {args.test_bags} test bags of each size; {len(seeds)} "
+        f"seed(s). The last column: forward and backward of one bag of {sizes[-1]:,}.\n\n{table(header, rows)}\n\n"
+        f"Forward and backward of one bag of {sizes[-1]:,} raise the peak memory of the process by "
+        + ", ".join(f"{value:.0f} MB ({name})" for name, value in memory.items())
+        + f", in chunks of {chunk:,}."
+    )
+    return text, {"runs": found, "memory_mb": memory}
+
+
+def picture(figures: dict[str, Any], path: Path) -> None:
+    """A panel a part: accuracies."""
+    plt = plotter()
+    figure, axes = plt.subplots(1, len(figures), figsize=(5.2 * len(figures), 4.2), squeeze=False)
+    for ax, (part, found) in zip(axes[0], figures.items(), strict=True):
+        if part == "large":
+            for run in found["runs"]:
+                sizes, values = zip(*((n, mean(v)) for n, v in run["accuracy"].items()), strict=True)
+                style = "o--" if run["gradient"] == "sampled" else "o-"
+                name = run["model"] + (" (sampled)" if run["gradient"] == "sampled" else "")
+                ax.plot(sizes, values, style, color=COLOURS[run["model"]], ms=4, label=name)
+            ax.set(xscale="log", xlabel="instances of a bag", title="10 positive instances: accuracy")
+        else:
+            groups = (
+                {"": {k: [r["accuracy"] for r in v] for k, v in found["runs"].items()}} if part == "digits" else None
+            )
+            if groups is None:
+                names = list(next(iter(found["accuracy"].values())))
+                groups = {s: {m: by_set[s] for m, by_set in found["accuracy"].items()} for s in names}
+            for i, (name, colour) in enumerate(COLOURS.items()):
+                heights = [mean(group[name]) for group in groups.values()]
+                ax.bar(np.arange(len(groups)) + (i - 2) * 0.16, heights, 0.15, color=colour, label=name)
+            ax.set_xticks(range(len(groups)), list(groups))
+            ax.set(ylim=(0.4, 1), title={"digits": "bags of digits: accuracy"}.get(part, "cross-validated accuracy"))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    figure.tight_layout()
+    save_picture(figure, path)
+
+
+PARTS = {"large": large, "digits": digits, "benchmark": benchmark}
+TITLES = {"large": "Rare instances in large bags", "digits": "Bags of digits", "benchmark": "Benchmark bags"}
+
+
+def main() -> None:
+    parser = arguments(__doc__, "mil")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="default: all that have data")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of digits and benchmark")
+    parser.add_argument("--large-seeds", type=int, default=1, help="runs of large")
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--benchmark-steps", type=int, default=100)
+    parser.add_argument("--digit-steps", type=int, default=400)
+    parser.add_argument("--bags", type=int, default=200, help="training bags of digits")
+    parser.add_argument("--sizes", type=int, nargs=4, default=[100, 1000, 10_000, 100_000], help="of large bags")
+    parser.add_argument("--test-bags", type=int, default=30, help="of each size of large bags")
+    parser.add_argument("--chunk", type=int, default=4000, help="instances of a large bag in memory at a time")
+    args = parser.parse_args()
+    args.stages = [(16, 200), (8, 100), (4, 30), (2, 10)]
+    if args.quick:
+        args.seeds, args.folds, args.benchmark_steps, args.digit_steps, args.bags = 1, 2, 10, 50, 60
+        args.sizes, args.stages, args.chunk = [50, 200, 1000, 20_000], [(8, 20), (8, 10), (4, 5), (1, 2)], 1000
+        args.test_bags = 8
+    parts = args.parts or [part for part in PARTS if part != "benchmark" or args.data_root]
+    args.out.mkdir(parents=True, exist_ok=True)
+    page, figures = "# Multiple-instance learning", {}
+    for part in parts:
+        count = args.large_seeds if part == "large" else args.seeds
+        text, figures[part] = PARTS[part](args, list(range(args.seed, args.seed + count)))
+        page += f"\n\n## {TITLES[part]}\n\n{text}"
+    picture(figures, args.out / "mil.png")
+    save("mil", args, page, figures)
+
+
+if __name__ == "__main__":
+    main()

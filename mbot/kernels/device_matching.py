@@ -1,0 +1,224 @@
+"""Minimum-cost matchings of a batch of dense problems on the costs' own device, without a copy to the CPU.
+
+Three stages, none of which waits for the device:
+
+1. a short epsilon-scaled Sinkhorn in float32 for column prices that are nearly optimal: after it, all but a few rows
+   can have their cheapest column (measured at n = 128: 2 to 4 rows are left, at n = 2048 about 25);
+2. these pairs, then shortest augmenting paths in float64 for the rows that are left (Jonker and Volgenant 1987);
+3. a scan of the rows at the final prices: dual variables and the certified gap.
+
+Stage 1 only decides how long stage 2 takes: the result is optimal whatever the prices. A matching with k < n pairs is
+the assignment with n - k dummy rows and columns, whose costs are never written to memory.
+
+Each stage is a Triton kernel with a plain-torch reference beside it (`Reference`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 16384  # columns (dummies included) of a problem whose state fits one thread block
+_FIRST, _RATIO = 0.25, 0.7  # epsilon: first and ratio, in units of the costs' spread
+_TINY = 1e-30
+
+
+@lru_cache
+def triton_kernels() -> ModuleType | None:
+    """The Triton kernels, or None where Triton is not installed."""
+    try:
+        from mbot.kernels import triton_matching
+    except ImportError:
+        return None
+    return triton_matching
+
+
+def applies(cost: Tensor, cardinality: int | None = None) -> bool:
+    """Whether these problems ``(…, n, n)`` are solved on their device: CUDA, Triton, and not too large."""
+    n = cost.shape[-1]
+    size = n if cardinality is None else 2 * n - cardinality
+    return cost.is_cuda and size <= LARGEST and triton_kernels() is not None
+
+
+@dataclass
+class Problems:
+    """``B`` square problems with ``n`` rows, completed by ``size - n`` dummy rows and columns.
+
+    Attributes:
+        cost: ``(B, n, n)`` finite costs, float32 or float64, contiguous.
+        size: rows with the dummies.
+        outside: ``(B,)`` float64, cost between a dummy and a real point.
+        wall: ``(B,)`` float64, cost between two dummies; no optimal matching pays it.
+        low: ``(B,)`` float64, least cost.
+        spread: ``(B,)`` float64, mean minus least cost.
+    """
+
+    cost: Tensor
+    size: int
+    outside: Tensor
+    wall: Tensor
+    low: Tensor
+    spread: Tensor
+
+    @property
+    def n(self) -> int:
+        """Real rows."""
+        return self.cost.shape[-1]
+
+    def schedule(self) -> tuple[int, int]:
+        """Levels and rounds at each of them of the Sinkhorn start: more for more rows, down to about 0.01 / n."""
+        last = max(0.01 / self.size, 2e-6)  # below it float32 has no digits left
+        levels = max(8, math.ceil(math.log(last / _FIRST) / math.log(_RATIO)))
+        return levels, 2 if self.size <= 1024 else 8
+
+    def levels(self) -> list[float]:
+        """Epsilon of each level, in units of the spread."""
+        return [_FIRST * _RATIO**level for level in range(self.schedule()[0])]
+
+
+def problems_of(cost: Tensor, cardinality: int) -> Problems:
+    """Complete square problems by the dummies that leave ``cardinality`` pairs."""
+    count, n, _ = cost.shape
+    flat = cost.reshape(count, -1)
+    low = flat.amin(1).double()
+    spread = (flat.mean(1, dtype=torch.float64) - low).clamp_min(0)
+    size, outside, wall = 2 * n - cardinality, low, low
+    if size > n:
+        # The cost of going outside is free to choose; near that of a marginal pair few rows fight over it.
+        outside = cost.amin(2).sort(dim=1).values[:, cardinality - 1].double()
+        typical = spread + low.abs()
+        # k + t pairs cost at least t * low more than the best k of them, so this is never worth paying.
+        wall = 2 * outside - low + torch.where(typical > 0, typical, 1)
+    return Problems(cost.contiguous(), size, outside, wall, low, spread)
+
+
+class Reference:
+    """The three stages in plain torch, on any device: what the kernels compute, slowly."""
+
+    @staticmethod
+    def _full(problems: Problems) -> Tensor:
+        """Costs with the dummies, ``(B, size, size)`` float64."""
+        count, n, size = len(problems.cost), problems.n, problems.size
+        full = problems.outside[:, None, None].expand(count, size, size).clone()
+        full[:, n:, n:] = problems.wall[:, None, None]
+        full[:, :n, :n] = problems.cost
+        return full
+
+    @classmethod
+    def start(cls, problems: Problems) -> Tensor:
+        """Prices ``(B, size)`` in float64 that are nearly optimal."""
+        spread = torch.where(problems.spread > 0, problems.spread, 1)
+        unit = ((cls._full(problems) - problems.low[:, None, None]) / spread[:, None, None]).float()
+        price = unit.new_zeros(unit.shape[:2])
+        rounds = problems.schedule()[1]
+        for epsilon in problems.levels():
+            for _ in range(rounds):
+                plan = ((price[:, None, :] - unit) / epsilon).softmax(2)
+                price = price - epsilon * plan.sum(1).clamp_min(_TINY).log()
+        return price.double() * problems.spread[:, None]
+
+    @classmethod
+    def scan(cls, problems: Problems, price: Tensor) -> tuple[Tensor, Tensor]:
+        """The least of ``cost - price`` of each row, ``(B, size)`` float64, and its first column."""
+        least, want = (cls._full(problems) - price[:, None, :]).min(2)
+        return least, want
+
+    @classmethod
+    def finish(cls, problems: Problems, price: Tensor, row_of: Tensor, col_of: Tensor) -> None:
+        """Shortest augmenting paths for the rows without a column (-1), one row of each problem at a time; in place."""
+        cost = cls._full(problems)
+        which = torch.arange(len(cost), device=cost.device)
+        while bool((col_of < 0).any()):
+            live = which[(col_of < 0).any(1)]
+            start = (col_of[live] < 0).int().argmax(1)
+            c, p = cost[live], price[live]
+            at = torch.arange(len(live), device=cost.device)
+            dist = c[at, start] - p
+            parent = start[:, None].expand_as(dist).clone()
+            unsettled = torch.ones_like(dist, dtype=torch.bool)
+            taken = row_of[live] >= 0
+            while True:
+                reach = dist.masked_fill(~unsettled, torch.inf)
+                least = reach.amin(1)
+                end = torch.where(reach == least[:, None], 1 + (~taken).int(), 0).argmax(1)  # free columns first
+                row = row_of[live, end]
+                busy = row >= 0
+                if not bool(busy.any()):
+                    break
+                unsettled[at[busy], end[busy]] = False
+                shift = c[at, row, end] - p[at, end] - least
+                h = c[at, row] - p - shift[:, None]
+                better = unsettled & (h < dist) & busy[:, None]
+                dist, parent = torch.where(better, h, dist), torch.where(better, row[:, None], parent)
+            price[live] = torch.where(unsettled, p, p + (dist - least[:, None]))
+            moving = at
+            while len(moving):
+                problem, stop = live[moving], end[moving]
+                row = parent[moving, stop]
+                row_of[problem, stop] = row
+                end[moving] = col_of[problem, row]
+                col_of[problem, row] = stop
+                moving = moving[row != start[moving]]
+
+
+@dataclass
+class Matching:
+    """Matchings of ``B`` problems; see `match`."""
+
+    column: Tensor
+    row_dual: Tensor
+    col_dual: Tensor
+    gap: Tensor
+    typical: Tensor
+
+
+def match(cost: Tensor, cardinality: int | None = None, kernels: Any = None) -> Matching:
+    """Minimum-cost matchings with exactly ``cardinality`` pairs.
+
+    Args:
+        cost: ``(B, n, n)`` finite costs, float32 or float64.
+        cardinality: pairs, ``0 < k <= n``; None for all n.
+        kernels: the stages; None for Triton's on a CUDA device and the reference anywhere else.
+
+    Returns:
+        ``column`` ``(B, n)`` int64, -1 for unmatched rows; dual variables ``(B, n)`` in float64 with
+        ``row_dual + col_dual <= cost``; ``gap`` ``(B,)``, primal minus dual value, 0 up to rounding; and ``typical``
+        ``(B,)``, the magnitude of a typical cost.
+    """
+    if kernels is None:
+        kernels = triton_kernels() if cost.is_cuda else None
+        kernels = kernels or Reference
+    n = cost.shape[-1]
+    problems = problems_of(cost, n if cardinality is None else cardinality)
+    price = kernels.start(problems).nan_to_num(0, 0, 0)  # costs beyond float32's range start from nothing
+    _, want = kernels.scan(problems, price)
+    want = want.long()
+    # Of the rows that want a column the first one gets it.
+    size = problems.size
+    rows = torch.arange(size, device=cost.device, dtype=torch.int32).expand_as(want)
+    taker = torch.full_like(rows, size).contiguous().scatter_reduce_(1, want, rows, "amin")
+    col_of = torch.where(taker.gather(1, want) == rows, want, -1).int()
+    row_of = torch.where(taker < size, taker, -1)
+    if kernels is Reference:
+        col_of, row_of = col_of.long(), row_of.long()
+    kernels.finish(problems, price, row_of, col_of)
+    least, _ = kernels.scan(problems, price)
+    gap = (_matched(problems, col_of) - price.gather(1, col_of.long()) - least).sum(1)
+    column = torch.where(col_of < n, col_of, -1)[:, :n].long()
+    return Matching(column, least[:, :n], price[:, :n], gap, problems.spread + problems.low.abs())
+
+
+def _matched(problems: Problems, col_of: Tensor) -> Tensor:
+    """Costs of the matched pairs, dummies included, ``(B, size)`` float64."""
+    n = problems.n
+    real = problems.cost.gather(2, col_of[:, :n, None].long().clamp_max(n - 1))[:, :, 0].double()
+    outside = problems.outside[:, None]
+    rows = torch.where(col_of[:, :n] < n, real, outside)
+    dummies = torch.where(col_of[:, n:] < n, outside, problems.wall[:, None])
+    return torch.cat((rows, dummies), 1)

@@ -1,0 +1,66 @@
+"""Passes over all pairs of two clouds on a CUDA device, fused: which inputs they take, and what they are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbot.cost import _unit
+
+COSTS = ("sqeuclidean", "dot", "cosine")
+
+
+@lru_cache
+def triton_kernels() -> ModuleType | None:
+    """The Triton kernels, or None where Triton is not installed."""
+    try:
+        from mbot.kernels import triton_streaming
+    except ImportError:
+        return None
+    return triton_streaming
+
+
+@dataclass
+class Fused:
+    """Two clouds in the form that the kernels take: ``(1, n, d)``, contiguous, shifted to their common centre."""
+
+    x: Tensor
+    y: Tensor
+    cost: str
+    constant: float  # what the cost has more than the kernels' cost
+    kernels: Any
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, cost: Any) -> Fused | None:
+        """The clouds ``(n, d)``, ``(m, d)``, or None where the kernels do not apply (no CUDA, no Triton, float64)."""
+        if not (x.is_cuda and isinstance(cost, str) and cost in COSTS and x.dtype != torch.float64):
+            return None
+        kernels = triton_kernels()
+        return None if kernels is None else cls.prepared(x, y, cost, kernels)
+
+    @classmethod
+    def prepared(cls, x: Tensor, y: Tensor, cost: str, kernels: Any) -> Fused:
+        """The clouds for given kernels."""
+        constant = 0.0
+        if cost == "cosine":
+            x, y, cost, constant = _unit(x), _unit(y), "dot", 1.0
+        elif cost == "sqeuclidean" and x.dtype == torch.float32:  # half-precision points would lose digits to a shift
+            centre = (x.mean(0) + y.mean(0)) / 2
+            x, y = x - centre, y - centre
+        return cls(x[None].contiguous(), y[None].contiguous(), cost, constant, kernels)
+
+    def soft(self, potential: Tensor, eps: float, turned: bool) -> Tensor:
+        """``log sum_j exp(potential_j - c_ij / eps)`` of each row, or of each column if ``turned``; float64."""
+        x, y = (self.y, self.x) if turned else (self.x, self.y)
+        return self.kernels.soft(x, y, potential[None], self.cost, eps)[0] - self.constant / eps
+
+    def pull(self, phi: Tensor, psi: Tensor, eps: float, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """``P y`` and row sums of ``P = exp(phi + psi - c / eps)``, and the points x, all about one centre."""
+        x, y, own, other = (self.y, self.x, psi, phi) if turned else (self.x, self.y, phi, psi)
+        pulled, mass = self.kernels.pull(x, y, (own - self.constant / eps)[None], other[None], self.cost, eps)
+        return pulled[0], mass[0], x[0]

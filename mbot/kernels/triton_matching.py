@@ -1,0 +1,262 @@
+"""Triton kernels of `mbot.kernels.device_matching`: one problem a thread block, or its rows spread over the device.
+
+Within a block, threads share a problem's state through global memory that stays in the first-level cache. Shared
+arrays are read-only while a path is searched or traced; changes are collected in registers and written between two
+barriers, so no thread reads what another may be writing.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mbot.kernels.device_matching import Problems
+
+_BLOCKWISE = 512  # columns up to which a single block runs the whole Sinkhorn start
+_TILE = 4096  # entries of a tile of rows
+_PROGRAMS = 528  # programs that a pass is spread over: four a multiprocessor of a large card
+
+
+@triton.jit
+def _entries(cost, rows, cols, n, outside, wall, DUMMIES: tl.constexpr):
+    """Costs in float64 at broadcast rows and columns; 0 beyond the last where there are no dummies."""
+    real = (rows < n) & (cols < n)
+    entries = tl.load(cost + rows * n + cols, mask=real, other=0.0).to(tl.float64)
+    if DUMMIES:
+        entries = tl.where(real, entries, tl.where((rows >= n) & (cols >= n), wall, outside))
+    return entries
+
+
+@triton.jit
+def _units(cost, lows, spreads, outsides, walls, problem):
+    """What takes costs to units of the spread above the least one, and the dummies' costs in these units.
+
+    In two steps, each with the root of the spread: neither overflows nor underflows for costs of float32's range.
+    """
+    low, spread = tl.load(lows + problem), tl.load(spreads + problem)
+    spread = tl.where(spread > 0, spread, 1.0)
+    root = 1 / tl.sqrt(spread)
+    outside, wall = tl.load(outsides + problem) - low, tl.load(walls + problem) - low
+    entry = cost.dtype.element_ty
+    return (
+        root.to(entry),
+        (low * root).to(entry),
+        root.to(tl.float32),
+        (outside / spread).to(tl.float32),
+        (wall / spread).to(tl.float32),
+    )
+
+
+@triton.jit
+def _column_masses(
+    cost, price, begin, stop, inverse, n, size, scale, shift, stretch, outside, wall,
+    DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Column sums over some rows of the plan whose rows sum to one, at prices in units of the spread."""
+    cols = tl.arange(0, BLOCK)[None, :]
+    masses = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(begin, stop, ROWS):
+        rows = first + tl.arange(0, ROWS)[:, None]
+        real = (rows < n) & (cols < n)
+        unit = (tl.load(cost + rows * n + cols, mask=real, other=0.0) * scale - shift).to(tl.float32) * stretch
+        if DUMMIES:
+            unit = tl.where(real, unit, tl.where((rows >= n) & (cols >= n), wall, outside))
+        exponent = tl.where(cols < size, (price[None, :] - unit) * inverse, float("-inf"))
+        plan = tl.exp2(exponent - tl.max(exponent, 1)[:, None])
+        plan = plan / tl.sum(plan, 1)[:, None]
+        masses += tl.where(rows < stop, plan, 0.0)
+    return tl.sum(masses, 0)
+
+
+@triton.jit
+def _start_kernel(
+    cost, lows, spreads, outsides, walls, prices, n, size, levels, rounds, inverse, growth,
+    DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The whole epsilon-scaled Sinkhorn of one problem in one block."""
+    problem = tl.program_id(0).to(tl.int64)
+    cost += problem * n * n
+    scale, shift, stretch, outside, wall = _units(cost, lows, spreads, outsides, walls, problem)
+    price = tl.zeros([BLOCK], tl.float32)
+    for _level in range(levels):
+        for _round in range(rounds):
+            masses = _column_masses(
+                cost, price, 0, size, inverse, n, size, scale, shift, stretch, outside, wall, DUMMIES, ROWS, BLOCK
+            )
+            price -= tl.log2(tl.maximum(masses, 1e-30)) / inverse
+        inverse = inverse * growth
+    cols = tl.arange(0, BLOCK)
+    tl.store(prices + problem * size + cols, price, mask=cols < size)
+
+
+@triton.jit
+def _pass_kernel(
+    cost, lows, spreads, outsides, walls, prices, masses, n, size, inverse, share,
+    DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Column masses of ``share`` rows of one problem: one iteration's work of one block."""
+    problem, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cost += problem * n * n
+    scale, shift, stretch, outside, wall = _units(cost, lows, spreads, outsides, walls, problem)
+    cols = tl.arange(0, BLOCK)
+    price = tl.load(prices + problem * size + cols, mask=cols < size, other=0.0)
+    begin = part * share
+    stop = tl.minimum(begin + share, size)
+    sums = _column_masses(
+        cost, price, begin, stop, inverse, n, size, scale, shift, stretch, outside, wall, DUMMIES, ROWS, BLOCK
+    )
+    tl.store(masses + (problem * tl.num_programs(1) + part) * size + cols, sums, mask=cols < size)
+
+
+@triton.jit
+def _scan_kernel(
+    cost, prices, outsides, walls, least, want, n, size,
+    DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Least reduced cost of some rows, and the first column that has it."""
+    problem = tl.program_id(0).to(tl.int64)
+    cost += problem * n * n
+    outside, wall = tl.load(outsides + problem), tl.load(walls + problem)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    price = tl.load(prices + problem * size + cols, mask=cols < size, other=0.0)
+    reduced = _entries(cost, rows[:, None], cols[None, :], n, outside, wall, DUMMIES) - price[None, :]
+    reduced = tl.where(cols[None, :] < size, reduced, float("inf"))
+    smallest = tl.min(reduced, 1)
+    first = tl.min(tl.where(reduced == smallest[:, None], cols[None, :], BLOCK), 1)
+    tl.store(least + problem * size + rows, smallest, mask=rows < size)
+    tl.store(want + problem * size + rows, first, mask=rows < size)
+
+
+@triton.jit
+def _nearest(dist, unsettled, taken, cols, BLOCK: tl.constexpr):
+    """The least distance of the columns that are not settled, and where; free columns before taken ones."""
+    reach = tl.where(unsettled, dist, float("inf"))
+    least = tl.min(reach, 0)
+    key = tl.where(unsettled & (reach == least), cols + tl.where(taken, BLOCK, 0), 2 * BLOCK)
+    return least, tl.min(key, 0) % BLOCK
+
+
+@triton.jit
+def _finish_kernel(
+    cost, prices, outsides, walls, rows_of, cols_of, parents, n, size,
+    DUMMIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Shortest augmenting paths of one problem, for each row whose column is -1."""
+    problem = tl.program_id(0).to(tl.int64)
+    cost += problem * n * n
+    prices += problem * size
+    rows_of += problem * size
+    cols_of += problem * size
+    parents += problem * size
+    outside, wall = tl.load(outsides + problem), tl.load(walls + problem)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < size
+    price = tl.load(prices + cols, mask=inside, other=0.0)
+    row_of = tl.load(rows_of + cols, mask=inside, other=0)
+    for start in range(size):
+        if tl.load(cols_of + start) < 0:
+            parent = tl.zeros([BLOCK], tl.int32) + start
+            dist = _entries(cost, parent, cols, n, outside, wall, DUMMIES) - price
+            unsettled = inside
+            least, end = _nearest(dist, unsettled, row_of >= 0, cols, BLOCK)
+            row = tl.load(rows_of + end)
+            while row >= 0:
+                unsettled = unsettled & (cols != end)
+                shift = _entries(cost, row, end, n, outside, wall, DUMMIES) - tl.load(prices + end) - least
+                via = tl.zeros([BLOCK], tl.int32) + row
+                through = _entries(cost, via, cols, n, outside, wall, DUMMIES) - price - shift
+                better = unsettled & (through < dist)
+                dist = tl.where(better, through, dist)
+                parent = tl.where(better, via, parent)
+                least, end = _nearest(dist, unsettled, row_of >= 0, cols, BLOCK)
+                row = tl.load(rows_of + end)
+            price = tl.where(inside & (unsettled == 0), price + (dist - least), price)
+            tl.debug_barrier()
+            tl.store(prices + cols, price, mask=inside)
+            tl.store(parents + cols, parent, mask=inside)
+            tl.debug_barrier()
+            # Trace the path back. Memory is only read here; the new pairs are written once all threads have passed.
+            col_of = tl.load(cols_of + cols, mask=inside, other=0)
+            while end >= 0:
+                row = tl.load(parents + end)
+                previous = tl.load(cols_of + row)
+                row_of = tl.where(cols == end, row, row_of)
+                col_of = tl.where(cols == row, end, col_of)
+                end = previous  # -1 at the row that had no column
+            tl.debug_barrier()
+            tl.store(rows_of + cols, row_of, mask=inside)
+            tl.store(cols_of + cols, col_of, mask=inside)
+            tl.debug_barrier()
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def _tile(size: int) -> dict[str, Any]:
+    """Shape and warps of tiles of whole rows."""
+    block = _block(size)
+    warps = 4 if block < 128 else 8 if block <= 4096 else 16
+    return {"ROWS": max(1, _TILE // block), "BLOCK": block, "num_warps": warps, "num_stages": 1}
+
+
+def _on(cost: Tensor) -> Any:
+    return torch.cuda.device(cost.device) if cost.is_cuda else nullcontext()
+
+
+def start(problems: Problems) -> Tensor:
+    """See `mbot.kernels.device_matching.Reference.start`."""
+    cost, n, size = problems.cost, problems.n, problems.size
+    count, tile = len(cost), _tile(size)
+    price = torch.zeros(count, size, dtype=torch.float32, device=cost.device)
+    levels, rounds = problems.levels(), problems.schedule()[1]
+    given = (cost, problems.low, problems.spread, problems.outside, problems.wall)
+    with _on(cost):
+        if size <= _BLOCKWISE:
+            inverse, growth = 1 / (levels[0] * math.log(2)), levels[0] / levels[1]
+            _start_kernel[(count,)](*given, price, n, size, len(levels), rounds, inverse, growth, size > n, **tile)
+        else:
+            steps = triton.cdiv(size, tile["ROWS"])
+            parts = min(steps, max(1, _PROGRAMS // count))
+            share = triton.cdiv(steps, parts) * tile["ROWS"]
+            parts = triton.cdiv(size, share)
+            masses = torch.empty(count, parts, size, dtype=torch.float32, device=cost.device)
+            for epsilon in levels:
+                for _ in range(rounds):
+                    _pass_kernel[(count, parts)](
+                        *given, price, masses, n, size, 1 / (epsilon * math.log(2)), share, size > n,
+                        **tile,
+                    )  # fmt: skip
+                    price.sub_(masses.sum(1).clamp_min_(1e-30).log_(), alpha=epsilon)
+    return price.double() * problems.spread[:, None]
+
+
+def scan(problems: Problems, price: Tensor) -> tuple[Tensor, Tensor]:
+    """See `mbot.kernels.device_matching.Reference.scan`."""
+    cost, size, tile = problems.cost, problems.size, _tile(problems.size)
+    least = torch.empty_like(price)
+    want = torch.empty(price.shape, dtype=torch.int32, device=cost.device)
+    with _on(cost):
+        _scan_kernel[(len(cost), triton.cdiv(size, tile["ROWS"]))](
+            cost, price, problems.outside, problems.wall, least, want, problems.n, size, size > problems.n, **tile
+        )
+    return least, want
+
+
+def finish(problems: Problems, price: Tensor, row_of: Tensor, col_of: Tensor) -> None:
+    """See `mbot.kernels.device_matching.Reference.finish`."""
+    cost, size = problems.cost, problems.size
+    block = _block(size)
+    with _on(cost):
+        _finish_kernel[(len(cost),)](
+            cost, price, problems.outside, problems.wall, row_of, col_of, torch.empty_like(row_of), problems.n, size,
+            size > problems.n, BLOCK=block, num_warps=min(16, max(1, block // 256)), num_stages=1,
+        )  # fmt: skip

@@ -1,0 +1,100 @@
+"""Entropic transport between clouds too large for a matrix of their costs: passes over tiles, O(n d) memory.
+
+The potentials come from the loop of the large-batch coupling; the value is the dual one, whose error is of second order
+in theirs; and its gradient in the points is, by the envelope theorem, a weighted sum of targets:
+
+    squared Euclidean:  d/dx_i = 2 sum_j P_ij (x_i - y_j)          dot:  d/dx_i = - sum_j P_ij y_j
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbot import checks
+from mbot.cost import Cost, _pairwise, _unit, _working
+from mbot.transport.streaming import Streamed, solve
+
+_CELLS = 1 << 24  # entries of the largest tile
+_MOST = {"cuda": 1 << 24, "cpu": 1 << 27}  # entries of a cost matrix beyond which it is not made
+_PROBE = 1024
+
+
+def too_large(x: Tensor, y: Tensor, cost: Cost) -> bool:
+    """Whether problems between ``(…, n, d)`` and ``(…, m, d)`` are solved without their cost matrix."""
+    most = _MOST["cuda" if x.is_cuda else "cpu"]
+    return isinstance(cost, str) and cost in ("sqeuclidean", "dot", "cosine") and x.shape[-2] * y.shape[-2] > most
+
+
+def entropic_values(
+    x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cost: str, reg: float, max_iter: int, tol: float
+) -> Tensor:
+    """The values ``(…,)`` of `EntropicOT` on checked points, one large problem after another."""
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    like = torch.empty((), device=x.device).expand(*batch, 1, 1)
+    weights = []
+    for weight, points, name in ((a, x, "a"), (b, y, "b")):
+        size = points.shape[-2]
+        weight = checks.weights(weight, size, like, name)
+        if weight is None:
+            weight = torch.full((size,), 1 / size, dtype=torch.float64, device=x.device).expand(*batch, size)
+        weights.append(weight.reshape(-1, size))
+    left, right = weights[0], checks.equal_totals(*weights)
+    with torch.autocast(x.device.type, enabled=False):
+        x, y, shift = _working(x), _working(y), torch.zeros_like(left[:, 0])
+        if cost == "cosine":  # 1 plus the dot cost of unit vectors
+            x, y, cost, shift = _unit(x), _unit(y), "dot", left.sum(1)
+        x, y = (
+            points.expand(*batch, *points.shape[-2:]).flatten(0, -3) if batch else points[None] for points in (x, y)
+        )
+        values = [_value(*problem, cost, reg, max_iter, tol) for problem in zip(x, y, left, right, strict=True)]
+        return (torch.stack(values) + shift.to(x.dtype)).reshape(batch)
+
+
+def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, max_iter: int, tol: float) -> Tensor:
+    if not bool((a > 0).all() & (b > 0).all()):
+        x, y, a, b = x[a > 0], y[b > 0], a[a > 0], b[b > 0]  # points of weight 0 take no part
+    with torch.no_grad():
+        sample = _pairwise(x[:: -(-len(x) // _PROBE)], y[:: -(-len(y) // _PROBE)], cost)
+        spread = float(sample.amax() - sample.amin())
+        # Exponents of the size of spread / reg are rounded; no marginal is more exact than that.
+        tol = max(tol, 4 * torch.finfo(x.dtype).eps * (8 + spread / reg))
+        layout = Streamed(x.detach(), y.detach(), cost, _CELLS, reg)
+        found = solve(
+            layout, reg, spread, max_iter=max_iter, tol=tol, start=None, device=x.device, log_a=a.log(), log_b=b.log()
+        )
+        if not found.converged:
+            warnings.warn(
+                f"EntropicOT: not converged after {found.iterations} iterations (error {found.error:.3g}). Raise "
+                f"max_iter (now {max_iter}), raise reg (now {reg:g}, in cost units), or loosen tol (now {tol:.3g})",
+                checks.ConvergenceWarning,
+                stacklevel=4,
+            )
+        total = a.sum()
+        dual = (a * (found.phi - a.log())).sum() + (b * (found.psi - b.log())).sum() - total + total * b.sum()
+        value = (reg * dual).to(x.dtype)
+    return _Value.apply(x, y, value, layout, found.phi, found.psi)
+
+
+class _Value(torch.autograd.Function):
+    """Forward: the known value. Backward: one pass over the pairs for each side that needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, value: Tensor, layout: Any, phi: Tensor, psi: Tensor) -> Tensor:
+        ctx.save_for_backward(phi, psi)
+        ctx.layout = layout
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        phi, psi = ctx.saved_tensors
+        sides: list[Tensor | None] = [None, None]
+        for side in (0, 1):
+            if ctx.needs_input_grad[side]:
+                pulled, mass, points = ctx.layout.pull(phi, psi, turned=bool(side))
+                dot = ctx.layout.cost == "dot"
+                sides[side] = grad * (-pulled if dot else 2 * (mass[:, None] * points - pulled))
+        return (*sides, *[None] * 4)

@@ -1,0 +1,50 @@
+"""Every Triton kernel compiles for a Hopper card, on a machine without one. Needs Triton, not a GPU."""
+
+import importlib.util
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+_TYPES = {
+    "n": "i32", "m": "i32", "d": "i32", "size": "i32", "levels": "i32", "rounds": "i32", "share": "i32",
+    "inverse": "fp32", "growth": "fp32", "scale": "fp32",
+    "lows": "*fp64", "spreads": "*fp64", "prices": "*fp64", "outsides": "*fp64", "walls": "*fp64", "least": "*fp64",
+    "rows_of": "*i32", "cols_of": "*i32", "parents": "*i32", "want": "*i32",
+}  # fmt: skip
+_TILE = {"DUMMIES": True, "ROWS": 16, "BLOCK": 256}
+_PAIRS = {"DIRECT": False, "D": 32, "M": 64, "N": 64, "PRECISION": "ieee"}
+CASES = [
+    ("triton_matching", "_start_kernel", _TILE, 8, {"prices": "*fp32"}),
+    ("triton_matching", "_pass_kernel", {"DUMMIES": False, "ROWS": 1, "BLOCK": 16384}, 16, {"prices": "*fp32"}),
+    ("triton_matching", "_scan_kernel", _TILE, 8, {"cost": "*fp64"}),
+    ("triton_matching", "_finish_kernel", {"DUMMIES": False, "BLOCK": 128}, 1, {}),
+    ("triton_matching", "_finish_kernel", {"DUMMIES": True, "BLOCK": 1024}, 4, {"cost": "*fp64"}),
+    ("triton_streaming", "_soft_kernel", _PAIRS, 4, {}),
+    ("triton_streaming", "_soft_kernel", _PAIRS | {"DIRECT": True, "D": 3}, 4, {"x": "*bf16", "y": "*bf16"}),
+    ("triton_streaming", "_pull_kernel", _PAIRS | {"OUT": 64}, 8, {}),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "constants", "warps", "types"), CASES)
+def test_a_kernel_compiles(module, name, constants, warps, types):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"mbot.kernels.{module}"), name)
+    signature = {
+        argument: "constexpr" if argument in constants else types.get(argument, _TYPES.get(argument, "*fp32"))
+        for argument in kernel.arg_names
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps, "num_stages": 1},
+    )
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 48 << 10
+    assert "ld.global.nc" not in compiled.asm["ptx"]  # state that other threads write must not be cached as constant
