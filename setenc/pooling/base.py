@@ -255,10 +255,10 @@ def _accumulate(
     values = values.flatten(0, 1)
     mass = weights.sum(-1)
     if onto is None:
-        return (rows @ values).view(*peak.shape, -1), mass, peak
+        return (rows @ values).view(*peak.shape, values.shape[-1]), mass, peak
     scale = (onto[2] - shift).exp_()
-    total = (onto[0] * scale[..., None]).view(*rows.shape[:2], -1).baddbmm(rows, values)
-    return total.view(*peak.shape, -1), torch.addcmul(mass, onto[1], scale), peak
+    total = (onto[0] * scale[..., None]).view(*rows.shape[:2], values.shape[-1]).baddbmm(rows, values)
+    return total.view(*peak.shape, values.shape[-1]), torch.addcmul(mass, onto[1], scale), peak
 
 
 def _finite(peak: Tensor) -> Tensor:

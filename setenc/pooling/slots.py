@@ -147,13 +147,13 @@ class SlotPooling(Pooling):
             # A softmax over the set does not see the shifts, and adding them takes a pass over the logits.
             seen = 0.0 if self.activation == "softmax" else scale
             logits = torch.baddbmm(shift, queries, keys.mT, beta=seen, alpha=scale)
-            logits = logits.view(len(features), self.num_heads, self.num_slots, -1)
+            logits = logits.view(len(features), self.num_heads, self.num_slots, features.shape[1])
             return ACTIVATIONS[self.activation](logits), values
 
     def _project(self, features: Tensor) -> tuple[Tensor, ...]:
         """Keys and values ``(B, H, n, dim / H)``, without their biases: those are not the elements'."""
         both = F.linear(features, self.key_value.weight)
-        return both.view(*both.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        return both.view(*both.shape[:2], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
 
     def readout(self, state: SetState) -> Tensor:
         """Slots ``(B, K, dim)``: means, plus ``q(s_k)`` with the residual, normalised."""

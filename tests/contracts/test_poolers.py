@@ -177,6 +177,14 @@ def test_empty_sets_and_single_elements_are_defined(make):
 
 
 @every_pooler
+def test_a_batch_of_no_sets(make):
+    pooling = build(make).eval()
+    x = torch.randn(0, 5, 3, dtype=torch.float64)
+    for out in (pooling(x), pooling.readout(pooling.update(streamed(pooling, [x], batch=0), x))):
+        assert out.shape == (0, pooling.num_slots, pooling.out_dim)
+
+
+@every_pooler
 def test_reading_and_updating_leave_the_state_alone_and_streams_interleave(make):
     pooling = build(make).train()
     x, y = torch.randn(2, 2, 6, 3, dtype=torch.float64)
