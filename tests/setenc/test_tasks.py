@@ -58,10 +58,10 @@ def test_clustering_learns():
     g = torch.Generator().manual_seed(0)
     model = tasks.MixtureClustering(width=64)
     draw = lambda: tasks.mixture_sets(10, 64, generator=g).x  # noqa: E731
-    train(model, lambda: model.loss(draw(), chunk_size=16, gradient="sampled", num_gradient_chunks=2), 250)
+    train(model, lambda: model.loss(draw(), chunk_size=16, gradient="sampled", num_gradient_chunks=2), 400)
     after = model.eval().loss(tasks.mixture_sets(100, 64, generator=g).x).detach()
-    # One mixture for all sets has about log(64) = 4.16; five seeds reached 3.75 to 3.96.
-    assert float(after) < 4.05
+    # One mixture for all sets has about log(64) = 4.16; four seeds reached 3.30 to 3.80.
+    assert float(after) < 3.9
 
 
 def test_clustering_takes_any_pooling_and_decoder():
