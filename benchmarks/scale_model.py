@@ -133,7 +133,7 @@ def encode(
         exponentials=3 * slots * heads * n / ranks,
         memory=GB,  # a chunk's activations; elements are streamed
     )
-    call.add("all_reduce", 2 * 4 * slots * d)  # the slots agree
+    call.add("all_reduce", 2 * 4 * slots * (d + heads))  # the slots agree
     call.add("all_reduce", 4 * slots * heads)  # peaks
     call.add("all_reduce", 4 * slots * (d + heads), 2)  # totals and masses; their gradients
     return call.add("all_reduce", 8)  # how many
