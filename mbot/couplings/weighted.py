@@ -172,8 +172,8 @@ def suggest_reg(x0: Tensor, x1: Tensor, cost: Cost = "euclidean") -> float:
 
     >>> x0, x1 = torch.randn(200, 64), 2 * torch.randn(200, 64)
     >>> reg = suggest_reg(x0, x1)
-    >>> suggest_reg(10 * x0, 10 * x1) / reg  # it scales with the data
-    10.0...
+    >>> round(suggest_reg(10 * x0, 10 * x1) / reg, 3)  # it scales with the data
+    10.0
     """
     curve = reg_curve(x0, x1, cost)
     return float(curve.reg[curve.elbow])
