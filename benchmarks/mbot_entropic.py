@@ -36,7 +36,7 @@ def row(problems, n, d, share, dtype=torch.float64):
     ours = marginal_error(transport.plan(cost).to_dense())
     wanted = 2 * max(ours, tolerance)  # a peer counts where it gets within a factor of 2
     max_iter = 20
-    while marginal_error(pot("log_sinkhorn", max_iter)) > wanted and max_iter < 3_000:
+    while marginal_error(pot("log_sinkhorn", max_iter)) > wanted and max_iter < 1_000:
         max_iter = int(max_iter * 1.5)
     errors = {method: marginal_error(pot(method, max_iter)) for method in ("log_sinkhorn", "sinkhorn")}
     blur = (reg / 2) ** 0.5  # geomloss: cost |x-y|^2 / 2, eps = blur^2
@@ -84,7 +84,8 @@ def row(problems, n, d, share, dtype=torch.float64):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sizes = [(256, 16), (64, 64), (32, 128), (16, 256), (1, 1024)]
-    rows = [row(b, n, d, share) for share in (0.1, 0.01) for d in (2, 64) for b, n in sizes]
+    rows = [row(b, n, d, 0.1) for d in (2, 64) for b, n in sizes]
+    rows += [row(64, 64, 2, 0.01), *(row(b, n, 64, 0.01) for b, n in sizes)]
     rows += [row(b, n, 64, 0.05, torch.float32) for b, n in sizes]
     write(
         "mbot_entropic",
@@ -92,6 +93,6 @@ if __name__ == "__main__":
         {"Processor seconds (one thread) until the plans' marginals are right to the error given": rows},
         "The marginal error is the L1 error of both marginals, the worst problem counted. `EntropicOT` stops at "
         "`tol=1e-6` (float32: 1e-4); POT's `solve_batch` gets the number of iterations and geomloss the annealing "
-        "`scaling` that reach the same error where they do (up to 5000 iterations, scaling 0.95): a peer that "
+        "`scaling` that reach the same error where they do (20 to 1135 iterations, scaling 0.95): a peer that "
         "does not is timed at that cap but left out of the last column (nan: none got there). All return dense plans.",
     )

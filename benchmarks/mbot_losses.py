@@ -75,6 +75,6 @@ if __name__ == "__main__":
         "BoMb-OT with squared Euclidean cost, float32 points that need gradients. The loop computes each cost, solves "
         "it with `ot.emd` and copies the plan back. `MiniBatchOT` (m-OT on the grid) solves the same inner problems, "
         "but its backward passes through all of them instead of the k matched ones. The columns before it say where "
-        "BoMbOT's time goes; what they leave is the outer problem, plans, backward and Python: 231 torch operations and "
-        "the code around them, 2 to 3 ms whatever m is. They hold m = 16 back: its target at d = 64 was 30 times.",
+        "BoMbOT's time goes; what they leave is the outer problem, plans, backward and Python: 231 torch operations "
+        "and the code around them, 2 to 3 ms whatever m is. They hold m = 16 back: its target at d = 64 was 30 times.",
     )
