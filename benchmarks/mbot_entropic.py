@@ -95,5 +95,6 @@ if __name__ == "__main__":
         "`tol=1e-6` (float32: 1e-4); POT's `solve_batch` gets the number of iterations and geomloss the annealing "
         "`scaling` that reach the same error where they do (20 to 1135 iterations, scaling 0.95): a peer that "
         "does not is timed at that cap but left out of the last column (nan: none got there). All return dense "
-        "plans. At reg 0.01 and d = 2 no peer got there within 3,000 iterations in the sizes tried either: one size is kept.",
+        "plans. At reg 0.01 and d = 2 no peer got there within 3,000 iterations in the sizes "
+        "tried either: one size is kept.",
     )
