@@ -3,7 +3,7 @@
 For problems whose costs spread over few enough regularisations that ``P0 = exp(phi0 + psi0 + L)`` at equal potentials
 neither under- nor overflows in float64. Iterations then are two products of ``P0`` with positive scalings
 ``u = exp(phi - phi0)`` and ``v``, the matrix stays in the cache, and no logarithm is taken. Equal potentials also make
-the three steps of `mbot.transport.sinkhorn` plain (``r = P0 v``): balanced ``u = a / r``, KL-relaxed
+the three steps of `mbot.transport.steps` plain (``r = P0 v``): balanced ``u = a / r``, KL-relaxed
 ``u = factor (a / r)^rate``, and capped ``u = min(a / r, t)`` with one ``t`` for all rows.
 """
 

@@ -12,7 +12,8 @@ from mbot.cost import Cost
 from mbot.plan import Plan
 from mbot.transport.base import Transport
 from mbot.transport.points import entropic_values, too_large
-from mbot.transport.sinkhorn import Balanced, Solution, sinkhorn
+from mbot.transport.sinkhorn import Solution, sinkhorn
+from mbot.transport.steps import Balanced
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from mbot.transport.exact import (
     plan_on_device,
     relative_on_device,
 )
-from mbot.transport.sinkhorn import Capped, sinkhorn
+from mbot.transport.sinkhorn import sinkhorn
+from mbot.transport.steps import Capped
 
 
 @dataclass(frozen=True)

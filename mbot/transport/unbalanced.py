@@ -10,7 +10,8 @@ from mbot import checks
 from mbot.plan import Plan
 from mbot.transport.base import Transport
 from mbot.transport.entropic import flat_weights, plan_of
-from mbot.transport.sinkhorn import KLRelaxed, sinkhorn
+from mbot.transport.sinkhorn import sinkhorn
+from mbot.transport.steps import KLRelaxed
 
 
 @dataclass(frozen=True)
