@@ -75,7 +75,8 @@ class Problems:
         """Levels and rounds at each of them of the Sinkhorn start: more for more rows, down to about 0.01 / n."""
         last = max(0.01 / self.size, 2e-6)  # below it float32 has no digits left
         levels = max(8, math.ceil(math.log(last / _FIRST) / math.log(_RATIO)))
-        return levels, 2 if self.size <= 1024 else 8
+        rounds = 8 if self.size > 512 else 4 if self.size > min(256, self.n) else 2
+        return levels, rounds
 
     def levels(self) -> list[float]:
         """Epsilon of each level, in units of the spread."""
@@ -91,7 +92,7 @@ def problems_of(cost: Tensor, cardinality: int) -> Problems:
     size, outside, wall = 2 * n - cardinality, low, low
     if size > n:
         # The cost of going outside is free to choose; near that of a marginal pair few rows fight over it.
-        outside = cost.amin(2).sort(dim=1).values[:, cardinality - 1].double()
+        outside = cost.amin(2).sort(dim=1).values[:, cardinality - 1].double().contiguous()
         typical = spread + low.abs()
         # k + t pairs cost at least t * low more than the best k of them, so this is never worth paying.
         wall = 2 * outside - low + torch.where(typical > 0, typical, 1)
@@ -142,9 +143,10 @@ class Reference:
             dist = c[at, start] - p
             parent = start[:, None].expand_as(dist).clone()
             unsettled = torch.ones_like(dist, dtype=torch.bool)
-            taken = row_of[live] >= 0
+            taken, dummy = row_of[live] >= 0, row_of[live] >= problems.n
+            left = start >= problems.n  # paths that left from a dummy row: the others, its copies, need no visit
             while True:
-                reach = dist.masked_fill(~unsettled, torch.inf)
+                reach = dist.masked_fill(~unsettled | (dummy & left[:, None]), torch.inf)
                 least = reach.amin(1)
                 end = torch.where(reach == least[:, None], 1 + (~taken).int(), 0).argmax(1)  # free columns first
                 row = row_of[live, end]
@@ -152,11 +154,12 @@ class Reference:
                 if not bool(busy.any()):
                     break
                 unsettled[at[busy], end[busy]] = False
+                left = left | (row >= problems.n)
                 shift = c[at, row, end] - p[at, end] - least
                 h = c[at, row] - p - shift[:, None]
                 better = unsettled & (h < dist) & busy[:, None]
                 dist, parent = torch.where(better, h, dist), torch.where(better, row[:, None], parent)
-            price[live] = torch.where(unsettled, p, p + (dist - least[:, None]))
+            price[live] = torch.where(dist < least[:, None], p + (dist - least[:, None]), p)
             moving = at
             while len(moving):
                 problem, stop = live[moving], end[moving]
@@ -197,14 +200,10 @@ def match(cost: Tensor, cardinality: int | None = None, kernels: Any = None) -> 
     n = cost.shape[-1]
     problems = problems_of(cost, n if cardinality is None else cardinality)
     price = kernels.start(problems).nan_to_num(0, 0, 0)  # costs beyond float32's range start from nothing
+    if problems.size > n:
+        price = _equal_outside(problems, price, kernels)
     _, want = kernels.scan(problems, price)
-    want = want.long()
-    # Of the rows that want a column the first one gets it.
-    size = problems.size
-    rows = torch.arange(size, device=cost.device, dtype=torch.int32).expand_as(want)
-    taker = torch.full_like(rows, size).contiguous().scatter_reduce_(1, want, rows, "amin")
-    col_of = torch.where(taker.gather(1, want) == rows, want, -1).int()
-    row_of = torch.where(taker < size, taker, -1)
+    row_of, col_of = _first_pairs(problems, price, want.long())
     if kernels is Reference:
         col_of, row_of = col_of.long(), row_of.long()
     kernels.finish(problems, price, row_of, col_of)
@@ -212,6 +211,46 @@ def match(cost: Tensor, cardinality: int | None = None, kernels: Any = None) -> 
     gap = (_matched(problems, col_of) - price.gather(1, col_of.long()) - least).sum(1)
     column = torch.where(col_of < n, col_of, -1)[:, :n].long()
     return Matching(column, least[:, :n], price[:, :n], gap, problems.spread + problems.low.abs())
+
+
+def _equal_outside(problems: Problems, price: Tensor, kernels: Any) -> Tensor:
+    """Prices at which the dummies have a choice, and as many real points want them as there are.
+
+    The dummies are copies of each other. At the optimum the real columns that stay free have one price, the highest,
+    and the rows that stay free have the largest least reduced costs.
+    """
+    n, spare = problems.n, problems.size - problems.n
+    dearest = price[:, :n].topk(spare, 1, sorted=False).values.amin(1, keepdim=True)
+    price = torch.cat((torch.minimum(price[:, :n], dearest), torch.full_like(price[:, n:], -torch.inf)), 1)
+    least, _ = kernels.scan(problems, price)  # over real columns
+    last = least[:, :n].topk(spare, 1, sorted=False).values.amin(1, keepdim=True)
+    price[:, n:] = problems.outside[:, None] - last
+    return price
+
+
+def _first_pairs(problems: Problems, price: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns that can be paired at once, ``(B, size)`` int32 each, -1 for none.
+
+    Every pair is of a row and a column of its least reduced cost. Of the rows that want a column the first one gets
+    it; those that want a dummy get one each, and so do the dummies of the free columns at the highest price.
+    """
+    n, size = problems.n, problems.size
+    rows = torch.arange(size, device=want.device, dtype=torch.int32).expand_as(want)
+    if size > n:
+        outside = want[:, :n] >= n
+        turn = outside.cumsum(1)
+        real = torch.where(outside, torch.where(turn <= size - n, n - 1 + turn, size), want[:, :n])
+        wanted = torch.zeros(len(want), size + 1, dtype=torch.bool, device=want.device).scatter_(1, real, True)
+        free = (price[:, :n] == price[:, :n].amax(1, keepdim=True)) & ~wanted[:, :n]
+        turn = torch.where(free, free.cumsum(1), 0).clamp_max(size - n + 1)
+        place = torch.full((len(want), size - n + 2), size, device=want.device).scatter_(1, turn, rows[:, :n].long())
+        chosen = torch.where(want[:, n:] < n, place[:, 1:-1], size)
+        want = torch.cat((real, chosen), 1)
+    taker = torch.full((len(want), size + 1), size, dtype=torch.int32, device=want.device)
+    taker = taker.scatter_reduce_(1, want, rows, "amin")
+    col_of = torch.where((taker.gather(1, want) == rows) & (want < size), want, -1).int()
+    row_of = torch.where(taker < size, taker, -1)[:, :size].contiguous()
+    return row_of, col_of
 
 
 def _matched(problems: Problems, col_of: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Fused:
     cost: str
     constant: float  # what the cost has more than the kernels' cost
     kernels: Any
+    squares: tuple[Tensor, Tensor]  # the points' own terms of the cost
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, cost: Any) -> Fused | None:
@@ -52,15 +53,19 @@ class Fused:
         elif cost == "sqeuclidean" and x.dtype == torch.float32:  # half-precision points would lose digits to a shift
             centre = (x.mean(0) + y.mean(0)) / 2
             x, y = x - centre, y - centre
-        return cls(x[None].contiguous(), y[None].contiguous(), cost, constant, kernels)
+        x, y = x[None].contiguous(), y[None].contiguous()
+        return cls(x, y, cost, constant, kernels, (kernels.squares(x, cost), kernels.squares(y, cost)))
 
     def soft(self, potential: Tensor, eps: float, turned: bool) -> Tensor:
         """``log sum_j exp(potential_j - c_ij / eps)`` of each row, or of each column if ``turned``; float64."""
         x, y = (self.y, self.x) if turned else (self.x, self.y)
-        return self.kernels.soft(x, y, potential[None], self.cost, eps)[0] - self.constant / eps
+        known = self.squares[::-1] if turned else self.squares
+        return self.kernels.soft(x, y, potential[None], self.cost, eps, known)[0] - self.constant / eps
 
     def pull(self, phi: Tensor, psi: Tensor, eps: float, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
         """``P y`` and row sums of ``P = exp(phi + psi - c / eps)``, and the points x, all about one centre."""
         x, y, own, other = (self.y, self.x, psi, phi) if turned else (self.x, self.y, phi, psi)
-        pulled, mass = self.kernels.pull(x, y, (own - self.constant / eps)[None], other[None], self.cost, eps)
+        known = self.squares[::-1] if turned else self.squares
+        own = (own - self.constant / eps)[None]
+        pulled, mass = self.kernels.pull(x, y, own, other[None], self.cost, eps, known)
         return pulled[0], mass[0], x[0]

@@ -110,18 +110,23 @@ def _shape(n: int, d: int, cost: str) -> dict[str, Any]:
     direct = cost == "sqeuclidean" and d <= _DIRECT_FEATURES
     rows = 64 if n >= 16384 else 32 if n >= 4096 else 16
     features = d if direct else 16 if d <= 16 else 32  # all of them, or a block of a product
-    return {
-        "DIRECT": direct, "D": features, "M": rows, "N": 64, "PRECISION": PRECISION, "num_warps": 4, "num_stages": 2,
-    }  # fmt: skip
+    return {"DIRECT": direct, "D": features, "M": rows, "N": 64, "PRECISION": PRECISION, "num_stages": 2}
 
 
-def _terms(points: Tensor, potential: Tensor, cost: str, eps: float) -> tuple[Tensor, Tensor]:
-    """Potentials in base 2 less the points' own term of the cost, and that term: ``(B, n)`` each, float32."""
+# A log-sum-exp over differences: wide tiles of few rows, whose reductions cost the same whatever their columns.
+_WIDE = {"M": 8, "N": 512, "num_warps": 2}
+
+
+def _terms(potential: Tensor, square: Tensor, eps: float) -> Tensor:
+    """Potentials in base 2 less the points' own term of the cost, float32."""
+    return (potential.double() - square / eps).mul_(_LOG2E).float().contiguous()
+
+
+def squares(points: Tensor, cost: str) -> Tensor:
+    """The points' own terms of the cost where the kernels have products, ``(B, n)`` float64; else 0."""
     if cost == "sqeuclidean" and points.shape[-1] > _DIRECT_FEATURES:
-        norm = points.double().square().sum(-1) * (_LOG2E / eps)
-    else:
-        norm = torch.zeros((), dtype=torch.float64, device=points.device)
-    return (potential.double() * _LOG2E - norm).float(), norm
+        return points.double().square().sum(-1)
+    return torch.zeros((), dtype=torch.float64, device=points.device)
 
 
 def _scale(d: int, cost: str, eps: float) -> float:
@@ -132,7 +137,9 @@ def _on(points: Tensor) -> Any:
     return torch.cuda.device(points.device) if points.is_cuda else nullcontext()
 
 
-def soft(x: Tensor, y: Tensor, potential: Tensor, cost: str, eps: float) -> Tensor:
+def soft(
+    x: Tensor, y: Tensor, potential: Tensor, cost: str, eps: float, known: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """``log sum_j exp(potential_j - c(x_i, y_j) / eps)``.
 
     Args:
@@ -141,33 +148,38 @@ def soft(x: Tensor, y: Tensor, potential: Tensor, cost: str, eps: float) -> Tens
         potential: ``(B, m)`` in units of eps.
         cost: one of `COSTS`.
         eps: regularisation, in units of the cost.
+        known: `squares` of both clouds, if they are at hand.
 
     Returns:
         ``(B, n)`` in float64.
     """
     x, y = x.contiguous(), y.contiguous()
     (count, n, d), m = x.shape, y.shape[1]
-    bias, _ = _terms(y, potential, cost, eps)
-    _, own = _terms(x, potential.new_zeros(()), cost, eps)
+    own, other = known or (squares(x, cost), squares(y, cost))
+    bias = _terms(potential, other, eps)
     out = torch.empty(count, n, dtype=torch.float32, device=x.device)
-    shape = _shape(n, d, cost)
+    shape = _shape(n, d, cost) | {"num_warps": 4}
+    if shape["DIRECT"]:
+        shape |= _WIDE
     with _on(x):
         _soft_kernel[(triton.cdiv(n, shape["M"]), count)](x, y, bias, out, n, m, d, _scale(d, cost, eps), **shape)
-    return (out.double() - own) * math.log(2)
+    return out.double() * math.log(2) - own / eps
 
 
-def pull(x: Tensor, y: Tensor, phi: Tensor, psi: Tensor, cost: str, eps: float) -> tuple[Tensor, Tensor]:
+def pull(
+    x: Tensor, y: Tensor, phi: Tensor, psi: Tensor, cost: str, eps: float, known: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """``P @ y`` ``(B, n, d)`` and row sums ``(B, n)`` of ``P = exp(phi + psi - c / eps)``; arguments as in `soft`."""
     x, y = x.contiguous(), y.contiguous()
     (count, n, d), m = x.shape, y.shape[1]
-    offset, _ = _terms(x, phi, cost, eps)
-    bias, _ = _terms(y, psi, cost, eps)
+    own, other = known or (squares(x, cost), squares(y, cost))
+    offset, bias = _terms(phi, own, eps), _terms(psi, other, eps)
     pulled = torch.empty(count, n, d, dtype=torch.float32, device=x.device)
     mass = torch.empty(count, n, dtype=torch.float32, device=x.device)
-    shape = _shape(n, d, cost)
     width = min(64, max(16, triton.next_power_of_2(d)))
+    shape = _shape(n, d, cost) | {"num_warps": 8}
     with _on(x):
         _pull_kernel[(triton.cdiv(n, shape["M"]), count, triton.cdiv(d, width))](
-            x, y, offset, bias, pulled, mass, n, m, d, _scale(d, cost, eps), OUT=width, **{**shape, "num_warps": 8}
+            x, y, offset, bias, pulled, mass, n, m, d, _scale(d, cost, eps), OUT=width, **shape
         )
     return pulled, mass

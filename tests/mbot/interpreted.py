@@ -44,6 +44,8 @@ def matching():
         for case in ((1, 1, "real", torch.float32), (7, 7, "ties", torch.float32), (21, 21, "real", torch.float64)):
             check_matching(*case)
         check_matching(9, 6, "real", torch.float32)
+        check_matching(12, 5, "ties", torch.float64)
+        check_matching(11, 8, "real", torch.float64)
         # A pass in three parts, each of several tiles.
         with patch.multiple(triton_matching, _TILE=64, _BLOCKWISE=8, _PROGRAMS=6):
             check_matching(19, 12, "real", torch.float32)
@@ -56,11 +58,16 @@ def starts():
         problems = device_matching.problems_of(cost, 15)
         expected = Reference.start(problems)
         for blockwise in (512, 8):
-            with patch.multiple(triton_matching, _TILE=128, _BLOCKWISE=blockwise):
+            with patch.multiple(triton_matching, _TILE=128, _BLOCKWISE=blockwise, _STRIP=16):
                 torch.testing.assert_close(triton_matching.start(problems), expected, rtol=1e-4, atol=1e-4)
 
 
 def streaming():
+    with patch.dict(triton_streaming._WIDE, N=32):
+        passes()
+
+
+def passes():
     g = torch.Generator().manual_seed(0)
     # No products of bfloat16: the interpreter keeps their bits as integers and multiplies these.
     for d, cost, dtype in (

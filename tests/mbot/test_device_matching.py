@@ -72,6 +72,28 @@ def test_a_start_leaves_few_rows():
     assert all(len(row.unique()) >= 118 for row in want)
 
 
+@pytest.mark.parametrize("cardinality", [1, 30, 102, 127, 128])
+@pytest.mark.parametrize("kind", ["real", "ties", "constant"])
+def test_first_pairs_are_tight_and_leave_few_dummies(cardinality, kind):
+    """Dummies are copies of each other: unless they share out what they want, all but one are left."""
+    cost = costs(kind, 3, 128, 128, dtype=torch.float32)
+    problems = device_matching.problems_of(cost, cardinality)
+    price = Reference.start(problems)
+    if cardinality < 128:
+        price = device_matching._equal_outside(problems, price, Reference)
+    least, want = Reference.scan(problems, price)
+    row_of, col_of = device_matching._first_pairs(problems, price, want)
+    full = Reference._full(problems)
+    for p in range(3):
+        rows = (col_of[p] >= 0).nonzero()[:, 0]
+        cols = col_of[p, rows].long()
+        assert row_of[p, cols].tolist() == rows.tolist()
+        assert int((row_of[p] >= 0).sum()) == len(rows)
+        assert torch.equal(full[p, rows, cols] - price[p, cols], least[p, rows])
+    if kind == "real":
+        assert int((col_of < 0).sum(1).max()) <= 16
+
+
 def test_costs_that_float32_cannot_scale_start_from_nothing():
     for scale in (1e-200, 1e200):
         cost = scale * costs("real", 1, 9, 9)

@@ -124,7 +124,7 @@ def test_tf32_does_not_reach_costs_nor_gradients(cost, reduced):
     weight = torch.rand(512, 512, device="cuda")
     grads = {}
     for dtype in (torch.float32, torch.float64):
-        points = x.to(dtype).requires_grad_()
+        points = x.detach().to(dtype).clone().requires_grad_()
         costs = mbot.pairwise_cost(points, y.to(dtype), cost)
         (costs * weight.to(dtype)).sum().backward()
         grads[dtype] = costs.detach().double(), points.grad.double()

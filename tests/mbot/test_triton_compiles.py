@@ -10,21 +10,25 @@ pytestmark = [
 ]
 
 _TYPES = {
-    "n": "i32", "m": "i32", "d": "i32", "size": "i32", "levels": "i32", "rounds": "i32", "share": "i32",
-    "inverse": "fp32", "growth": "fp32", "scale": "fp32",
+    "n": "i32", "m": "i32", "d": "i32", "size": "i32", "levels": "i32", "rounds": "i32", "share": "i32", "parts": "i32",
+    "step": "fp32", "inverse": "fp32", "growth": "fp32", "scale": "fp32",
     "lows": "*fp64", "spreads": "*fp64", "prices": "*fp64", "outsides": "*fp64", "walls": "*fp64", "least": "*fp64",
     "rows_of": "*i32", "cols_of": "*i32", "parents": "*i32", "want": "*i32",
 }  # fmt: skip
 _TILE = {"DUMMIES": True, "ROWS": 16, "BLOCK": 256}
 _PAIRS = {"DIRECT": False, "D": 32, "M": 64, "N": 64, "PRECISION": "ieee"}
+_WIDE = {"DIRECT": True, "D": 3, "M": 8, "N": 512}
 CASES = [
     ("triton_matching", "_start_kernel", _TILE, 8, {"prices": "*fp32"}),
     ("triton_matching", "_pass_kernel", {"DUMMIES": False, "ROWS": 1, "BLOCK": 16384}, 16, {"prices": "*fp32"}),
+    ("triton_matching", "_price_kernel", {"BLOCK": 128}, 4, {"prices": "*fp32"}),
     ("triton_matching", "_scan_kernel", _TILE, 8, {"cost": "*fp64"}),
     ("triton_matching", "_finish_kernel", {"DUMMIES": False, "BLOCK": 128}, 1, {}),
     ("triton_matching", "_finish_kernel", {"DUMMIES": True, "BLOCK": 1024}, 4, {"cost": "*fp64"}),
     ("triton_streaming", "_soft_kernel", _PAIRS, 4, {}),
-    ("triton_streaming", "_soft_kernel", _PAIRS | {"DIRECT": True, "D": 3}, 4, {"x": "*bf16", "y": "*bf16"}),
+    ("triton_streaming", "_soft_kernel", _PAIRS | _WIDE, 2, {}),
+    ("triton_streaming", "_soft_kernel", _PAIRS | {"PRECISION": "tf32x3"}, 4, {}),
+    ("triton_streaming", "_soft_kernel", _PAIRS | _WIDE, 2, {"x": "*bf16", "y": "*bf16"}),
     ("triton_streaming", "_pull_kernel", _PAIRS | {"OUT": 64}, 8, {}),
 ]
 
