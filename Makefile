@@ -18,7 +18,7 @@ help:
 demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py --out $(OUT)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.triton
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
@@ -44,6 +44,11 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	@# torch by its constraint first: whatever resolves a newer one pulls gigabytes of CUDA packages
 	$(PIP) torch
 	$(PIP) -e '.[$*]'
+	@touch $@
+
+# Triton's interpreter runs the tests of the GPU kernels, and torch's CPU builds come without it.
+$(VENV)/.triton: $(VENV)/.test
+	@$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) triton==3.9.0 || echo "no Triton here: its tests are skipped"
 	@touch $@
 
 clean:

@@ -1,6 +1,8 @@
 """Every CUDA path of the transports against the CPU path: values, plans, gradients, certificates, memory."""
 
 import importlib.util
+import math
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,19 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
+
+REHEARSAL = "tests.pretended_cuda" in sys.modules  # interpreted entry by entry: tiny sizes
+
+
+@pytest.fixture(autouse=True)
+def short_start(monkeypatch):
+    """Rehearsed paths are searched from a poor start, or they would be none."""
+    if REHEARSAL:
+        monkeypatch.setattr(device_matching.Problems, "schedule", lambda self: (3, 1))
+
+
+def sizes(*real, rehearsed):
+    return pytest.mark.parametrize("n", rehearsed if REHEARSAL else real)
 
 
 def cost_of(kind, batch, n, dtype, seed=0):
@@ -47,7 +62,7 @@ def assert_same(transport, cost):
 
 
 # Sizes on both sides of each block size, of the sizes that are multiples of 16, and of the two forms of the start.
-@pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 100, 128, 129, 256, 300, 512, 513, 1000, 1024])
+@sizes(1, 2, 3, 15, 16, 17, 100, 128, 129, 256, 300, 512, 513, 1000, 1024, rehearsed=[1, 2, 17])
 @pytest.mark.parametrize("kind", ["plane", "high", "uniform", "ties"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exact(n, kind, dtype):
@@ -55,7 +70,7 @@ def test_exact(n, kind, dtype):
     assert_same(ExactOT(), cost_of(kind, 3, n, dtype))
 
 
-@pytest.mark.parametrize("n", [1, 2, 17, 64, 128, 333, 700])
+@sizes(1, 2, 17, 64, 128, 333, 700, rehearsed=[2, 9])
 @pytest.mark.parametrize("mass", [0.01, 0.5, 0.77, 0.999])
 @pytest.mark.parametrize("kind", ["plane", "uniform", "ties"])
 def test_partial(n, mass, kind):
@@ -63,32 +78,34 @@ def test_partial(n, mass, kind):
     torch.testing.assert_close(device.total_mass(), torch.full((3,), mass, device="cuda"))
 
 
-@pytest.mark.parametrize("n", [1500, 4096, 9000])
+@sizes(1500, 4096, 9000, rehearsed=[20])
 def test_one_large_problem(n):
     assert_same(ExactOT(), cost_of("high" if n > 5000 else "plane", 1, n, torch.float32))
 
 
 def test_many_problems_and_batch_axes():
-    cost = cost_of("plane", 600, 48, torch.float32).reshape(20, 30, 48, 48)
+    n, batch = (5, (2, 3)) if REHEARSAL else (48, (20, 30))
+    cost = cost_of("plane", math.prod(batch), n, torch.float32).reshape(*batch, n, n)
     device, cpu = assert_same(ExactOT(), cost)
-    assert device.col.shape == (20, 30, 48)
+    assert device.col.shape == (*batch, n)
     assert float((device.col.cpu() == cpu.col).float().mean()) > 0.999
 
 
 def test_results_repeat():
     """A result that changed from run to run would be a race."""
-    for n in (33, 128, 600, 1024):
-        cost = cost_of("plane", 40, n, torch.float32, seed=n).cuda()
+    for n in (9,) if REHEARSAL else (33, 128, 600, 1024):
+        cost = cost_of("plane", 40 if n > 9 else 2, n, torch.float32, seed=n).cuda()
         first = ExactOT().plan(cost)
-        for _ in range(10):
+        for _ in range(10 if n > 9 else 1):
             again = ExactOT().plan(cost)
             assert torch.equal(first.col, again.col)
             assert torch.equal(first.potentials[1], again.potentials[1])
 
 
 def test_forbidden_pairs_and_extreme_costs():
-    cost = cost_of("uniform", 2, 40, torch.float32)
-    cost[:, torch.arange(40), torch.arange(40)] = torch.inf
+    n = 8 if REHEARSAL else 40
+    cost = cost_of("uniform", 2, n, torch.float32)
+    cost[:, torch.arange(n), torch.arange(n)] = torch.inf
     for transport in (ExactOT(), PartialOT(0.6)):
         plan = transport.plan(cost.cuda())
         torch.testing.assert_close(plan.cost(cost.cuda()).cpu(), transport.plan(cost).cost(cost))
@@ -97,7 +114,7 @@ def test_forbidden_pairs_and_extreme_costs():
     cost[1, 2:] = torch.inf
     with pytest.raises(ValueError, match="no plan avoids the forbidden pairs"):
         ExactOT().plan(cost.cuda())
-    cost = cost_of("uniform", 2, 40, torch.float64)
+    cost = cost_of("uniform", 2, n, torch.float64)
     for scale in (1e-30, 1e30, 1e200):
         assert_same(ExactOT(), cost * scale)
     assert_same(ExactOT(), (3e38 * cost).float())
@@ -117,11 +134,12 @@ def test_without_triton_the_cpu_solves_it(monkeypatch):
 @pytest.mark.parametrize("loss", [BoMbOT, MiniBatchOT])
 def test_grid_losses(transport, loss):
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(8, 64, 16, generator=g), torch.randn(8, 64, 16, generator=g) + 1
+    k, m = (2, 8) if REHEARSAL else (8, 64)
+    x, y = torch.randn(k, m, 16, generator=g), torch.randn(k, m, 16, generator=g) + 1
     found = []
     for device in ("cpu", "cuda"):
         xs, ys = (t.to(device).requires_grad_() for t in (x, y))
-        value = loss(transport, num_batches=8, batch_size=64).from_batches(xs, ys)
+        value = loss(transport, num_batches=k, batch_size=m).from_batches(xs, ys)
         found.append([t.cpu() for t in (value, *torch.autograd.grad(value, (xs, ys)))])
     for cpu, cuda in zip(*found, strict=True):
         torch.testing.assert_close(cuda, cpu, rtol=1e-4, atol=1e-6)
@@ -134,8 +152,11 @@ def test_entropic_values_of_points(cost, d, dtype, monkeypatch):
     """Fused kernels on the device, tiles in float64 on the CPU."""
     monkeypatch.setattr(points, "_MOST", {"cpu": 0, "cuda": 0})
     g = torch.Generator().manual_seed(d)
-    x, y = torch.randn(500, d, generator=g).to(dtype), (torch.randn(700, d, generator=g) + 0.5).to(dtype)
-    a = torch.rand(500, generator=g)
+    if REHEARSAL and dtype == torch.bfloat16 and not (cost == "sqeuclidean" and d == 2):
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16")
+    n, m = (20, 70) if REHEARSAL else (500, 700)
+    x, y = torch.randn(n, d, generator=g).to(dtype), (torch.randn(m, d, generator=g) + 0.5).to(dtype)
+    a = torch.rand(n, generator=g)
     a /= a.sum()
     reg = {"sqeuclidean": 0.3 * d, "dot": 0.3 * d, "cosine": 0.1}[cost]
     found = []
@@ -145,20 +166,21 @@ def test_entropic_values_of_points(cost, d, dtype, monkeypatch):
         found.append([t.double().cpu() for t in (value, *torch.autograd.grad(value, (xs, ys)))])
     half = dtype != torch.float32
     for cpu, cuda in zip(*found, strict=True):
-        scale = float(cpu.abs().max())
+        scale = float(cpu.detach().abs().max())
         torch.testing.assert_close(cuda, cpu, rtol=0, atol=scale * (1e-2 if half else 2e-4))
 
 
-@pytest.mark.parametrize("n", [3000, 5000, 20_000])
+@sizes(3000, 5000, 20_000, rehearsed=[70])
 def test_sinkhorn_coupling_streams(n):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(n, 3, generator=g), torch.randn(n, 3, generator=g) + 2
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    device = SinkhornCoupling(0.3, cells=1 << 20)(x.cuda(), y.cuda())
+    streams = SinkhornCoupling(0.3, cells=1 << (12 if REHEARSAL else 20))
+    device = streams(x.cuda(), y.cuda())
     assert torch.cuda.max_memory_allocated() - before < 120 << 20
     if n <= 5000:
-        cpu = SinkhornCoupling(0.3, cells=1 << 20)(x, y)
+        cpu = streams(x, y)
         assert device.info["plan_entropy"] == pytest.approx(cpu.info["plan_entropy"], abs=1e-3)
         assert device.info["reg"] == pytest.approx(cpu.info["reg"], rel=1e-4)
         torch.testing.assert_close(

@@ -1,0 +1,41 @@
+"""The tests of the CUDA paths, on a device that is only pretended (`tests/pretended_cuda.py`): no card is needed.
+
+They find operations that mix devices, hidden waits, and tests that no card could pass. The whole rehearsal, minutes:
+``TRITON_INTERPRET=1 python -m pytest -p tests.pretended_cuda -m gpu``.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def rehearse(*arguments, interpret):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.pretended_cuda", "-m", "gpu", *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": str(int(interpret)),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels():
+    rehearse("tests/gpu", interpret=True)
+
+
+def test_everything_else():
+    slow = "BoMbCoupling and pairs_are_indices"
+    rehearse("tests/setenc", "tests/mbot", "tests/contracts", "tests/flows", "-k", f"not ({slow})", interpret=False)
