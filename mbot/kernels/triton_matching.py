@@ -153,12 +153,18 @@ def _scan_kernel(
     tl.store(want + problem * size + rows, first, mask=rows < size)
 
 
+# What a path search knows of a column, in one integer beside the row that it was reached from.
+_DUMMY = tl.constexpr(1 << 28)  # its row is a dummy
+_TAKEN = tl.constexpr(1 << 29)  # it has a row
+_SETTLED = tl.constexpr(1 << 30)  # its distance is final
+
+
 @triton.jit
-def _nearest(dist, visit, taken, cols, BLOCK: tl.constexpr):
+def _nearest(dist, tag, asleep, cols, BLOCK: tl.constexpr):
     """The least distance of the columns to visit, and where; free columns before taken ones."""
-    reach = tl.where(visit, dist, float("inf"))
-    least = tl.min(reach, 0)
-    key = tl.where(visit & (reach == least), cols + tl.where(taken, BLOCK, 0), 2 * BLOCK)
+    visit = (tag < _SETTLED) & ((tag & asleep) == 0)
+    least = tl.min(tl.where(visit, dist, float("inf")), 0)
+    key = tl.where(visit & (dist == least), cols + tl.where((tag & _TAKEN) != 0, BLOCK, 0), 2 * BLOCK)
     return least, tl.min(key, 0) % BLOCK
 
 
@@ -170,7 +176,7 @@ def _finish_kernel(
     """Shortest augmenting paths of one problem, for each row whose column is -1.
 
     Dummy rows are copies of each other: a path that has left from one finds nothing shorter from the others, whose
-    columns need no visit.
+    columns need no visit. Distances and tags stay in registers; prices, of which there may be 128 KB, do not.
     """
     problem = tl.program_id(0).to(tl.int64)
     cost += problem * n * n
@@ -181,37 +187,38 @@ def _finish_kernel(
     outside, wall = tl.load(outsides + problem), tl.load(walls + problem)
     cols = tl.arange(0, BLOCK)
     inside = cols < size
-    price = tl.load(prices + cols, mask=inside, other=0.0)
-    row_of = tl.load(rows_of + cols, mask=inside, other=0)
     for start in range(size):
         if tl.load(cols_of + start) < 0:
-            parent = tl.zeros([BLOCK], tl.int32) + start
-            dist = _entries(cost, parent, cols, n, outside, wall, DUMMIES) - price
-            unsettled = inside
-            visit = unsettled
+            row_of = tl.load(rows_of + cols, mask=inside, other=-1)
+            tag = start + tl.where(row_of >= 0, _TAKEN, 0) + tl.where(inside, 0, _SETTLED)
+            asleep = tl.zeros([], tl.int32)
             if DUMMIES:
-                visit = unsettled & ((start < n) | (row_of < n))
-            least, end = _nearest(dist, visit, row_of >= 0, cols, BLOCK)
+                tag += tl.where(row_of >= n, _DUMMY, 0)
+                asleep = tl.where(start >= n, _DUMMY, 0)
+            price = tl.load(prices + cols, mask=inside, other=0.0)
+            dist = _entries(cost, tl.zeros([BLOCK], tl.int32) + start, cols, n, outside, wall, DUMMIES) - price
+            least, end = _nearest(dist, tag, asleep, cols, BLOCK)
             row = tl.load(rows_of + end)
             while row >= 0:
-                unsettled = unsettled & (cols != end)
-                visit = visit & (cols != end)
+                tag = tl.where(cols == end, tag | _SETTLED, tag)
                 if DUMMIES:
-                    visit = visit & ((row < n) | (row_of < n))
+                    asleep = tl.where(row >= n, _DUMMY, asleep)
                 shift = _entries(cost, row, end, n, outside, wall, DUMMIES) - tl.load(prices + end) - least
+                price = tl.load(prices + cols, mask=inside, other=0.0)
                 via = tl.zeros([BLOCK], tl.int32) + row
                 through = _entries(cost, via, cols, n, outside, wall, DUMMIES) - price - shift
-                better = unsettled & (through < dist)
+                better = (tag < _SETTLED) & (through < dist)
                 dist = tl.where(better, through, dist)
-                parent = tl.where(better, via, parent)
-                least, end = _nearest(dist, visit, row_of >= 0, cols, BLOCK)
+                tag = tl.where(better, (tag & (_DUMMY | _TAKEN)) | row, tag)
+                least, end = _nearest(dist, tag, asleep, cols, BLOCK)
                 row = tl.load(rows_of + end)
-            price = tl.where(inside & (dist < least), price + (dist - least), price)
+            price = tl.load(prices + cols, mask=inside, other=0.0)
             tl.debug_barrier()
-            tl.store(prices + cols, price, mask=inside)
-            tl.store(parents + cols, parent, mask=inside)
+            tl.store(prices + cols, tl.where(dist < least, price + (dist - least), price), mask=inside)
+            tl.store(parents + cols, tag & (_DUMMY - 1), mask=inside)
             tl.debug_barrier()
             # Trace the path back. Memory is only read here; the new pairs are written once all threads have passed.
+            row_of = tl.load(rows_of + cols, mask=inside, other=0)
             col_of = tl.load(cols_of + cols, mask=inside, other=0)
             while end >= 0:
                 row = tl.load(parents + end)
@@ -284,5 +291,5 @@ def finish(problems: Problems, price: Tensor, row_of: Tensor, col_of: Tensor) ->
     with _on(cost):
         _finish_kernel[(len(cost),)](
             cost, price, problems.outside, problems.wall, row_of, col_of, torch.empty_like(row_of), problems.n, size,
-            size > problems.n, BLOCK=block, num_warps=min(16, max(1, block // 256)), num_stages=1,
+            size > problems.n, BLOCK=block, num_warps=min(32, max(1, block // 256)), num_stages=1,
         )  # fmt: skip

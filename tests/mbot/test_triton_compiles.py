@@ -25,6 +25,7 @@ CASES = [
     ("triton_matching", "_scan_kernel", _TILE, 8, {"cost": "*fp64"}),
     ("triton_matching", "_finish_kernel", {"DUMMIES": False, "BLOCK": 128}, 1, {}),
     ("triton_matching", "_finish_kernel", {"DUMMIES": True, "BLOCK": 1024}, 4, {"cost": "*fp64"}),
+    ("triton_matching", "_finish_kernel", {"DUMMIES": False, "BLOCK": 16384}, 32, {}),
     ("triton_streaming", "_soft_kernel", _PAIRS, 4, {}),
     ("triton_streaming", "_soft_kernel", _PAIRS | _WIDE, 2, {}),
     ("triton_streaming", "_soft_kernel", _PAIRS | {"PRECISION": "tf32x3"}, 4, {}),
