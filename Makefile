@@ -29,7 +29,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/run.py
 
-bench-gpu: $(VENV)/.bench
+bench-gpu: $(VENV)/.bench $(VENV)/.gpu-peers
 	$(BIN)/python benchmarks/gpu.py
 
 notebooks: $(VENV)/.notebooks
@@ -49,6 +49,11 @@ $(VENV)/.%: pyproject.toml constraints.txt
 # Triton's interpreter runs the tests of the GPU kernels, and torch's CPU builds come without it.
 $(VENV)/.triton: $(VENV)/.test
 	@$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) triton==3.9.0 || echo "no Triton here: its tests are skipped"
+	@touch $@
+
+# Peers of the GPU benchmarks, each where it can be had: a table says which were not.
+$(VENV)/.gpu-peers: $(VENV)/.bench
+	@for peer in flash-sinkhorn pykeops torch-linear-assignment; do $(PIP) $$peer || echo "without $$peer"; done
 	@touch $@
 
 clean:
