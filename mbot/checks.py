@@ -47,7 +47,7 @@ def floating(tensor: Any, name: str) -> Tensor:
 
 def finite(tensor: Tensor, name: str) -> Tensor:
     """No NaN and no infinity."""
-    if bool(tensor.detach().sum().isfinite()):  # NaN and infinity spread to a sum, which takes one pass
+    if math.isfinite(tensor.detach().sum()):  # NaN and infinity spread to a sum, which takes one pass
         return tensor
     good = torch.isfinite(tensor)
     if not bool(good.all()):

@@ -53,14 +53,14 @@ class Plan:
         object.__setattr__(self, "mass", self.mass.detach())
         batch, device = self.batch_shape, self.mass.device
         defaults = {
-            "converged": torch.ones(batch, dtype=torch.bool, device=device),
-            "error": torch.zeros(batch, dtype=torch.float64, device=device),
-            "iterations": torch.zeros(batch, dtype=torch.int64, device=device),
-            "penalty": torch.zeros(batch, dtype=self.mass.dtype, device=device),
+            "converged": (True, torch.bool),
+            "error": (0, torch.float64),
+            "iterations": (0, torch.int64),
+            "penalty": (0, self.mass.dtype),
         }
-        for name, value in defaults.items():
+        for name, (value, dtype) in defaults.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, torch.full(batch, value, dtype=dtype, device=device))
 
     def __repr__(self) -> str:
         kind = "dense" if self.row is None else f"sparse, {self.mass.shape[-1]} entries"

@@ -77,7 +77,9 @@ def _plan(name: str, cost: Tensor, found: _Found) -> Plan:
     batch = cost.shape[:-2]
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(array).to(cost.device, dtype).reshape((*batch, *array.shape[1:]))
+        found = torch.from_numpy(array.reshape((*batch, *array.shape[1:])))
+        here = found.dtype == dtype and cost.device.type == "cpu"
+        return found if here else found.to(cost.device, dtype)
 
     plan = Plan(
         tensor(mass, cost.dtype),
