@@ -16,6 +16,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mbot.plan import Plan
 
+LARGEST_COST = 1e300  # of float64 costs; float32 has no larger ones
+
 
 class ConvergenceWarning(UserWarning):
     """An iterative solver stopped before its tolerance: how many problems, how far, and the setting to change."""
@@ -123,9 +125,15 @@ def cost_matrix(cost: Any) -> Tensor:
     cost = floating(cost, "cost")
     if cost.ndim < 2 or cost.shape[-1] == 0 or cost.shape[-2] == 0:
         raise ValueError(f"cost must have shape (…, n, m) with n, m >= 1; got {tuple(cost.shape)}")
-    least, _ = cost.detach().aminmax()  # NaN if there is one
-    if not bool(least > -torch.inf):
+    least, most = torch.stack(cost.detach().aminmax()).tolist()  # NaN if there is one
+    if not least > -math.inf:
         raise ValueError("cost must not hold NaN or -inf (+inf is allowed and forbids the pair)")
+    if cost.dtype == torch.float64 and max(-least, most) > LARGEST_COST:
+        finite_most = cost.detach().nan_to_num(posinf=0).abs().amax() if most == math.inf else max(-least, most)
+        if finite_most > LARGEST_COST:  # sums of costs would overflow, and searches for a shortest path never end
+            raise ValueError(
+                f"cost must be at most {LARGEST_COST:g} in magnitude, +inf apart; its largest is {float(finite_most):g}"
+            )
     return cost.float() if cost.dtype in (torch.float16, torch.bfloat16) else cost
 
 

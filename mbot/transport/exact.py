@@ -141,7 +141,8 @@ def forbid_on_device(cost: Tensor) -> tuple[Tensor, Tensor | None]:
     finite = cost.double()
     low = finite.amin((1, 2))
     high = finite.masked_fill(forbidden, -torch.inf).amax((1, 2))
-    wall = high + (high - low + 1) * (1 + min(cost.shape[-2:]))
+    margin = high - low + 1e-3 * torch.maximum(low.abs(), high.abs())
+    wall = high + torch.where(margin > 0, margin, 1) * (1 + min(cost.shape[-2:]))
     return torch.where(forbidden, wall[:, None, None], finite), forbidden
 
 
@@ -178,7 +179,8 @@ def _forbid(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     if np.isnan(finite).all(axis=(-2, -1)).any():
         raise ValueError(_ALL_FORBIDDEN)
     low, high = np.nanmin(finite, axis=(-2, -1)), np.nanmax(finite, axis=(-2, -1))
-    wall = high + (high - low + 1) * (1 + min(cost.shape[-2:]))
+    margin = high - low + 1e-3 * np.maximum(np.abs(low), np.abs(high))  # in the units of the costs
+    wall = high + np.where(margin > 0, margin, 1) * (1 + min(cost.shape[-2:]))
     return np.where(forbidden, wall[:, None, None], finite), forbidden
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 
 import mbot
-from mbot import ExactOT, pairwise_cost
+from mbot import EntropicOT, ExactOT, PartialOT, pairwise_cost
 
 
 def linear_program(cost, a, b):
@@ -267,3 +267,33 @@ def test_values_need_no_matrix_in_backward():
     plan = mbot.ExactOT().plan(pairwise_cost(x.detach(), y))
     expected = 2 * (x.detach() - y.gather(1, plan.col[..., None].expand(-1, -1, 3))) / 50
     torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("transport", [ExactOT(), PartialOT(0.5), EntropicOT(1e300)], ids=repr)
+def test_costs_whose_sums_overflow_are_refused(transport):
+    """A search for a shortest path among infinite distances never ended."""
+    cost = (torch.rand(1, 20, 20, dtype=torch.float64) * 2 - 1) * 1.7e308
+    with pytest.raises(ValueError, match=r"at most 1e\+300 in magnitude, \+inf apart; its largest is 1\.\d+e\+308"):
+        transport.plan(cost)
+    cost[0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match="at most 1e"):
+        transport.plan(cost)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e17, -1e17, 1e300, 1e-30])
+@pytest.mark.parametrize("transport", [ExactOT(), PartialOT(2 / 3)], ids=repr)
+def test_forbidden_pairs_are_avoided_at_any_scale_of_the_costs(transport, value):
+    cost = torch.full((2, 3, 3), torch.inf, dtype=torch.float64)
+    cost[0].fill_diagonal_(value)
+    cost[1] = cost[0].flip(1)
+    cost[1, 0, 0] = value * (1 - 1e-9)  # nearly as cheap as what it forbids
+    plan = transport.plan(cost)
+    assert float(plan.to_dense()[cost == torch.inf].abs().max()) == 0
+    torch.testing.assert_close(
+        plan.cost(cost), torch.full((2,), value * transport_mass(transport), dtype=torch.float64)
+    )
+    assert bool(plan.converged.all())
+
+
+def transport_mass(transport):
+    return getattr(transport, "mass", 1)
