@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,14 @@ One card, one process a section. How a figure is taken is said in the module tha
 """
 
 
-def run_section(module: str, device: str, quick: bool) -> dict[str, list[dict[str, Any]]]:
-    """Tables of a section: heading -> rows."""
+def run_section(module: str, device: str, quick: bool, save: Callable[[Any], Any]) -> dict[str, list[dict[str, Any]]]:
+    """Tables of a section: heading -> rows. ``save`` keeps those at hand, in case the section overruns."""
     import torch
 
     if device == "cpu":
         torch.set_num_threads(1)
     found = import_module(module)
-    given = {"device": device, "quick": quick}
+    given = {"device": device, "quick": quick, "save": save}
     wanted = inspect.signature(found.rows).parameters
     tables = found.rows(**{name: value for name, value in given.items() if name in wanted})
     return tables if isinstance(tables, dict) else {getattr(found, "TITLE", module): tables}
@@ -68,6 +69,8 @@ def guarded(name: str, module: str, device: str, quick: bool, budget: float, out
     except subprocess.TimeoutExpired as late:
         said = late.stderr.decode(errors="replace") if isinstance(late.stderr, bytes) else late.stderr or ""
         result = {"status": f"stopped after its {budget:.0f} s", "error": said[-2000:]}
+        if target.exists():
+            result["tables"] = json.loads(target.read_text())
     finally:
         target.unlink(missing_ok=True)
     return result | {"seconds": round(time.perf_counter() - began, 1)}
@@ -137,8 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.section:
-        tables = run_section(SECTIONS[given.section][0], given.device, given.quick)
-        given.to.write_text(json.dumps(tables))
+
+        def save(tables: Any) -> None:
+            whole = given.to.with_suffix(".part")
+            whole.write_text(json.dumps(tables))
+            whole.replace(given.to)
+
+        save(run_section(SECTIONS[given.section][0], given.device, given.quick, save))
         return 0
     import torch
 

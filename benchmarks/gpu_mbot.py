@@ -24,7 +24,7 @@ from mbot.kernels import device_matching
 from mbot.kernels.device_streaming import triton_kernels
 from mbot.transport.streaming import Streamed
 
-BUDGET = 220.0  # seconds after which no further row is begun
+BUDGET = 180.0  # seconds after which no further row is begun
 Row = dict[str, Any]
 
 
@@ -41,19 +41,15 @@ class Bench:
             torch.cuda.synchronize()
 
     def seconds(self, call: Callable[[], Any], most: float = 3.0) -> float:
-        """Median of up to 7 runs, after one that compiles, in about ``most`` seconds; of slow calls the one run."""
-        spent, found = 0.0, []
-        for turn in range(8):
+        """Median of up to 7 runs in about ``most`` seconds, at least one, after one to compile that does not count."""
+        call()
+        found: list[float] = []
+        while len(found) < 7 and sum(found) < most:
             self.sync()
             start = time.perf_counter()
             call()
             self.sync()
-            took = time.perf_counter() - start
-            spent += took
-            if turn > 0 or took > most:
-                found.append(took)
-            if spent > most and found:
-                break
+            found.append(time.perf_counter() - start)
         return statistics.median(found)
 
     def megabytes(self, call: Callable[[], Any]) -> float | str:
@@ -67,17 +63,19 @@ class Bench:
         self.sync()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
-    def row(self, facts: Row, measure: Callable[[], Row]) -> Row:
-        """One row; a failure becomes its text, and nothing is begun after the deadline."""
+    def row(self, facts: Row, measure: Callable[[Row], None]) -> Row:
+        """One row, which ``measure`` fills; a failure adds its text, and nothing is begun after the deadline."""
+        row = dict(facts)
         if time.perf_counter() - self.began > BUDGET:
-            return facts | {"note": "skipped: out of time"}
+            return row | {"note": "skipped: out of time"}
         try:
-            return facts | measure()
+            measure(row)
         except Exception as error:
             traceback.print_exc()
             if self.cuda:
                 torch.cuda.empty_cache()
-            return facts | {"note": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+            row["note"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+        return row
 
 
 def clouds(shape: tuple[int, ...], d: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,13 +88,13 @@ def batched(bench: Bench) -> list[Row]:
     """256 problems, costs given."""
     count = 8 if bench.quick else 256
 
-    def measure(m: int, d: int, transport: Any) -> Row:
+    def measure(row: Row, m: int, d: int, transport: Any) -> None:
         cost = mbot.pairwise_cost(*clouds((count, m), d, bench.device))
         host = cost.cpu()
         device, cpu = transport.plan(cost), transport.plan(host)
         ours, theirs = bench.seconds(lambda: transport.plan(cost)), bench.seconds(lambda: transport.plan(host))
         values = device.cost(cost).double().cpu(), cpu.cost(host).double()
-        row = {
+        row |= {
             "device, s": ours, "CPU path, s": theirs, "CPU / device": theirs / ours,
             "peak MB": bench.megabytes(lambda: transport.plan(cost)),
             "largest relative difference": float(((values[0] - values[1]) / values[1]).abs().max()),
@@ -105,33 +103,40 @@ def batched(bench: Bench) -> list[Row]:
         if isinstance(transport, mbot.ExactOT):
             row["kernels alone, s"] = bench.seconds(lambda: device_matching.match(cost)) if bench.cuda else "-"
             row["torch-linear-assignment, s"] = linear_assignment(bench, cost)
-        return row
 
     cases = [(m, d, mbot.ExactOT()) for m in (64, 128, 256) for d in (2, 64)]
     cases += [(128, d, mbot.PartialOT(0.8)) for d in (2, 64)]
     if bench.quick:
         cases = [(16, 2, mbot.ExactOT()), (16, 2, mbot.PartialOT(0.8))]
     return [
-        bench.row({"transport": type(t).__name__, "problems": count, "m": m, "d": d}, lambda c=(m, d, t): measure(*c))
+        bench.row(
+            {"transport": type(t).__name__, "problems": count, "m": m, "d": d},
+            lambda row, c=(m, d, t): measure(row, *c),
+        )
         for m, d, t in cases
     ]
 
 
 def linear_assignment(bench: Bench, cost: torch.Tensor) -> float | str:
     try:
-        from torch_linear_assignment import batch_linear_assignment
+        import torch_linear_assignment as peer
+
+        if bench.cuda and not peer._backend.has_cuda():  # would solve on the CPU
+            return "built without CUDA"
+        return bench.seconds(lambda: peer.batch_linear_assignment(cost))
     except ImportError:
         return "not installed"
-    return bench.seconds(lambda: batch_linear_assignment(cost))
+    except Exception as error:
+        return f"failed: {error}"[:120]
 
 
 def one_problem(bench: Bench) -> list[Row]:
     """One large assignment, costs given."""
 
-    def measure(n: int, d: int) -> Row:
+    def measure(row: Row, n: int, d: int) -> None:
         cost = mbot.pairwise_cost(*clouds((n,), d, bench.device))
         transport = mbot.ExactOT()
-        row: Row = {"device, s": bench.seconds(lambda: transport.plan(cost))}
+        row["device, s"] = bench.seconds(lambda: transport.plan(cost))
         plan = transport.plan(cost)
         row["gap"] = float(plan.error)
         row["peak MB"] = bench.megabytes(lambda: transport.plan(cost))
@@ -141,16 +146,15 @@ def one_problem(bench: Bench) -> list[Row]:
             row["CPU / device"] = row["CPU path, s"] / row["device, s"]
             expected = float(transport.plan(host).cost(host).double())
             row["relative difference"] = abs(float(plan.cost(cost).double()) / expected - 1)
-        return row
 
     sizes = [(64, 2)] if bench.quick else [(1024, 2), (1024, 64), (4096, 2), (4096, 64), (16_384, 64)]
-    return [bench.row({"n": n, "d": d}, lambda c=(n, d): measure(*c)) for n, d in sizes]
+    return [bench.row({"n": n, "d": d}, lambda row, c=(n, d): measure(row, *c)) for n, d in sizes]
 
 
 def streaming(bench: Bench) -> list[Row]:
     """Ten iterations at a fixed regularisation, from points."""
 
-    def measure(n: int, d: int, iterations: int, dtype: torch.dtype) -> Row:
+    def measure(row: Row, n: int, d: int, iterations: int, dtype: torch.dtype) -> None:
         x, y = (points.to(dtype) for points in clouds((n,), d, bench.device))
         eps = 0.1 * d
 
@@ -164,7 +168,7 @@ def streaming(bench: Bench) -> list[Row]:
                 psi = -math.log(n) - layout.soft_cols(phi, psi)
             return psi
 
-        row: Row = {"fused, s": bench.seconds(run), "peak MB": bench.megabytes(run)}
+        row |= {"fused, s": bench.seconds(run), "peak MB": bench.megabytes(run)}
         if n <= 50_000 and dtype == torch.float32:
             row["tiles in torch, s"] = bench.seconds(lambda: run(tiles=True))
             exact = run(tiles=True)
@@ -174,7 +178,6 @@ def streaming(bench: Bench) -> list[Row]:
                     row["fused in 3 x TF32, s"] = bench.seconds(run)
                     row["that one's largest difference"] = float((run() - exact).abs().max())
             row |= peers(bench, x, y, eps, iterations)
-        return row
 
     f32, bf16 = torch.float32, torch.bfloat16
     cases = [(10_000, 64, 10, f32), (50_000, 64, 10, f32), (50_000, 64, 10, bf16), (50_000, 3, 10, f32),
@@ -182,7 +185,9 @@ def streaming(bench: Bench) -> list[Row]:
     if bench.quick:
         cases = [(500, 8, 2, f32)]
     return [
-        bench.row({"n": n, "d": d, "iterations": k, "dtype": str(t).removeprefix("torch.")}, lambda c=c: measure(*c))
+        bench.row(
+            {"n": n, "d": d, "iterations": k, "dtype": str(t).removeprefix("torch.")}, lambda row, c=c: measure(row, *c)
+        )
         for c in cases
         for n, d, k, t in [c]
     ]
@@ -226,17 +231,17 @@ def whole_sinkhorn(bench: Bench) -> list[Row]:
     """The coupling, and value and gradients of the transport, to convergence."""
     n = 500 if bench.quick else 10_000
 
-    def coupling() -> Row:
+    def coupling(row: Row) -> None:
         x, y = clouds((n,), 3, bench.device)
         found = {}
 
         def call() -> None:
             found["pairs"] = mbot.SinkhornCoupling(0.1)(x, y)
 
-        return {"seconds": bench.seconds(call), "peak MB": bench.megabytes(call),
+        row |= {"seconds": bench.seconds(call), "peak MB": bench.megabytes(call),
                 "iterations": found["pairs"].info["iterations"]}  # fmt: skip
 
-    def value(size: int) -> Row:
+    def value(row: Row, size: int) -> None:
         x, y = clouds((size,), 3, bench.device)
         x.requires_grad_()
 
@@ -244,13 +249,13 @@ def whole_sinkhorn(bench: Bench) -> list[Row]:
             x.grad = None
             mbot.EntropicOT(0.3, tol=1e-4)(x, y).backward()
 
-        return {"seconds": bench.seconds(call), "peak MB": bench.megabytes(call), "iterations": "-"}
+        row |= {"seconds": bench.seconds(call), "peak MB": bench.megabytes(call), "iterations": "-"}
 
     name = "EntropicOT(0.3), value and gradient"
     return [
         bench.row({"what": "SinkhornCoupling(0.1)", "n": n, "d": 3}, coupling),
         *(
-            bench.row({"what": name, "n": size, "d": 3}, lambda size=size: value(size))
+            bench.row({"what": name, "n": size, "d": 3}, lambda row, size=size: value(row, size))
             for size in ((n,) if bench.quick else (n, 50_000))
         ),
     ]
@@ -262,7 +267,7 @@ def grid_losses(bench: Bench) -> list[Row]:
 
     k, m = (4, 16) if bench.quick else (16, 128)
 
-    def measure(name: str, d: int) -> Row:
+    def measure(row: Row, name: str, d: int) -> None:
         x, y = clouds((k, m), d, bench.device)
         x.requires_grad_()
         y.requires_grad_()
@@ -275,7 +280,7 @@ def grid_losses(bench: Bench) -> list[Row]:
         def call() -> torch.Tensor:
             return step(loss.from_batches, x, y)
 
-        row: Row = {"device, s": bench.seconds(call)}
+        row["device, s"] = bench.seconds(call)
         xs, ys = (t.detach().cpu().requires_grad_() for t in (x, y))
         row["CPU, s"] = bench.seconds(lambda: step(loss.from_batches, xs, ys))
         if name.startswith("BoMb"):
@@ -284,11 +289,10 @@ def grid_losses(bench: Bench) -> list[Row]:
         row["relative difference to the CPU"] = abs(float(call()) / float(step(loss.from_batches, xs, ys)) - 1)
         row["peak MB"] = bench.megabytes(call)
         row["share of the time the GPU is busy"] = busy(bench, call)
-        return row
 
     names = ("BoMbOT(ExactOT)", "MiniBatchOT(ExactOT)", "MiniBatchOT(PartialOT(0.8))")
     return [
-        bench.row({"loss": name, "k": k, "m": m, "d": d}, lambda c=(name, d): measure(*c))
+        bench.row({"loss": name, "k": k, "m": m, "d": d}, lambda row, c=(name, d): measure(row, *c))
         for name in names
         for d in ((2,) if bench.quick else (2, 64))
     ]
@@ -298,6 +302,7 @@ def busy(bench: Bench, call: Callable[[], Any]) -> float | str:
     """Summed kernel time over wall time, from torch's profiler."""
     if not bench.cuda:
         return "-"
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -308,8 +313,10 @@ def busy(bench: Bench, call: Callable[[], Any]) -> float | str:
             call()
         bench.sync()
         wall = time.perf_counter() - start
-    device = sum(getattr(event, "self_device_time_total", 0.0) for event in record.key_averages())
-    return device * 1e-6 / wall
+    device = sum(
+        event.self_device_time_total for event in record.key_averages() if event.device_type == DeviceType.CUDA
+    )
+    return device * 1e-6 / wall if device else "-"  # a machine without CUPTI records nothing
 
 
 def uniform(table: list[Row]) -> list[Row]:
@@ -318,17 +325,23 @@ def uniform(table: list[Row]) -> list[Row]:
     return [{column: row.get(column, "") for column in columns} for row in table]
 
 
-def rows(quick: bool = False, device: str = "cuda") -> dict[str, list[Row]]:
-    """All tables: heading -> rows."""
+def rows(
+    quick: bool = False, device: str = "cuda", save: Callable[[dict[str, list[Row]]], Any] = lambda tables: None
+) -> dict[str, list[Row]]:
+    """All tables: heading -> rows. ``save`` is given those at hand after each."""
     warnings.simplefilter("ignore", mbot.ConvergenceWarning)
     bench = Bench(device, quick)
-    return {
-        "Batched assignment, costs given": uniform(batched(bench)),
-        "Grid losses, forward and backward": uniform(grid_losses(bench)),
-        "One assignment problem, costs given": uniform(one_problem(bench)),
-        "Streaming Sinkhorn, iterations at a fixed regularisation": uniform(streaming(bench)),
-        "Streaming Sinkhorn, whole calls": uniform(whole_sinkhorn(bench)),
-    }
+    tables = {}
+    for heading, make in {
+        "Batched assignment, costs given": batched,
+        "Grid losses, forward and backward": grid_losses,
+        "One assignment problem, costs given": one_problem,
+        "Streaming Sinkhorn, iterations at a fixed regularisation": streaming,
+        "Streaming Sinkhorn, whole calls": whole_sinkhorn,
+    }.items():
+        tables[heading] = uniform(make(bench))
+        save(tables)
+    return tables
 
 
 if __name__ == "__main__":

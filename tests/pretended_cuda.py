@@ -10,6 +10,7 @@ It replaces parts of torch for the whole process, hence a process of its own (`t
 """
 
 import contextlib
+import importlib.util
 import os
 import threading
 from typing import Any
@@ -244,7 +245,7 @@ def install():
 
     if os.environ.get("TRITON_INTERPRET") != "1":
         device_matching.triton_kernels = device_streaming.triton_kernels = lambda: None
-    elif device_matching.triton_kernels() is not None:
+    elif importlib.util.find_spec("triton") is not None:
         from mbot.kernels import triton_matching, triton_streaming
 
         for module in (triton_matching, triton_streaming):

@@ -17,26 +17,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mbot.kernels.device import triton_module
+
 LARGEST = 16384  # columns (dummies included) of a problem whose state fits one thread block
 _FIRST, _RATIO = 0.25, 0.7  # epsilon: first and ratio, in units of the costs' spread
 _TINY = 1e-30
 
 
-@lru_cache
 def triton_kernels() -> ModuleType | None:
-    """The Triton kernels, or None where Triton is not installed."""
-    try:
-        from mbot.kernels import triton_matching
-    except ImportError:
-        return None
-    return triton_matching
+    """The Triton kernels, or None where they cannot be used."""
+    return triton_module("triton_matching")
 
 
 def applies(cost: Tensor, cardinality: int | None = None) -> bool:
@@ -201,7 +197,7 @@ def match(cost: Tensor, cardinality: int | None = None, kernels: Any = None) -> 
     problems = problems_of(cost, n if cardinality is None else cardinality)
     price = kernels.start(problems).nan_to_num(0, 0, 0)  # costs beyond float32's range start from nothing
     if problems.size > n:
-        price = _equal_outside(problems, price, kernels)
+        price = _equal_outside(problems, price, kernels).nan_to_num(0, 0, 0)
     _, want = kernels.scan(problems, price)
     row_of, col_of = _first_pairs(problems, price, want.long())
     if kernels is Reference:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -11,18 +10,14 @@ import torch
 from torch import Tensor
 
 from mbot.cost import _unit
+from mbot.kernels.device import triton_module
 
 COSTS = ("sqeuclidean", "dot", "cosine")
 
 
-@lru_cache
 def triton_kernels() -> ModuleType | None:
-    """The Triton kernels, or None where Triton is not installed."""
-    try:
-        from mbot.kernels import triton_streaming
-    except ImportError:
-        return None
-    return triton_streaming
+    """The Triton kernels, or None where they cannot be used."""
+    return triton_module("triton_streaming")
 
 
 @dataclass

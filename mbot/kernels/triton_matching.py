@@ -212,6 +212,7 @@ def _finish_kernel(
                 tag = tl.where(better, (tag & (_DUMMY | _TAKEN)) | row, tag)
                 least, end = _nearest(dist, tag, asleep, cols, BLOCK)
                 row = tl.load(rows_of + end)
+            tl.debug_barrier()  # or the compiler takes the prices of the first load, and keeps them in registers
             price = tl.load(prices + cols, mask=inside, other=0.0)
             tl.debug_barrier()
             tl.store(prices + cols, tl.where(dist < least, price + (dist - least), price), mask=inside)
@@ -240,11 +241,23 @@ def _tile(size: int) -> dict[str, Any]:
     """Shape and warps of tiles of whole rows."""
     block = _block(size)
     warps = 4 if block < 128 else 8 if block <= 4096 else 16
-    return {"ROWS": max(1, _TILE // block), "BLOCK": block, "num_warps": warps, "num_stages": 1}
+    return {
+        "ROWS": max(1, _TILE // block),
+        "BLOCK": block,
+        "num_warps": warps,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    }
 
 
 def _on(cost: Tensor) -> Any:
     return torch.cuda.device(cost.device) if cost.is_cuda else nullcontext()
+
+
+def probe() -> None:
+    """Launch a kernel on the current device; raises what Triton raises."""
+    price, masses = torch.zeros(1, 1, device="cuda"), torch.ones(1, 1, 1, device="cuda")
+    _price_kernel[(1, 1)](price, masses, 1, 1, 1.0, BLOCK=16)
 
 
 def start(problems: Problems) -> Tensor:
@@ -292,4 +305,5 @@ def finish(problems: Problems, price: Tensor, row_of: Tensor, col_of: Tensor) ->
         _finish_kernel[(len(cost),)](
             cost, price, problems.outside, problems.wall, row_of, col_of, torch.empty_like(row_of), problems.n, size,
             size > problems.n, BLOCK=block, num_warps=min(32, max(1, block // 256)), num_stages=1,
+            enable_fp_fusion=True,
         )  # fmt: skip

@@ -110,7 +110,8 @@ def _shape(n: int, d: int, cost: str) -> dict[str, Any]:
     direct = cost == "sqeuclidean" and d <= _DIRECT_FEATURES
     rows = 64 if n >= 16384 else 32 if n >= 4096 else 16
     features = d if direct else 16 if d <= 16 else 32  # all of them, or a block of a product
-    return {"DIRECT": direct, "D": features, "M": rows, "N": 64, "PRECISION": PRECISION, "num_stages": 2}
+    return {"DIRECT": direct, "D": features, "M": rows, "N": 64, "PRECISION": PRECISION, "num_stages": 2,
+            "enable_fp_fusion": True}  # fmt: skip
 
 
 # A log-sum-exp over differences: wide tiles of few rows, whose reductions cost the same whatever their columns.
@@ -122,6 +123,12 @@ def _terms(potential: Tensor, square: Tensor, eps: float) -> Tensor:
     return (potential.double() - square / eps).mul_(_LOG2E).float().contiguous()
 
 
+def probe() -> None:
+    """Launch a kernel on the current device; raises what Triton raises."""
+    point = torch.zeros(1, 1, 1, device="cuda")
+    soft(point, point, point[0], "sqeuclidean", 1.0)
+
+
 def squares(points: Tensor, cost: str) -> Tensor:
     """The points' own terms of the cost where the kernels have products, ``(B, n)`` float64; else 0."""
     if cost == "sqeuclidean" and points.shape[-1] > _DIRECT_FEATURES:
@@ -130,7 +137,7 @@ def squares(points: Tensor, cost: str) -> Tensor:
 
 
 def _scale(d: int, cost: str, eps: float) -> float:
-    return _LOG2E / eps * (2 if cost == "sqeuclidean" and d > _DIRECT_FEATURES else 1)
+    return float(_LOG2E / eps) * (2 if cost == "sqeuclidean" and d > _DIRECT_FEATURES else 1)
 
 
 def _on(points: Tensor) -> Any:
@@ -178,6 +185,8 @@ def pull(
     mass = torch.empty(count, n, dtype=torch.float32, device=x.device)
     width = min(64, max(16, triton.next_power_of_2(d)))
     shape = _shape(n, d, cost) | {"num_warps": 8}
+    if shape["DIRECT"]:
+        shape["num_stages"] = 1  # Triton before 3.3 cannot pipeline it
     with _on(x):
         _pull_kernel[(triton.cdiv(n, shape["M"]), count, triton.cdiv(d, width))](
             x, y, offset, bias, pulled, mass, n, m, d, _scale(d, cost, eps), OUT=width, **shape

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.cost import Cost, _pairwise, _unit, _working
+from mbot.numerics import full_float32
 from mbot.transport.streaming import Streamed, solve
 
 _CELLS = 1 << 24  # entries of the largest tile
@@ -43,7 +44,7 @@ def entropic_values(
             weight = torch.full((size,), 1 / size, dtype=torch.float64, device=x.device).expand(*batch, size)
         weights.append(weight.reshape(-1, size))
     left, right = weights[0], checks.equal_totals(*weights)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), full_float32():
         x, y, shift = _working(x), _working(y), torch.zeros_like(left[:, 0])
         if cost == "cosine":  # 1 plus the dot cost of unit vectors
             x, y, cost, shift = _unit(x), _unit(y), "dot", left.sum(1)
@@ -94,7 +95,8 @@ class _Value(torch.autograd.Function):
         sides: list[Tensor | None] = [None, None]
         for side in (0, 1):
             if ctx.needs_input_grad[side]:
-                pulled, mass, points = ctx.layout.pull(phi, psi, turned=bool(side))
+                with full_float32():
+                    pulled, mass, points = ctx.layout.pull(phi, psi, turned=bool(side))
                 dot = ctx.layout.cost == "dot"
                 sides[side] = grad * (-pulled if dot else 2 * (mass[:, None] * points - pulled))
         return (*sides, *[None] * 4)

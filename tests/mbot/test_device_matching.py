@@ -3,6 +3,8 @@
 The Triton kernels of the same stages run in `test_triton_interpreter.py`, and on a GPU in `tests/gpu`.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 import mbot
 from mbot import ExactOT, PartialOT
-from mbot.kernels import device_matching
+from mbot.kernels import device, device_matching
 from mbot.kernels.device_matching import Reference, match
 
 
@@ -140,6 +142,26 @@ def test_plans_are_those_of_the_cpu_path(on_device, monkeypatch, transport, dtyp
     assert device.error.shape == cpu.error.shape == (2, 3)
     if kind == "real":
         torch.testing.assert_close(device.to_dense(), cpu.to_dense())
+
+
+def test_triton_that_cannot_launch_is_left_out_with_a_warning(monkeypatch):
+    """Slim images have no C compiler for its launcher; a card may be newer than it."""
+
+    def probe():
+        raise RuntimeError("Failed to find C compiler")
+
+    def imported(name):
+        assert name == "mbot.kernels.triton_matching"
+        return SimpleNamespace(probe=probe)
+
+    monkeypatch.setattr(device, "importlib", SimpleNamespace(import_module=imported))
+    device.triton_module.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"cannot launch a kernel \(RuntimeError: Failed to find C compiler\)"):
+            assert device_matching.triton_kernels() is None
+        assert device_matching.triton_kernels() is None  # and does not warn again
+    finally:
+        device.triton_module.cache_clear()
 
 
 def test_one_point(on_device):

@@ -48,7 +48,7 @@ def test_a_kernel_compiles(module, name, constants, warps, types):
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": 1},
+        options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True},
     )
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 48 << 10
