@@ -31,9 +31,16 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
         )
     centre = (y.detach().mean(-2, keepdim=True) + x.detach().mean(-2, keepdim=True)) / 2
     x, y = x - centre, y - centre
-    # As products and in place: fresh memory for squares and terms would cost more than the arithmetic.
-    norms_x, norms_y = (torch.linalg.vecdot(points, points) for points in (x, y))
-    return product(-2 * x, y.mT).add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
+    # In place, and the factor where there are fewer numbers: memory costs more than the arithmetic.
+    inner = product(x, y.mT).mul_(-2) if y.shape[-2] < x.shape[-1] else product(-2 * x, y.mT)
+    return inner.add_(_norms(x)[..., :, None]).add_(_norms(y)[..., None, :]).clamp_min_(0)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Squared norms; without gradients in one pass over the points."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return torch.linalg.vecdot(x, x)
+    return torch.linalg.vector_norm(x, dim=-1).square()
 
 
 def _root(squared: Tensor) -> Tensor:

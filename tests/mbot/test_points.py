@@ -49,6 +49,30 @@ def test_gradients_by_finite_differences(streamed):
     assert torch.autograd.gradcheck(lambda p, q: EntropicOT(0.5, tol=1e-12)(p, q), (x, y), atol=1e-6)
 
 
+@pytest.mark.parametrize("cost", ["sqeuclidean", "dot"])
+def test_tiles_are_never_computed_in_reduced_precision(streamed, monkeypatch, cost):
+    """The process may allow TF32: forward and backward lift it, and give it back."""
+    streamed(True)
+    seen = []
+    for name in ("_soft", "pull"):
+        original = getattr(points.Streamed, name)
+
+        def spy(self, *args, original=original, **kwargs):
+            seen.append(torch.get_float32_matmul_precision())
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(points.Streamed, name, spy)
+    x, y = clouds(dtype=torch.float32)
+    torch.set_float32_matmul_precision("high")
+    try:
+        EntropicOT(1.0, tol=1e-4)(x, y, cost=cost).backward()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(seen) > 4
+    assert set(seen) == {"highest"}
+
+
 def test_half_precision_points_are_computed_with_in_float32(streamed):
     x, y = (t.detach().half() for t in clouds())
     streamed(True)
