@@ -46,7 +46,8 @@ $(VENV)/.%: pyproject.toml constraints.txt
 	$(PIP) -e '.[$*]'
 	@touch $@
 
-# Triton's interpreter runs the tests of the GPU kernels, and torch's CPU builds come without it.
+# Triton's interpreter runs the tests of the GPU kernels, and torch's CPU builds come without it. Not in constraints.txt:
+# torch's CUDA builds bring a version of their own.
 $(VENV)/.triton: $(VENV)/.test
 	@$(BIN)/python -c "import triton" 2> /dev/null || $(PIP) triton==3.9.0 || echo "no Triton here: its tests are skipped"
 	@touch $@

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,37 +27,18 @@ import numpy as np
 import torch
 from harness import medians, write
 from scipy.stats import ttest_rel
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import flows
 import mbot
 
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from cfm_2d import PUBLISHED_NPE, PlanarMLP
+
 METHODS = ("I-CFM", "OT-CFM", "SB-CFM", "C²OT", "W-CFM")
 PROBLEMS = {"N": "normal → 8 gaussians", "moons": "moons → 8 gaussians"}
 BATCH = 512
-
-# (problem, method) -> published NPE (mean, deviation); N -> 8 gaussians W2 is published for the bridge only
-PUBLISHED = {
-    ("N", "I-CFM"): "0.222 ± 0.032",
-    ("N", "OT-CFM"): "0.018 ± 0.014",
-    ("moons", "I-CFM"): "2.738 ± 0.181",
-    ("moons", "OT-CFM"): "0.053 ± 0.035",
-}
-
-
-class Net(nn.Module):
-    """torchcfm's MLP for the plane."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(3, 64), nn.SELU(), nn.Linear(64, 64), nn.SELU(), nn.Linear(64, 64), nn.SELU(), nn.Linear(64, 2)
-        )
-
-    def forward(self, t: Tensor, x: Tensor, y: object = None) -> Tensor:
-        """Velocity; no conditions."""
-        return self.body(torch.cat((x, t[:, None]), 1))
 
 
 def draw(problem: str, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +98,7 @@ def run(problem: str, sample: Sampler, seed: int, steps: int, bar: tqdm) -> dict
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  torchcfm's couplings
     data = torch.Generator().manual_seed(seed)
-    model = Net()
+    model = PlanarMLP()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-5)
     for _ in range(steps):
         loss = flows.regression_loss(model, sample(*draw(problem, BATCH, data)))
@@ -172,7 +154,10 @@ def rows(
             [found[key] for seed in seeds if (key := f"{problem}/{method}/{library}/{seed}") in found]
             for library in ("ours", "torchcfm")
         )
-        row: dict[str, object] = {"method": method, "NPE published": PUBLISHED.get((problem, method), "–")}
+        row: dict[str, object] = {
+            "method": method,
+            "NPE published": PUBLISHED_NPE.get((f"{problem}-gaussians", method), "–"),
+        }
         for key in ("NPE", "W2"):
             values = [[r[key] for r in part] for part in (mine, peer)]
             row[f"{key}, torchcfm"] = spread(values[1]) if peer else "–"

@@ -133,18 +133,15 @@ class Trainer:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.step = 0
         self.ema_decay = ema
-        self.averaged = None
-        if ema is not None:
-            self.averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        averaged = None if ema is None else AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
+        self.averaged = averaged
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
-        run: Any = model
+        self._ddp: Any = model
         if self.world > 1:
-            run = nn.parallel.DistributedDataParallel(
-                model, device_ids=[self.device] if self.device.type == "cuda" else None
-            )
-        self._ddp = run
-        self._run = torch.compile(run) if compile else run
+            devices = [self.device] if self.device.type == "cuda" else None
+            self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        self._run = torch.compile(self._ddp) if compile else self._ddp
         self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
         self._last: dict[str, Any] = {"loss": math.nan}
         self._started = False

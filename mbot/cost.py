@@ -33,14 +33,9 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
     x, y = x - centre, y - centre
     # In place, and the factor where there are fewer numbers: memory costs more than the arithmetic.
     inner = product(x, y.mT).mul_(-2) if y.shape[-2] < x.shape[-1] else product(-2 * x, y.mT)
-    return inner.add_(_norms(x)[..., :, None]).add_(_norms(y)[..., None, :]).clamp_min_(0)
-
-
-def _norms(x: Tensor) -> Tensor:
-    """Squared norms; without gradients in one pass over the points."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return torch.linalg.vecdot(x, x)
-    return torch.linalg.vector_norm(x, dim=-1).square()
+    # A norm is one pass over the points; a sum of squares writes the squares first.
+    norms_x, norms_y = (torch.linalg.vector_norm(points, dim=-1).square() for points in (x, y))
+    return inner.add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
 
 
 def _root(squared: Tensor) -> Tensor:

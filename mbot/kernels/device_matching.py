@@ -197,7 +197,7 @@ def match(cost: Tensor, cardinality: int | None = None, kernels: Any = None) -> 
     problems = problems_of(cost, n if cardinality is None else cardinality)
     price = kernels.start(problems).nan_to_num(0, 0, 0)  # costs beyond float32's range start from nothing
     if problems.size > n:
-        price = _equal_outside(problems, price, kernels).nan_to_num(0, 0, 0)
+        price = _equal_outside(problems, price, kernels).nan_to_num(0, 0, 0)  # a search among NaN would never end
     _, want = kernels.scan(problems, price)
     row_of, col_of = _first_pairs(problems, price, want.long())
     if kernels is Reference:

@@ -63,7 +63,7 @@ def _column_masses(
     """Column sums over some rows of the plan whose rows sum to one.
 
     ``level`` are the prices over epsilon, -inf beyond the last column; ``sharpness`` is the second step to units of
-    the spread, over epsilon. Exponents are in base 2. The start spends its time here, in some 17 instructions an entry.
+    the spread, over epsilon. Exponents are in base 2. The start spends its time here.
     """
     cols = tl.arange(0, BLOCK)[None, :]
     masses = tl.zeros([ROWS, BLOCK], tl.float32)

@@ -77,9 +77,7 @@ def _plan(name: str, cost: Tensor, found: _Found) -> Plan:
     batch = cost.shape[:-2]
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        found = torch.from_numpy(array.reshape((*batch, *array.shape[1:])))
-        here = found.dtype == dtype and cost.device.type == "cpu"
-        return found if here else found.to(cost.device, dtype)
+        return torch.from_numpy(array.reshape((*batch, *array.shape[1:]))).to(cost.device, dtype)
 
     plan = Plan(
         tensor(mass, cost.dtype),

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here: the tests themselves run")
 
 
 def rehearse(*arguments, interpret):

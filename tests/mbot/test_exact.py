@@ -290,10 +290,6 @@ def test_forbidden_pairs_are_avoided_at_any_scale_of_the_costs(transport, value)
     plan = transport.plan(cost)
     assert float(plan.to_dense()[cost == torch.inf].abs().max()) == 0
     torch.testing.assert_close(
-        plan.cost(cost), torch.full((2,), value * transport_mass(transport), dtype=torch.float64)
+        plan.cost(cost), torch.full((2,), value * getattr(transport, "mass", 1), dtype=torch.float64)
     )
     assert bool(plan.converged.all())
-
-
-def transport_mass(transport):
-    return getattr(transport, "mass", 1)
