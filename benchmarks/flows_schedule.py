@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import flows
-from flows.schedule import jump_costs, path_cost
+from flows.step_times import jump_costs, path_cost
 
 
 def trained(dataset, dim: int, classes: int, steps: int) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import flows
 import mbot
-from flows.schedule import jump_costs, path_cost
+from flows.step_times import jump_costs, path_cost
 
 
 def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from flows import evaluation, tasks
+from flows import build, evaluation
 from flows.config import TrainConfig
 
 COUPLINGS = {"fm": "FM", "ot": "OT", "c2ot": "C²OT", "wcfm": "W-CFM"}
@@ -64,14 +64,14 @@ class Components:
 
 def one_run(config: TrainConfig, classifier: evaluation.SmallClassifier, samples: int, components: int | None) -> dict:
     """Train and measure."""
-    task = space = tasks.load_task(config)
+    task = space = build.load_task(config)
     decode = None
     if components:
         images, labels = task.dataset.rows(torch.arange(len(task.dataset)))
         basis = Components(images[:20_000], components)
         space = replace(task, dataset=TensorDataset(basis.encode(images), labels), shape=(components,))
         decode = basis.decode
-    trainer = tasks.build_trainer(config, space, tasks.device_of(config.device))
+    trainer = build.build_trainer(config, space, build.device_of(config.device))
     trainer.out, trainer.every["checkpoint"] = None, None  # nothing is kept but the figures
     began = time.process_time()
     trainer.fit()
@@ -150,7 +150,7 @@ def main() -> None:
     if any(saved.get("facts", facts).get(key, facts[key]) != facts[key] for key in facts):
         raise SystemExit(f"{results} holds runs of other settings: give another --out")
     runs = saved["runs"]
-    classifier, facts["accuracy"] = evaluation.train_classifier(tasks.load_task(settings(args, "fm", 0)), 0)
+    classifier, facts["accuracy"] = evaluation.train_classifier(build.load_task(settings(args, "fm", 0)), 0)
     todo = [(seed, key) for seed in args.seeds for key in args.couplings]
     for seed, key in tqdm(todo):
         if not any((run["seed"], run["coupling"]) == (seed, key) for run in runs):

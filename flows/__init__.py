@@ -2,18 +2,17 @@
 
 from flows import datasets, metrics, models
 from flows.checkpoint import CheckpointError
-from flows.conditions import drop_conditions, null_condition
 from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
-from flows.guidance import GuidedModel
+from flows.guidance import GuidedModel, drop_conditions, null_condition
 from flows.integrate import Trajectory, integrate
 from flows.interrupt import Interrupted, NonFiniteLoss
 from flows.likelihood import log_likelihood
 from flows.loader import CoupledBatch, CoupledLoader, WorkerDied
 from flows.logs import TrainResult
+from flows.lr_schedule import warmup_schedule
 from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
-from flows.rates import warmup_schedule
-from flows.schedule import bellman_schedule, straighten
+from flows.step_times import bellman_schedule, straighten
 from flows.trainer import Trainer
 
 __all__ = [

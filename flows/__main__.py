@@ -83,7 +83,7 @@ def parse(kind: Any, arguments: list[str], command: str) -> Any:
 def train(arguments: list[str]) -> None:
     """The command ``train``."""
     config: TrainConfig = parse(TrainConfig, arguments, "train")
-    from flows import checkpoint, evaluation, tasks
+    from flows import build, checkpoint, evaluation
     from flows.checkpoint import write_atomically
     from flows.datasets import save_grid
 
@@ -94,24 +94,24 @@ def train(arguments: list[str]) -> None:
             timeout=timedelta(seconds=config.timeout),
         )
     try:
-        device = tasks.device_of(config.device)
+        device = build.device_of(config.device)
         first = not several or dist.get_rank() == 0
         if several and config.download and not first:
             dist.barrier()  # one process downloads
-        task = tasks.load_task(config)
+        task = build.load_task(config)
         if several and config.download and first:
             dist.barrier()
-        tasks.check_guidance(config.guidance, config, task)
+        build.check_guidance(config.guidance, config, task)
         if not (config.resume or config.resume_from) and checkpoint.latest(config.out / "checkpoints"):
             raise ConfigError(f"{config.out} holds a run already: --resume goes on with it, --out names another folder")
 
         def preview(model: Any, step: int) -> None:
             generator = torch.Generator().manual_seed(config.seed)
             y = task.conditions(100, generator)
-            x, _, _ = tasks.generate(model, task, y, 100, generator, guidance=config.guidance)
+            x, _, _ = build.generate(model, task, y, 100, generator, guidance=config.guidance)
             _picture(x, task, config.out / "samples" / f"step-{step:08d}", save_grid)
 
-        trainer = tasks.build_trainer(config, task, device, preview)
+        trainer = build.build_trainer(config, task, device, preview)
         resume = config.resume_from or (checkpoint.latest(config.out / "checkpoints") if config.resume else None)
         if resume is not None:
             settings.same_run(trainer.load(resume), config)
@@ -135,11 +135,11 @@ def train(arguments: list[str]) -> None:
 def sample(arguments: list[str]) -> None:
     """The command ``sample``."""
     config: SampleConfig = parse(SampleConfig, arguments, "sample")
-    from flows import tasks
+    from flows import build
     from flows.datasets import save_grid
 
-    trained, task, model = tasks.load_run(config.run, config.checkpoint, tasks.device_of(config.device))
-    tasks.check_guidance(config.guidance, trained, task)
+    trained, task, model = build.load_run(config.run, config.checkpoint, build.device_of(config.device))
+    build.check_guidance(config.guidance, trained, task)
     generator = torch.Generator().manual_seed(config.seed)
     y = task.conditions(config.num, generator)
     if config.label is not None:
@@ -148,7 +148,7 @@ def sample(arguments: list[str]) -> None:
         if not 0 <= config.label < task.num_classes:
             raise ConfigError(f"--label must lie in 0 … {task.num_classes - 1}; got {config.label}")
         y = torch.full((config.num,), config.label)
-    x, x0, nfe = tasks.generate(
+    x, x0, nfe = build.generate(
         model, task, y, config.num, generator, guidance=config.guidance, method=config.method, steps=config.steps,
         rtol=config.tolerance, atol=config.tolerance,
     )  # fmt: skip
@@ -163,10 +163,10 @@ def sample(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """The command ``evaluate``."""
     config: EvaluateConfig = parse(EvaluateConfig, arguments, "evaluate")
-    from flows import evaluation, tasks
+    from flows import build, evaluation
 
-    trained, task, model = tasks.load_run(config.run, config.checkpoint, tasks.device_of(config.device))
-    tasks.check_guidance(config.guidance, trained, task)
+    trained, task, model = build.load_run(config.run, config.checkpoint, build.device_of(config.device))
+    build.check_guidance(config.guidance, trained, task)
     result = evaluation.evaluate(model, task, num=config.num, seed=config.seed, guidance=config.guidance)
     evaluation.write(result, config.run)
     print(evaluation.as_table(result))
@@ -175,14 +175,14 @@ def evaluate(arguments: list[str]) -> None:
 def diagnose(arguments: list[str]) -> None:
     """The command ``diagnose``."""
     config: DiagnoseConfig = parse(DiagnoseConfig, arguments, "diagnose")
+    from flows import build
     from flows import diagnose as examine
-    from flows import tasks
 
-    task = tasks.load_task(config)
+    task = build.load_task(config)
     generator = torch.Generator().manual_seed(config.seed)
     x1, y = task.draw(config.num, generator)
     x0 = torch.randn(x1.shape, generator=generator)
-    print(examine(tasks.build_coupling(config, task), x0, x1, y, generator=generator))
+    print(examine(build.build_coupling(config, task), x0, x1, y, generator=generator))
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.conditions import select
 from flows.metrics import PriorSkew, prior_skew
 from mbot import ConvergenceWarning, Coupling, Pairs, SemidiscreteCoupling, checks
+from mbot.labels import select
 from mbot.random import draw
 
 _SMALLEST = 16  # samples below which nothing can be said about skew or smaller batches

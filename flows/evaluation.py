@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flows import metrics
+from flows.build import Task, generate
 from flows.seeds import derive_seed, generator_at
-from flows.tasks import Task, generate
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "Euler-2": {"method": "euler", "steps": 2},

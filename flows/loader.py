@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flows.conditions import select, to_device
-from flows.fetch import Fetched, OTBatches, Source
+from flows.ot_batches import Fetched, OTBatches, Source
 from mbot import Coupling, IndependentCoupling, checks
+from mbot.labels import select, to_device
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.conditions import select
 from flows.paths import LinearPath, Path, check_path
 from mbot import Coupling
+from mbot.labels import select
 from mbot.random import draw
 
 VelocityModel = Callable[[Tensor, Tensor, Any], Tensor]

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flows import checkpoint
 from flows.checkpoint import CheckpointError
-from flows.conditions import drop_conditions
+from flows.guidance import drop_conditions
 from flows.interrupt import Interrupted, NonFiniteLoss, Signals
 from flows.loader import CoupledLoader, WorkerDied
 from flows.logs import RunLog, TrainResult

@@ -14,7 +14,7 @@ import torch
 
 import flows
 import mbot
-from flows import checkpoint, config, tasks
+from flows import build, checkpoint, config
 from flows.__main__ import main, parse
 from flows.config import ConfigError, TrainConfig
 from flows.models import parameter_count
@@ -268,9 +268,9 @@ def test_usage(capsys):
 )
 def test_data_and_models_fit_each_other(arguments, shape, classes, model):
     settings = parse(TrainConfig, arguments, "train")
-    task = tasks.load_task(settings)
+    task = build.load_task(settings)
     assert (task.shape, task.num_classes) == (shape, classes)
-    built = tasks.build_model(settings, task)
+    built = build.build_model(settings, task)
     assert type(built).__name__ == model
     x, y = task.draw(3, torch.Generator().manual_seed(0))
     assert built(torch.rand(3), x, y).shape == x.shape
@@ -283,7 +283,7 @@ def test_images_of_any_size_get_a_unet(tmp_path):
         np.savez(tmp_path / "a.npz", x=images)
         settings = parse(TrainConfig, ["--data", "arrays", "--data-root", str(tmp_path / "a.npz")], "train")
         with torch.device("meta"):
-            model = tasks.build_model(settings, tasks.load_task(settings))
+            model = build.build_model(settings, build.load_task(settings))
         assert isinstance(model, flows.models.UNet)
         assert model.enter.in_channels == channels
 
@@ -294,9 +294,9 @@ def test_images_with_text_features_train_on_them(tmp_path):
     np.savez(tmp_path / "a.npz", x=rng.integers(0, 256, (40, 8, 8), np.uint8), y=rng.normal(size=(40, 5)))
     data = ["--data", "arrays", "--data-root", str(tmp_path / "a.npz"), "--ot-batch-size", "32"]
     settings = parse(TrainConfig, ["--preset", "imagenet32-c2ot", *data], "train")
-    task = tasks.load_task(settings)
+    task = build.load_task(settings)
     assert (task.shape, task.condition_dim) == ((1, 8, 8), 5)
-    assert tasks.build_coupling(settings, task) == mbot.ConditionalOTCoupling("continuous", target_ratio=0.2)
+    assert build.build_coupling(settings, task) == mbot.ConditionalOTCoupling("continuous", target_ratio=0.2)
     run = str(tmp_path / "run")
     assert main(["train", *TINY, *data, "--evaluate", "10", "--out", run]) == 0
     assert main(["sample", "--run", run, "--num", "3", "--guidance", "-1.5", "--device", "cpu"]) == 0
@@ -316,9 +316,9 @@ def test_vector_conditions_come_from_array_files(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "a.npz", x=rng.normal(size=(100, 3)), y=rng.normal(size=(100, 2)))
     settings = parse(TrainConfig, ["--data", "arrays", "--data-root", str(tmp_path / "a.npz")], "train")
-    task = tasks.load_task(settings)
+    task = build.load_task(settings)
     assert task.condition_dim == 2
-    assert tasks.build_coupling(settings, task).condition == "continuous"
+    assert build.build_coupling(settings, task).condition == "continuous"
     assert task.conditions(5, torch.Generator().manual_seed(0)).shape == (5, 2)
     run = tmp_path / "run"
     arguments = ["--data", "arrays", "--data-root", str(tmp_path / "a.npz"), *TINY, "--out", str(run)]
@@ -340,7 +340,7 @@ def test_vector_conditions_come_from_array_files(tmp_path):
 )
 def test_couplings_by_name(arguments, coupling):
     settings = parse(TrainConfig, arguments, "train")
-    assert tasks.build_coupling(settings, tasks.load_task(settings)) == coupling
+    assert build.build_coupling(settings, build.load_task(settings)) == coupling
 
 
 def test_paper_presets_have_the_papers_models():
@@ -351,4 +351,4 @@ def test_paper_presets_have_the_papers_models():
         Images.num_classes = 10 if preset == "cifar10-c2ot" else 0
         settings = parse(TrainConfig, ["--preset", preset], "train")
         with torch.device("meta"):
-            assert parameter_count(tasks.build_model(settings, Images())) == count
+            assert parameter_count(build.build_model(settings, Images())) == count

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flows
-from flows import schedule
+from flows import step_times
 
 
 def bend(t, x, y):
@@ -26,9 +26,9 @@ def test_the_path_is_the_best_of_all(n, steps, seed):
     cost = cost.masked_fill(torch.ones(n, n).tril().bool(), torch.inf)
     if steps >= n:
         with pytest.raises(ValueError, match="no path"):
-            schedule.best_path(cost, steps)
+            step_times.best_path(cost, steps)
         return
-    nodes, total = schedule.best_path(cost, steps)
+    nodes, total = step_times.best_path(cost, steps)
     paths = [(0, *middle, n - 1) for middle in itertools.combinations(range(1, n - 1), steps - 1)]
     sums = [sum(float(cost[a, b]) for a, b in itertools.pairwise(path)) for path in paths]
     assert total == pytest.approx(min(sums))
@@ -37,7 +37,7 @@ def test_the_path_is_the_best_of_all(n, steps, seed):
 
 def test_jump_costs_are_the_errors_of_the_jumps():
     x0 = torch.randn(20, 2, dtype=torch.float64)
-    cost = schedule.jump_costs(bend, x0, grid=10)
+    cost = step_times.jump_costs(bend, x0, grid=10)
     x = flows.integrate(bend, x0, method="euler", times=torch.linspace(0, 1, 11, dtype=torch.float64)).x
     t = torch.tensor(0.2, dtype=torch.float64)
     jump = x[2] + 0.5 * bend(t.expand(20), x[2], None)
@@ -53,8 +53,8 @@ def test_a_schedule_is_never_worse_than_equal_steps(steps):
     times = flows.bellman_schedule(bend, x0, steps=steps, grid=50)
     assert len(times) == steps + 1
     assert (float(times[0]), float(times[-1])) == (0, 1)
-    cost = schedule.jump_costs(bend, x0, grid=50)
-    assert schedule.path_cost(cost, times) <= schedule.path_cost(cost, torch.linspace(0, 1, steps + 1)) + 1e-12
+    cost = step_times.jump_costs(bend, x0, grid=50)
+    assert step_times.path_cost(cost, times) <= step_times.path_cost(cost, torch.linspace(0, 1, steps + 1)) + 1e-12
 
 
 def test_a_schedule_helps_a_field_that_turns_at_once():
@@ -110,7 +110,7 @@ def test_bad_schedules():
     with pytest.raises(ValueError, match="at most grid=10; got 11"):
         flows.bellman_schedule(bend, x0, steps=11, grid=10)
     with pytest.raises(ValueError, match="square"):
-        schedule.best_path(torch.zeros(2, 3), 1)
+        step_times.best_path(torch.zeros(2, 3), 1)
     with pytest.raises(ValueError, match="strictly increasing"):
         flows.straighten(flows.models.ResidualMLP(2), x0, torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="at least pool=1024 rows; got 4"):

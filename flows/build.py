@@ -16,8 +16,8 @@ from flows.config import ConfigError, DiagnoseConfig, Model, TrainConfig, plain,
 from flows.guidance import GuidedModel
 from flows.integrate import integrate
 from flows.loader import CoupledLoader
+from flows.lr_schedule import warmup_schedule
 from flows.models import PRESETS, ResidualMLP, UNet
-from flows.rates import warmup_schedule
 from flows.seeds import derive_seed, generator_at
 from flows.trainer import Trainer
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flows.conditions import select
 from flows.integrate import integrate
 from flows.matching import VelocityModel
 from mbot import checks
+from mbot.labels import select
 
 
 def jump_costs(model: VelocityModel, x0: Tensor, *, grid: int = 100, y: Any = None) -> Tensor:
@@ -83,8 +83,8 @@ def path_cost(cost: Tensor, times: Tensor) -> float:
 def bellman_schedule(model: VelocityModel, x0: Tensor, *, steps: int, grid: int = 100, y: Any = None) -> Tensor:
     """The best ``steps`` Euler step times of a trained field (BOSS, stage 1).
 
-    By its own objective (`flows.schedule.path_cost`) never worse than equal steps. The paper finds large gains on faces
-    and scenes and small ones on CIFAR-10; a schedule belongs to the field it was found for.
+    By its own objective (`flows.step_times.path_cost`) never worse than equal steps. The paper finds large gains on
+    faces and scenes and small ones on CIFAR-10; a schedule belongs to the field it was found for.
 
     Args:
         model: ``model(t, x, y) -> velocity``, in eval mode.

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from flows.conditions import select, to_device
 from flows.seeds import derive_seed, generator_at, seeded
 from mbot import Coupling, SemidiscreteCoupling, checks
 from mbot.distributed import GlobalCoupling
+from mbot.labels import select, to_device
 
 Source = Callable[[int, torch.Generator], Tensor] | Tensor | Dataset[Any] | None
 
