@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import _pairwise
+from mbot.cost import pairwise
 from mbot.couplings.drawing import sources_of, stratified
 from mbot.plan import Plan
 from mbot.random import draw
@@ -179,7 +179,7 @@ class OTPlanSampler:
 
     def _cost(self, x0: Tensor, x1: Tensor) -> Tensor:
         x0, x1 = checks.samples(x0, x1)
-        cost = _pairwise(x0.detach(), x1.detach(), "sqeuclidean")
+        cost = pairwise(x0.detach(), x1.detach(), "sqeuclidean")
         return cost / cost.max().clamp_min(torch.finfo(cost.dtype).tiny) if self.normalize_cost else cost
 
     def _plan(self, x0: Tensor, x1: Tensor) -> Plan:

@@ -44,7 +44,8 @@ def _root(squared: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Points ``(…, d)`` scaled to norm 1; a point of norm 0 has no direction and is refused."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if bool((norm == 0).any()):
         raise ValueError(f"the cosine cost needs non-zero vectors; {int((norm == 0).sum())} have norm 0")
@@ -62,8 +63,8 @@ _COSTS: dict[str, _GroundCost] = {
     "euclidean": _GroundCost(lambda x, y: _root(_squared(x, y)), lambda x, y: _root((x - y).square().sum(-1))),
     # Half the squared distance on the sphere: 1 - <x, y> would cancel between directions that are close.
     "cosine": _GroundCost(
-        lambda x, y: _squared(_unit(x), _unit(y)) / 2,
-        lambda x, y: (_unit(x) - _unit(y)).square().sum(-1) / 2,
+        lambda x, y: _squared(unit(x), unit(y)) / 2,
+        lambda x, y: (unit(x) - unit(y)).square().sum(-1) / 2,
     ),
     "dot": _GroundCost(lambda x, y: -product(x, y.mT), lambda x, y: -(x * y).sum(-1)),
 }
@@ -74,7 +75,8 @@ def _named(cost: str) -> _GroundCost:
     return _COSTS[cost]
 
 
-def _working(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision in float32, all else as it is: what costs are computed in."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -111,14 +113,14 @@ def pairwise_cost(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean", *, feature_n
             [2., 2.]])
     """
     x, y = checks.clouds(x, y, feature_ndim=feature_ndim)
-    return _pairwise(x, y, cost)
+    return pairwise(x, y, cost)
 
 
-def _pairwise(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
+def pairwise(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
     """`pairwise_cost` of checked points ``(…, n, d)``."""
     check_cost(cost)
     with torch.autocast(x.device.type, enabled=False), full_float32():
-        x, y = _working(x), _working(y)
+        x, y = at_least_float32(x), at_least_float32(y)
         if isinstance(cost, str):
             return _named(cost).pairwise(x, y)
         result = cost(x, y)
@@ -129,7 +131,7 @@ def _pairwise(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
     return result
 
 
-def _paired(x: Tensor, y: Tensor, cost: str) -> Tensor:
+def paired(x: Tensor, y: Tensor, cost: str) -> Tensor:
     """Named cost of matched points: ``(…, d), (…, d) -> (…)``."""
     with torch.autocast(x.device.type, enabled=False), full_float32():
-        return _named(cost).paired(_working(x), _working(y))
+        return _named(cost).paired(at_least_float32(x), at_least_float32(y))

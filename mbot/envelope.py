@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mbot.cost import _unit, _working
+from mbot.cost import at_least_float32, unit
 
 
 def matched_values(
@@ -40,9 +40,9 @@ def matched_values(
         ``(groups,)`` values.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x, y = _working(x), _working(y)
+        x, y = at_least_float32(x), at_least_float32(y)
         if cost == "cosine":
-            x, y, cost = _unit(x), _unit(y), "dot"
+            x, y, cost = unit(x), unit(y), "dot"
         return _MatchedValues.apply(x, y, row, col, mass.detach(), costs.detach(), group, groups, cost)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _pairwise
+from mbot.cost import Cost, pairwise
 from mbot.envelope import matched_values
 from mbot.plan import Plan
 from mbot.transport import SlicedOT, Transport
@@ -209,7 +209,7 @@ def _solve_block(
     if not isinstance(transport, Transport):
         return _Block(i, j, _call_pairs(transport, x, y))
     if not isinstance(cost, str):
-        matrix = _pairwise(x[:, None], y[None], cost)
+        matrix = pairwise(x[:, None], y[None], cost)
         return _Block(i, j, transport.value(matrix, *_in_batch(a, b)))
     k, m, k2, m2 = len(x), x.shape[1], len(y), y.shape[1]
     step = max(1, _CHUNK // (k2 * m * m2))
@@ -218,7 +218,7 @@ def _solve_block(
         flat_y = y.reshape(-1, y.shape[-1])
         for start in range(0, k, step):
             part = x[start : start + step]
-            matrix = _pairwise(part.reshape(-1, x.shape[-1]), flat_y, cost)
+            matrix = pairwise(part.reshape(-1, x.shape[-1]), flat_y, cost)
             matrix = matrix.reshape(len(part), m, k2, m2).transpose(1, 2).contiguous()
             plan = transport.plan(matrix, *_in_batch(None if a is None else a[start : start + step], b))
             value, matched = _valued(plan, matrix)
@@ -254,7 +254,7 @@ def _solve_aligned(
     if not isinstance(cost, str):
         return _Block(part, j, transport(x, y, a, b, cost)[:, None])
     with torch.no_grad():
-        matrix = _pairwise(x, y, cost)
+        matrix = pairwise(x, y, cost)
         plan = transport.plan(matrix, a, b)
         values, costs = _valued(plan, matrix)
     return _Block(part, j, values[:, None], [plan], costs, x, y, cost)
@@ -325,6 +325,6 @@ def _plan_total(plan: Plan, weight: Tensor, x: Tensor, y: Tensor, block: _Block,
         )[0]
     scaled = plan.mass * weight[..., None, None]
     if aligned:
-        return (scaled * _pairwise(x, y, block.cost)).sum()
+        return (scaled * pairwise(x, y, block.cost)).sum()
     full = scaled.transpose(1, 2).reshape(k * n, -1)
-    return torch.where(full > 0, full * _pairwise(flat_x, flat_y, block.cost), 0).sum()
+    return torch.where(full > 0, full * pairwise(flat_x, flat_y, block.cost), 0).sum()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _paired, _pairwise, check_cost
+from mbot.cost import Cost, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.couplings.drawing import permutations
 from mbot.couplings.optimal import check_transport
@@ -85,13 +85,13 @@ class BoMbCoupling(Coupling):
             if batches:
                 left, right = even[rows[part]].reshape(batches, -1), cols[part].reshape(batches, -1)
                 matched, values = self._match(x0, x1, left, right, generator)
-                plan = self.transport.plan(_pairwise(x0[left[matched]], x1[right], self.cost))
+                plan = self.transport.plan(pairwise(x0[left[matched]], x1[right], self.cost))
                 source[right] = left[matched].gather(1, permutations(plan, generator))
                 outer_cost += float(values.gather(0, matched[None]).sum()) / k
         target = torch.arange(n, device=device)
         info: dict[str, Any] = {"num_batches": k, "outer_cost": outer_cost}
         if isinstance(self.cost, str):
-            info["transport_cost"] = float(_paired(x0[source], x1, self.cost).mean())
+            info["transport_cost"] = float(paired(x0[source], x1, self.cost).mean())
         return Pairs(source, target, info=info)
 
     def _match(
@@ -103,7 +103,7 @@ class BoMbCoupling(Coupling):
         values = []
         for begin in range(0, k, step):
             some = left[begin : begin + step]
-            cost = _pairwise(x0[some.flatten()], x1[right.flatten()], self.cost)
+            cost = pairwise(x0[some.flatten()], x1[right.flatten()], self.cost)
             cost = cost.reshape(len(some), size, k, size).transpose(1, 2).contiguous()
             values.append(self.transport.value(cost))
         table = torch.cat(values)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import _pairwise
+from mbot.cost import pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.conditions import COSTS, Condition, Sides, named_conditions, sides
 from mbot.diagnostics import ratio_counts
@@ -125,7 +125,7 @@ class ConditionalOTCoupling(Coupling):
         named = named_conditions(self.condition, self.condition_cost)
         given = sides(named, y1 if y0 is None else y0, y1, x0, self.allow_dropped)
         blocks = _blocks(given, x0.device)
-        costs = [_pairwise(x0.index_select(0, rows), x1.index_select(0, cols), "sqeuclidean") for rows, cols in blocks]
+        costs = [pairwise(x0.index_select(0, rows), x1.index_select(0, cols), "sqeuclidean") for rows, cols in blocks]
         info: dict[str, Any] = {}
         if given.terms:
             mismatches = [given.mismatch(rows, cols) for rows, cols in blocks]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import _pairwise, _unit
+from mbot.cost import pairwise, unit
 from mbot.couplings.base import Labels
 from mbot.numerics import product
 
@@ -270,7 +270,7 @@ def mismatch_cost(y0: Tensor, y1: Tensor, cost: str) -> Tensor:
     """Condition costs ``(n, m)`` between rows ``(n, c)`` and ``(m, c)``, exactly 0 for equal conditions."""
     if cost == "unequal":
         return (y0 != y1.mT).float()
-    between = _pairwise(y0, y1, "sqeuclidean") if cost == "sqeuclidean" else 1 - product(_unit(y0), _unit(y1).mT)
+    between = pairwise(y0, y1, "sqeuclidean") if cost == "sqeuclidean" else 1 - product(unit(y0), unit(y1).mT)
     same0, same1 = _same_rows(y0, y1)
     return between.clamp_min_(0).masked_fill_(same0[:, None] == same1, 0)
 

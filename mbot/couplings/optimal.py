@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _pairwise, check_cost
+from mbot.cost import Cost, check_cost, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.drawing import every_target, kept_targets, refilled, with_replacement
 from mbot.diagnostics import plan_entropy
@@ -91,7 +91,7 @@ class OTCoupling(Coupling):
         y1: Labels | None,
         generator: torch.Generator | None,
     ) -> Pairs:
-        cost = _pairwise(x0, x1, self.cost)
+        cost = pairwise(x0, x1, self.cost)
         n, m = cost.shape
         transport = self.transport
         partial = isinstance(transport, PartialOT)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import _working
+from mbot.cost import at_least_float32
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.conditions import class_codes
 from mbot.numerics import full_float32
@@ -134,7 +134,7 @@ class SemidiscreteCoupling(Coupling):
             ConvergenceWarning: χ² above ``tol`` at the end; fit again to go on from there.
         """
         flat, _ = checks.samples(data, data, "data", "data")
-        points = _working(flat.detach())
+        points = at_least_float32(flat.detach())
 
         def fresh(count: int) -> Tensor:
             if noise is None:
@@ -197,7 +197,7 @@ class SemidiscreteCoupling(Coupling):
         y1: Labels | None,
         generator: torch.Generator | None,
     ) -> Pairs:
-        x, points = _working(x0), _working(x1)
+        x, points = at_least_float32(x0), at_least_float32(x1)
         codes = self._codes(y1, points, "y1")
         learned = self.potentials
         if learned is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _paired, _pairwise, _working, check_cost
+from mbot.cost import Cost, at_least_float32, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.numerics import running_sum
 from mbot.random import draw
@@ -112,7 +112,7 @@ class SinkhornCoupling(Coupling):
 
     def couple(self, x0: Tensor, x1: Tensor, rows: Rows, generator: torch.Generator | None) -> Pairs:
         """Pair all of ``x1`` with sources of which ``x0``, the rows here, may be a part (see `mbot.distributed`)."""
-        x, y = _working(x0), _working(x1)
+        x, y = at_least_float32(x0), at_least_float32(x1)
         centres = x.new_zeros(2, x.shape[1])
         if self.start is not None:
             if self.start.points.shape[1] != x.shape[1]:
@@ -124,11 +124,11 @@ class SinkhornCoupling(Coupling):
             centres = torch.stack((rows.mean(x), y.mean(0)))
         x, y = x - centres[0], y - centres[1]
 
-        probe = _pairwise(rows.thinned(x, _PROBE), y[:: -(-len(y) // _PROBE)], self.cost).double()
+        probe = pairwise(rows.thinned(x, _PROBE), y[:: -(-len(y) // _PROBE)], self.cost).double()
         deviation = float(probe.std()) if probe.numel() > 1 else 0.0
         eps = self.reg * (deviation or 1.0) if self.relative else self.reg
         layout: Layout = (
-            Held(_pairwise(x, y, self.cost)) if len(x) * len(y) <= self.cells else Streamed(x, y, self.cost, self.cells)
+            Held(pairwise(x, y, self.cost)) if len(x) * len(y) <= self.cells else Streamed(x, y, self.cost, self.cells)
         )
         layout = rows.spread(layout)
         start = None
@@ -194,7 +194,7 @@ def _draw(
 def _total_cost(x: Tensor, y: Tensor, cost: Cost, cells: int) -> Tensor:
     """Summed cost of matched points; of a callable from blocks of pairs, as it has no other form."""
     if isinstance(cost, str):
-        return _paired(x, y, cost).sum(dtype=torch.float64)
+        return paired(x, y, cost).sum(dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     for p, q in zip(x.split(cells), y.split(cells), strict=True):
         total += cost(p[:, None], q[:, None])[:, 0, 0].sum(dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _paired, _pairwise, check_cost
+from mbot.cost import Cost, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.diagnostics import effective_sample_size, marginal_tilt
 
@@ -69,7 +69,7 @@ class WeightedCoupling(Coupling):
         source, target = in_order(x0, x1, generator)
         info: dict[str, Any] = {}
         if self.correction is not None:
-            kernel = -_pairwise(x0, x1, self.cost).double() / self.reg
+            kernel = -pairwise(x0, x1, self.cost).double() / self.reg
             phi, psi = centred(kernel, self.iterations)
             info["tilt_before"] = _tilt(kernel)
             info["tilt"] = _tilt(kernel + phi[:, None] + psi)
@@ -77,7 +77,7 @@ class WeightedCoupling(Coupling):
         else:
             x0, x1 = x0[source], x1[target]
             if isinstance(self.cost, str):
-                cost = _paired(x0, x1, self.cost)
+                cost = paired(x0, x1, self.cost)
             else:
                 cost = self.cost(x0[:, None], x1[:, None])[:, 0, 0]
             log_weight = -cost.double() / self.reg
@@ -144,7 +144,7 @@ def reg_curve(x0: Tensor, x1: Tensor, cost: Cost = "euclidean", *, points: int =
     x0, x1 = checks.samples(x0, x1)
     checks.count(points, "points", at_least=3)
     x0, x1 = (x.detach()[:: -(-len(x) // _MOST)] for x in (x0, x1))
-    costs = _pairwise(x0, x1, cost).double()
+    costs = pairwise(x0, x1, cost).double()
     spread = float(costs.std()) if costs.numel() > 1 else 0.0
     if not spread > 1e-9 * float(costs.abs().mean()):
         raise ValueError("all pairs of these samples cost the same: every reg gives equal weights")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbot.cost import _unit
+from mbot.cost import unit
 from mbot.kernels.device import triton_module
 
 COSTS = ("sqeuclidean", "dot", "cosine")
@@ -44,7 +44,7 @@ class Fused:
         """The clouds for given kernels."""
         constant = 0.0
         if cost == "cosine":
-            x, y, cost, constant = _unit(x), _unit(y), "dot", 1.0
+            x, y, cost, constant = unit(x), unit(y), "dot", 1.0
         elif cost == "sqeuclidean" and x.dtype == torch.float32:  # half-precision points would lose digits to a shift
             centre = (x.mean(0) + y.mean(0)) / 2
             x, y = x - centre, y - centre

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _pairwise
+from mbot.cost import Cost, pairwise
 from mbot.envelope import matched_values
 from mbot.numerics import full_float32
 from mbot.plan import Plan
@@ -71,13 +71,13 @@ class Transport(ABC):
             gradient of the value.
         """
         x, y = checks.clouds(x, y)
-        matrix = _pairwise(x, y, cost) if not isinstance(cost, str) else None
+        matrix = pairwise(x, y, cost) if not isinstance(cost, str) else None
         with torch.no_grad():
-            costs = _pairwise(x, y, cost) if matrix is None else matrix.detach()
+            costs = pairwise(x, y, cost) if matrix is None else matrix.detach()
             plan = self.plan(costs, a, b)
         if matrix is None and plan.is_sparse:
             return _sparse_values(plan, x, y, costs, str(cost)) + plan.penalty
-        return plan.cost(_pairwise(x, y, cost) if matrix is None else matrix) + plan.penalty
+        return plan.cost(pairwise(x, y, cost) if matrix is None else matrix) + plan.penalty
 
     def value(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """Value of the objective for given costs ``(…, n, m)``: ``(…,)``, differentiable in the costs; see `plan`."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _pairwise, _unit, _working
+from mbot.cost import Cost, at_least_float32, pairwise, unit
 from mbot.numerics import full_float32
 from mbot.transport.streaming import Streamed, solve
 
@@ -45,9 +45,9 @@ def entropic_values(
         weights.append(weight.reshape(-1, size))
     left, right = weights[0], checks.equal_totals(*weights)
     with torch.autocast(x.device.type, enabled=False), full_float32():
-        x, y, shift = _working(x), _working(y), torch.zeros_like(left[:, 0])
+        x, y, shift = at_least_float32(x), at_least_float32(y), torch.zeros_like(left[:, 0])
         if cost == "cosine":  # 1 plus the dot cost of unit vectors
-            x, y, cost, shift = _unit(x), _unit(y), "dot", left.sum(1)
+            x, y, cost, shift = unit(x), unit(y), "dot", left.sum(1)
         x, y = (
             points.expand(*batch, *points.shape[-2:]).flatten(0, -3) if batch else points[None] for points in (x, y)
         )
@@ -59,7 +59,7 @@ def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, ma
     if not bool((a > 0).all() & (b > 0).all()):
         x, y, a, b = x[a > 0], y[b > 0], a[a > 0], b[b > 0]  # points of weight 0 take no part
     with torch.no_grad():
-        sample = _pairwise(x[:: -(-len(x) // _PROBE)], y[:: -(-len(y) // _PROBE)], cost)
+        sample = pairwise(x[:: -(-len(x) // _PROBE)], y[:: -(-len(y) // _PROBE)], cost)
         spread = float(sample.amax() - sample.amin())
         # Exponents of the size of spread / reg are rounded; no marginal is more exact than that.
         tol = max(tol, 4 * torch.finfo(x.dtype).eps * (8 + spread / reg))

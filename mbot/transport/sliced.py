@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, _working
+from mbot.cost import Cost, at_least_float32
 from mbot.numerics import product, running_sum
 from mbot.plan import Plan
 from mbot.random import draw
@@ -100,7 +100,7 @@ class SlicedOT(Transport):
         if cost != "sqeuclidean":
             raise ValueError(f"SlicedOT's cost is |x - y|^p with p={self.p}; leave cost at its default, got {cost!r}")
         with torch.autocast(x.device.type, enabled=False):
-            x, y = _working(x), _working(y)
+            x, y = at_least_float32(x), at_least_float32(y)
             directions = draw(
                 torch.randn, self.num_projections, x.shape[-1], generator=generator, device=x.device, dtype=x.dtype
             )

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mbot.cost import Cost, _pairwise
+from mbot.cost import Cost, pairwise
 from mbot.kernels.device_streaming import Fused
 
 _RANGE = 20.0  # |log scaling| at which a held kernel is renewed
@@ -203,9 +203,9 @@ class Streamed:
             if isinstance(self.cost, str) and self.cost == "dot":
                 yield rows, (x[rows] / self.eps) @ y.T
             elif turned and not isinstance(self.cost, str):
-                yield rows, _pairwise(y, x[rows], self.cost).T.div(-self.eps)
+                yield rows, pairwise(y, x[rows], self.cost).T.div(-self.eps)
             else:
-                yield rows, _pairwise(x[rows], y, self.cost).div_(-self.eps)
+                yield rows, pairwise(x[rows], y, self.cost).div_(-self.eps)
 
     def soft_rows(self, phi: Tensor, psi: Tensor) -> Tensor:
         """See `Layout`."""
