@@ -4,7 +4,7 @@ from flows import datasets, metrics, models
 from flows.checkpoint import CheckpointError
 from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
 from flows.guidance import GuidedModel, drop_conditions, null_condition
-from flows.integrate import Trajectory, integrate
+from flows.integrate import IntegrationError, Trajectory, integrate
 from flows.interrupt import Interrupted, NonFiniteLoss
 from flows.likelihood import log_likelihood
 from flows.loader import CoupledBatch, CoupledLoader, WorkerDied
@@ -23,6 +23,7 @@ __all__ = [
     "FlowBatch",
     "FlowMatching",
     "GuidedModel",
+    "IntegrationError",
     "Interrupted",
     "LinearPath",
     "NonFiniteLoss",

@@ -1,8 +1,10 @@
-"""Solving the flow's ordinary differential equation from noise to data, on torchdiffeq."""
+"""The flow's ordinary differential equation from noise to data, solved by torchdiffeq."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +13,13 @@ from torch import Tensor
 from flows.matching import VelocityModel
 from mbot import checks
 
-_FIXED = ("euler", "midpoint", "heun", "rk4")
+METHODS = ("euler", "midpoint", "heun", "rk4", "dopri5")
 _ADAPTIVE = ("dopri5",)
 _TORCHDIFFEQ = {"heun": "heun2"}
+
+
+class IntegrationError(RuntimeError):
+    """The flow cannot be followed: a velocity that is not finite, or an adaptive step size that vanishes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +55,9 @@ def integrate(
 ) -> Trajectory:
     """Follow the velocity field from ``x0`` at time 0 to time 1 (or along ``times``). Gradients are not recorded.
 
+    The state is kept in float32 or better. The model is called in the dtype of ``x0`` (times included), and the
+    trajectory is returned in it.
+
     Args:
         model: ``model(t, x, y) -> velocity``, t of shape ``(B,)``. Put modules in eval mode yourself.
         x0: ``(B, d…)`` start points, floating point.
@@ -65,44 +74,134 @@ def integrate(
     Raises:
         ValueError: unknown method, no steps for a fixed-step method, times that are not strictly monotone, or
             non-finite start points.
-        RuntimeError: the adaptive step size vanishes (a field that is not finite, or far too stiff).
+        IntegrationError: the velocity or the solution is not finite, or the field is too stiff for the tolerances.
 
     >>> integrate(lambda t, x, y: torch.ones_like(x), torch.zeros(1, 2), method="euler", steps=4).final
     tensor([[1., 1.]])
     """
-    from torchdiffeq import odeint
+    solved = trajectory(model, x0, y=y, method=method, steps=steps, times=times, rtol=rtol, atol=atol)
+    return replace(solved, x=solved.x.to(x0.dtype))
 
-    checks.choice(method, "method", _FIXED + _ADAPTIVE)
-    checks.finite(checks.floating(x0, "x0"), "x0")
-    if x0.ndim < 2 or x0.numel() == 0:
-        raise ValueError(f"x0 must have shape (B, d…) with B >= 1; got {tuple(x0.shape)}")
-    if times is not None and steps is not None:
-        raise ValueError("give steps or times, not both")
-    if times is None:
-        if steps is None and method in _FIXED:
-            raise ValueError(f"method {method!r} takes fixed steps: give steps, or a grid of times")
-        times = torch.linspace(0, 1, checks.count(1 if steps is None else steps, "steps") + 1)
-    times = checks.finite(checks.floating(times, "times"), "times").to(x0.device)
-    step = times.diff()
-    if times.ndim != 1 or len(times) < 2 or not bool((step > 0).all() | (step < 0).all()):
-        raise ValueError("times must be a strictly increasing or decreasing vector of at least two times")
 
+def trajectory(
+    model: VelocityModel,
+    x0: Tensor,
+    *,
+    y: Any = None,
+    method: str = "dopri5",
+    steps: int | None = None,
+    times: Tensor | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
+) -> Trajectory:
+    """`integrate` with the state as it was summed, in float32 or better, for differences of its points."""
+    times = time_grid(method, steps, times, start_points(x0, "x0"))
     evaluations = 0
 
     def field(t: Tensor, x: Tensor) -> Tensor:
         nonlocal evaluations
         evaluations += 1
-        velocity = model(t.expand(len(x)).to(x.dtype), x, y)
-        if velocity.shape != x.shape:
-            raise ValueError(f"the model must return velocities of shape {tuple(x.shape)}; got {tuple(velocity.shape)}")
-        return velocity
+        return evaluate(model, t, x.to(x0.dtype), y).to(x.dtype)
+
+    with torch.no_grad():
+        x = solve(field, x0.to(state_dtype(x0)), times, method=method, rtol=rtol, atol=atol)
+    return Trajectory(times, x, evaluations)
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of a state that sums many small steps."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def start_points(x: Any, name: str) -> Tensor:
+    """Checked points ``(B, d…)`` that a flow starts from."""
+    checks.finite(checks.floating(x, name), name)
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"{name} must have shape (B, d…) with B >= 1; got {tuple(x.shape)}")
+    return x
+
+
+def time_grid(method: str, steps: int | None, times: Tensor | None, x: Tensor, *, backwards: bool = False) -> Tensor:
+    """Checked times of a solver: those given, or ``steps`` equal steps from 0 to 1 (``backwards``: from 1 to 0)."""
+    checks.choice(method, "method", METHODS)
+    if times is not None and steps is not None:
+        raise ValueError("give steps or times, not both")
+    if times is None:
+        if steps is None and method not in _ADAPTIVE:
+            raise ValueError(f"method {method!r} takes fixed steps: give steps, or a grid of times")
+        ends = (1.0, 0.0) if backwards else (0.0, 1.0)
+        times = torch.linspace(*ends, checks.count(1 if steps is None else steps, "steps") + 1)
+    times = checks.finite(checks.floating(times, "times"), "times").to(x.device)
+    step = times.diff()
+    if times.ndim != 1 or len(times) < 2 or not bool((step > 0).all() | (step < 0).all()):
+        raise ValueError("times must be a strictly increasing or decreasing vector of at least two times")
+    return times
+
+
+def evaluate(model: VelocityModel, t: Tensor, x: Tensor, y: Any) -> Tensor:
+    """The model's velocity at one time, ``(B, d…)``, with its shape checked."""
+    velocity = model(t.expand(len(x)).to(x.dtype), x, y)
+    if velocity.shape != x.shape:
+        raise ValueError(f"the model must return velocities of shape {tuple(x.shape)}; got {tuple(velocity.shape)}")
+    return velocity
+
+
+def solve(
+    field: Callable[[Tensor, Any], Any], state: Any, times: Tensor, *, method: str, rtol: float, atol: float
+) -> Any:
+    """The state at each of ``times``.
+
+    Args:
+        field: ``field(t, state) -> rate of change``, in the state's structure, shapes and dtypes.
+        state: a tensor, or a tuple of tensors, at ``times[0]``.
+        times: ``(T,)``, strictly monotone.
+        method: one of `METHODS`.
+        rtol: relative tolerance of adaptive methods.
+        atol: absolute tolerance of adaptive methods.
+
+    Returns:
+        ``(T, …)`` for each tensor of the state.
+
+    Raises:
+        IntegrationError: a rate or the solution is not finite, or the adaptive step size vanishes.
+    """
+    from torchdiffeq import odeint
+
+    tolerances = [checks.positive(v, name, allow_zero=True) for v, name in ((rtol, "rtol"), (atol, "atol"))]
+    if not any(tolerances):
+        raise ValueError("rtol and atol must not both be 0")
+    running, seen = False, deque[tuple[Tensor, Any]](maxlen=2)
+
+    def watched(t: Tensor, x: Any) -> Any:
+        nonlocal running
+        running = True
+        rate = field(t, x)
+        running = False
+        seen.append((t, rate))
+        return rate
 
     try:
-        with torch.no_grad():
-            x = odeint(field, x0, times, rtol=rtol, atol=atol, method=_TORCHDIFFEQ.get(method, method))
-    except AssertionError as error:  # torchdiffeq's "underflow in dt"
-        raise RuntimeError(
-            f"{method} could not go on ({error}): the velocity field is not finite or too stiff for rtol={rtol:g}, "
-            f"atol={atol:g}. Check the model's outputs, or use a fixed-step method"
+        solution = odeint(watched, state, times, rtol=rtol, atol=atol, method=_TORCHDIFFEQ.get(method, method))
+    except AssertionError as error:  # torchdiffeq's "underflow in dt" or "non-finite values in state"
+        if running:
+            raise  # the model's own
+        for t, rate in seen:
+            if not all(bool(part.isfinite().all()) for part in _parts(rate)):
+                said = f"{method} could not go on: the velocity is not finite at time {float(t):.4g}"
+                raise IntegrationError(f"{said}. Check the model's outputs") from error
+        raise IntegrationError(
+            f"{method} could not go on at time {float(seen[-1][0]):.4g} ({error}): the velocity field is too stiff for "
+            f"rtol={rtol:g}, atol={atol:g} in {_parts(state)[0].dtype}. Raise them, use float64, or take fixed steps"
         ) from error
-    return Trajectory(times, x, evaluations)
+    for part in _parts(solution):
+        if not bool(part[-1].isfinite().all()):
+            first = int(part.flatten(1).isfinite().all(1).logical_not().nonzero()[0])
+            raise IntegrationError(
+                f"{method} could not go on: the solution is not finite from time {float(times[first]):.4g} on. Check "
+                "the model's outputs, or take smaller steps"
+            )
+    return solution
+
+
+def _parts(state: Any) -> tuple[Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)

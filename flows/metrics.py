@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flows.integrate import integrate
+from flows.integrate import trajectory
 from flows.matching import VelocityModel
 from mbot import ExactOT, SlicedOT, checks, pairwise_cost
 
@@ -129,7 +129,7 @@ def condition_consistency(
     """
     if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point():
         raise ValueError(f"y must hold one integer label for each of the {len(x)} samples")
-    logits = in_batches(classifier, x, batch_size).double()
+    logits = checks.finite(in_batches(classifier, x, batch_size), "the classifier's logits").double()
     found = (logits.argmax(1) == y.to(logits.device)).double().mean()
     return ConditionConsistency(float(found), float(torch.nn.functional.cross_entropy(logits, y.to(logits.device))))
 
@@ -204,7 +204,7 @@ def in_batches(function: Callable[[Tensor], Tensor], x: Tensor, batch_size: int)
 def _speeds(model: VelocityModel, x0: Tensor, y: Any, steps: int) -> tuple[Tensor, Tensor]:
     """Velocities at the left ends of ``steps`` Euler steps, ``(steps, B, d…)``, and the end points."""
     checks.count(steps, "steps")
-    x = integrate(model, x0, y=y, method="euler", steps=steps).x
+    x = trajectory(model, x0, y=y, method="euler", steps=steps).x
     return x.diff(dim=0) * steps, x[-1]
 
 
@@ -286,6 +286,8 @@ def prior_skew(noise: Tensor, condition: Any, *, folds: int = 5, generator: torc
     flat = target.reshape(len(target), -1)
     small = x.shape[1] <= 16
     if flat.dtype.kind == "f":
+        if not np.isfinite(flat).all():
+            raise ValueError("condition must be finite: leave out dropped conditions (NaN), with their noise")
         model: Any = (
             RandomForestRegressor(100, min_samples_leaf=5, random_state=seed)
             if small

@@ -7,13 +7,15 @@ least total ``c`` by dynamic programming. Stage 2 fine-tunes the field so that t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flows.integrate import integrate
+from flows.integrate import trajectory
+from flows.interrupt import NonFiniteLoss
 from flows.matching import VelocityModel
 from mbot import checks
 from mbot.labels import select
@@ -31,7 +33,7 @@ def jump_costs(model: VelocityModel, x0: Tensor, *, grid: int = 100, y: Any = No
     Returns:
         ``(grid + 1, grid + 1)`` float64; ``+inf`` where k <= j. The neighbours' are 0: the fine trajectory is Euler's.
     """
-    x = integrate(model, x0, y=y, method="euler", steps=checks.count(grid, "grid")).x.flatten(2).double()
+    x = trajectory(model, x0, y=y, method="euler", steps=checks.count(grid, "grid")).x.flatten(2).double()
     t = torch.linspace(0, 1, grid + 1, dtype=torch.float64, device=x.device)
     slope = x.diff(dim=0) * grid  # the fine trajectory's own velocities
     cost = torch.full((grid + 1, grid + 1), torch.inf, dtype=torch.float64, device=x.device)
@@ -137,6 +139,9 @@ def straighten(
 
     Returns:
         The loss of each iteration.
+
+    Raises:
+        NonFiniteLoss: NaN or infinity in the loss or gradient.
     """
     times = checks.finite(checks.floating(times, "times"), "times")
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() > 0).all()):
@@ -165,8 +170,14 @@ def straighten(
         loss = (run(at.repeat_interleave(batch_size), x, y) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
         losses.append(float(loss.detach()))
+        norm = float(nn.utils.clip_grad_norm_(trained, math.inf))
+        if not math.isfinite(losses[-1] + norm):
+            raise NonFiniteLoss(
+                f"iteration {len(losses)}: the loss is {losses[-1]:g}, the gradient norm {norm:g}, at lr={lr:g}; the "
+                "model's weights are those of the iteration before. Lower lr"
+            )
+        optimizer.step()
     if lora is not None:
         lora.merge()
     return losses
@@ -177,7 +188,7 @@ def _knots(model: nn.Module, x0: Tensor, times: Tensor, grid: int, y: Any) -> Te
     fine = torch.cat((torch.linspace(float(times[0]), float(times[-1]), grid + 1, device=times.device), times)).unique()
     keep = fine.diff(prepend=fine[:1] - 1) > 1e-6  # times that are grid points up to rounding
     fine = fine[keep]
-    x = integrate(model, x0, y=y, method="euler", times=fine.to(x0.dtype)).x
+    x = trajectory(model, x0, y=y, method="euler", times=fine.to(x0.dtype)).x
     return x[(fine[:, None] - times).abs().argmin(0)]
 
 

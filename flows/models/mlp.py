@@ -38,7 +38,13 @@ class ResidualMLP(nn.Module):
         expansion: int = 4,
     ) -> None:
         super().__init__()
-        checks.count(dim, "dim")
+        for value, name, least in (
+            (dim, "dim", 1),
+            (width, "width", 1),
+            (depth, "depth", 0),
+            (expansion, "expansion", 1),
+        ):
+            checks.count(value, name, at_least=least)
         self.inputs = nn.Linear(dim, width)
         self.time = nn.Linear(1, width)
         self.condition = condition_embedding(width, num_classes, condition_dim)

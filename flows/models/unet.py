@@ -40,6 +40,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Sizes of the papers' models, by name; see `UNet.preset`."""
 
+_LEAST_FEATURES = 16  # of the time: sinusoids of fewer frequencies do not tell times apart
+
 
 class UNet(nn.Module):
     """Velocity model for images: residual blocks at several resolutions, self-attention at some, skips across.
@@ -47,7 +49,7 @@ class UNet(nn.Module):
     Args:
         in_channels: of the images, ``(B, in_channels, H, W)``.
         image_size: H = W that ``attention`` refers to; other sizes run too.
-        channels: at full resolution.
+        channels: at full resolution. Some resolution needs at least two, or normalisation cancels the time.
         multipliers: channels at each resolution (halved from one to the next), relative to ``channels``.
         blocks: residual blocks at a resolution.
         attention: resolutions (in pixels) that have self-attention; the middle always has it.
@@ -77,22 +79,25 @@ class UNet(nn.Module):
         condition_dim: int = 0,
     ) -> None:
         super().__init__()
+        multipliers, attention = tuple(multipliers), tuple(attention)
         for value, name in ((in_channels, "in_channels"), (image_size, "image_size"), (channels, "channels"),
-                            (blocks, "blocks"), (heads, "heads")):  # fmt: skip
+                            (blocks, "blocks"), (heads, "heads"), (len(multipliers), "the number of multipliers"),
+                            *((multiplier, "a multiplier") for multiplier in multipliers)):  # fmt: skip
             checks.count(value, name)
+        groups = _groups([multiplier * channels for multiplier in multipliers])
         sizes = [max(1, image_size >> level) for level in range(len(multipliers))]
         absent = sorted(set(attention) - set(sizes))
         if absent:
             raise ValueError(f"attention must name resolutions of this model, {sizes}; got {absent}")
         embedding = 4 * channels
-        self.channels = channels
-        self.time = nn.Sequential(nn.Linear(channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.features = max(channels, _LEAST_FEATURES)
+        self.time = nn.Sequential(nn.Linear(self.features, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.condition = condition_embedding(embedding, num_classes, condition_dim)
 
         def stage(wide: int, narrow: int, size: int) -> nn.ModuleList:
-            layers: list[nn.Module] = [_Residual(wide, narrow, embedding, dropout)]
+            layers: list[nn.Module] = [_Residual(wide, narrow, embedding, dropout, groups)]
             if size in attention:
-                layers.append(_Attention(narrow, heads))
+                layers.append(_Attention(narrow, heads, groups))
             return nn.ModuleList(layers)
 
         self.enter = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -107,8 +112,8 @@ class UNet(nn.Module):
                 self.down.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
                 skips.append(width)
         self.middle = nn.ModuleList(
-            [_Residual(width, width, embedding, dropout), _Attention(width, heads),
-             _Residual(width, width, embedding, dropout)]
+            [_Residual(width, width, embedding, dropout, groups), _Attention(width, heads, groups),
+             _Residual(width, width, embedding, dropout, groups)]
         )  # fmt: skip
         self.up = nn.ModuleList()
         for level in reversed(range(len(multipliers))):
@@ -117,7 +122,9 @@ class UNet(nn.Module):
                 width = multipliers[level] * channels
             if level:
                 self.up.append(nn.Conv2d(width, width, 3, padding=1))
-        self.leave = nn.Sequential(_norm(width), nn.SiLU(), _zeroed(nn.Conv2d(width, in_channels, 3, padding=1)))
+        self.leave = nn.Sequential(
+            _norm(width, groups), nn.SiLU(), _zeroed(nn.Conv2d(width, in_channels, 3, padding=1))
+        )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> UNet:
@@ -126,7 +133,7 @@ class UNet(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
         """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``."""
-        embedding = self.time(_sinusoids(t, self.channels).to(x.dtype))
+        embedding = self.time(_sinusoids(t, self.features).to(x.dtype))
         if self.condition is None:
             refuse_conditions(y)
         else:
@@ -159,8 +166,24 @@ def _sinusoids(t: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat((angle.cos(), angle.sin()), 1), (0, dim % 2))
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+def _groups(widths: list[int]) -> int:
+    """Most groups of a normalisation: 32 as usual, fewer where every stage would have one channel a group.
+
+    A group of one channel takes out whatever is constant over its pixels, the embedding of time and condition included.
+    """
+    if max(widths) == 1:
+        raise ValueError(
+            "some resolution needs at least 2 channels, or normalisation cancels time and condition; got "
+            f"{widths}. Raise channels or a multiplier"
+        )
+    groups = 32
+    while all(math.gcd(groups, width) == width for width in widths):
+        groups //= 2
+    return groups
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(groups, channels), channels)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:
@@ -171,12 +194,12 @@ def _zeroed(layer: nn.Module) -> nn.Module:
 
 
 class _Residual(nn.Module):
-    def __init__(self, channels: int, out: int, embedding: int, dropout: float) -> None:
+    def __init__(self, channels: int, out: int, embedding: int, dropout: float, groups: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(_norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
+        self.first = nn.Sequential(_norm(channels, groups), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
         self.embed = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out))
         self.second = nn.Sequential(
-            _norm(out), nn.SiLU(), nn.Dropout(dropout), _zeroed(nn.Conv2d(out, out, 3, padding=1))
+            _norm(out, groups), nn.SiLU(), nn.Dropout(dropout), _zeroed(nn.Conv2d(out, out, 3, padding=1))
         )
         self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
@@ -186,13 +209,13 @@ class _Residual(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, channels: int, head: int) -> None:
+    def __init__(self, channels: int, head: int, groups: int) -> None:
         super().__init__()
         head = min(head, channels)
         if channels % head:
             raise ValueError(f"heads={head} channels a head must divide the {channels} channels of a resolution")
         self.heads = channels // head
-        self.norm = _norm(channels)
+        self.norm = _norm(channels, groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.out = _zeroed(nn.Conv1d(channels, channels, 1))
 

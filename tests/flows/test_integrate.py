@@ -1,12 +1,13 @@
 """The ODE solver on fields with known solutions."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 import flows
-from flows import integrate
+from flows import integrate, step_times
 
 
 def rotate(t, x, y):
@@ -82,6 +83,9 @@ def test_no_graph_is_recorded():
         ({"steps": 2, "times": torch.tensor([0.0, 1.0])}, ValueError, "not both"),
         ({"times": torch.tensor([0.0, 0.0, 1.0])}, ValueError, "strictly"),
         ({"times": torch.tensor([0.0])}, ValueError, "at least two"),
+        ({"rtol": -1.0}, ValueError, "rtol must be a finite number >= 0"),
+        ({"atol": float("nan")}, ValueError, "atol must be a finite number >= 0"),
+        ({"rtol": 0.0, "atol": 0.0}, ValueError, "rtol and atol must not both be 0"),
     ],
 )
 def test_bad_settings(kwargs, error, says):
@@ -98,5 +102,97 @@ def test_bad_points_and_fields():
         integrate(rotate, torch.zeros(0, 2))
     with pytest.raises(ValueError, match="velocities of shape"):
         integrate(lambda t, x, y: x[:, :1], torch.zeros(2, 2), method="euler", steps=1)
-    with pytest.raises(RuntimeError, match="could not go on"):
-        integrate(lambda t, x, y: x * torch.nan, torch.ones(2, 2))
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("method", "steps"), [("euler", 1000), ("heun", 500), ("rk4", 300), ("dopri5", None)])
+def test_half_precision_is_of_the_model_not_of_the_sum(dtype, method, steps):
+    """x' = 1 ends at 1 and x' = x at e, for a model that sees half precision only."""
+    seen = set()
+
+    def grow(t, x, y):
+        seen.update((t.dtype, x.dtype))
+        return x
+
+    def one(t, x, y):
+        return torch.ones_like(x)
+
+    x0 = torch.ones(3, 2, dtype=dtype)
+    solved = integrate(one, x0 - 1, method=method, steps=steps)
+    assert solved.x.dtype == dtype
+    assert torch.equal(solved.final, x0)
+    final = integrate(grow, x0, method=method, steps=steps).final
+    torch.testing.assert_close(final.double(), torch.full((3, 2), math.e, dtype=torch.float64), rtol=5e-3, atol=0)
+    assert seen == {dtype}
+
+
+def test_half_precision_weights_are_called_in_half_precision():
+    model = flows.models.ResidualMLP(2, width=16, depth=1)
+    x0 = torch.randn(5, 2)
+    for method in ("euler", "dopri5"):
+        want = integrate(model, x0.bfloat16().float(), method=method, steps=100).final
+        got = integrate(copy.deepcopy(model).bfloat16(), x0.bfloat16(), method=method, steps=100).final
+        torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_read_off_a_trajectory_is_not_its_rounding(dtype):
+    """Speeds are differences of a trajectory, times its steps."""
+    x0 = torch.full((4, 2), 3.0, dtype=dtype)
+    slow = lambda t, x, y: torch.full_like(x, 0.5)  # noqa: E731
+    assert flows.metrics.path_energy(slow, x0) == pytest.approx(0.5, rel=1e-3)
+    assert flows.metrics.straightness(slow, x0) == pytest.approx(0, abs=1e-5)
+    assert float(step_times.jump_costs(slow, x0, grid=20).triu(1).nan_to_num(posinf=0).max()) < 1e-6
+    model = flows.models.ResidualMLP(2, width=8, depth=1)
+    want, got = (flows.metrics.path_energy(m, x) for m, x in (
+        (model, x0.float()), (copy.deepcopy(model).to(dtype), x0)))  # fmt: skip
+    assert got == pytest.approx(want, rel=0.05)
+
+
+FIELDS = {
+    "everywhere": lambda t, x, y: x * torch.nan,
+    "from the middle on": lambda t, x, y: x * torch.where(t > 0.55, torch.nan, 1.0)[:, None],
+    "in one row": lambda t, x, y: torch.where(torch.arange(len(x)) == 1, torch.inf, 1.0)[:, None] * x,
+    "by overflow": lambda t, x, y: x**3 * 1e12,
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize(("method", "steps"), [("euler", 10), ("midpoint", 10), ("heun", 10), ("rk4", 10)])
+def test_fixed_steps_refuse_to_return_what_is_no_number(field, method, steps):
+    with pytest.raises(flows.IntegrationError, match=rf"{method} could not go on.*not finite from time 0\.\d+ on"):
+        integrate(FIELDS[field], torch.ones(3, 2), method=method, steps=steps)
+
+
+@pytest.mark.parametrize("field", list(FIELDS)[:3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_adaptive_steps_say_what_stopped_them(field, dtype):
+    with pytest.raises(flows.IntegrationError, match=r"velocity is not finite at time [\d.]+\. Check") as stop:
+        integrate(FIELDS[field], torch.ones(3, 2, dtype=dtype))
+    assert "stiff" not in str(stop.value)
+
+
+def test_a_stiff_field_is_called_so():
+    with pytest.raises(flows.IntegrationError, match=r"dopri5 could not go on at time 0\.5.*too stiff for rtol"):
+        integrate(lambda t, x, y: x**2, torch.full((3, 2), 2.0, dtype=torch.float64))  # x = 1 / (1/2 - t)
+
+
+def test_the_models_own_assertions_are_its_own():
+    def picky(t, x, y):
+        assert y is not None, "labels, please"
+        return x
+
+    with pytest.raises(AssertionError, match="labels, please"):
+        integrate(picky, torch.ones(2, 2))
+
+
+def test_inference_mode_changes_nothing():
+    model = flows.models.ResidualMLP(2, width=8, depth=1)
+    x0 = torch.randn(5, 2)
+    for how in ({}, {"method": "rk4", "steps": 3}):
+        want = integrate(model, x0, **how).final
+        with torch.inference_mode():
+            assert torch.equal(integrate(model, x0 + 0, **how).final, want)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.func import functional_call, grad, jvp, vmap
 
 import flows
@@ -117,7 +119,47 @@ def test_presets_run():
     ).shape == (1, 2, 9, 13)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    channels=st.integers(1, 6),
+    multipliers=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    blocks=st.integers(1, 2),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    attend=st.booleans(),
+    classes=st.integers(0, 3),
+)
+def test_every_unet_hears_the_time_and_the_condition(channels, multipliers, blocks, size, attend, classes):
+    """Normalisation in groups of one channel cancels what is constant over the pixels."""
+    options = {"multipliers": multipliers, "blocks": blocks, "attention": (8,) if attend else (), "heads": 1}
+    if max(multipliers) * channels == 1:
+        with pytest.raises(ValueError, match="needs at least 2 channels"):
+            UNet(2, image_size=8, channels=channels, num_classes=classes, **options)
+        return
+    torch.manual_seed(0)
+    model = UNet(2, image_size=8, channels=channels, num_classes=classes, **options).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = torch.randn(1, 2, *size, dtype=torch.float64).expand(3, -1, -1, -1)
+    y = torch.tensor([0, 0, classes - 1]) if classes else None
+    if size == (1, 1):  # one pixel is all constant
+        return
+    out = model(torch.tensor([0.2, 0.6, 0.6], dtype=torch.float64), x, y).detach()
+    assert out.shape == x.shape
+    assert float((out[0] - out[1]).abs().max()) > 1e-9
+    assert classes < 2 or float((out[1] - out[2]).abs().max()) > 1e-9
+
+
 def test_bad_models_and_conditions():
+    for options, says in (
+        ({"multipliers": ()}, "number of multipliers must be at least 1"),
+        ({"multipliers": (0, 1)}, "multiplier must be at least 1"),
+        ({"num_classes": -1}, "num_classes must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            UNet(3, **{"image_size": 8, "attention": (), **options})
+    for options, says in (({"width": 0}, "width must be"), ({"depth": -1}, "depth must be at least 0")):
+        with pytest.raises(ValueError, match=says):
+            ResidualMLP(2, **options)
     with pytest.raises(ValueError, match=r"resolutions of this model, \[32, 16, 8, 4\]; got \[5\]"):
         UNet(3, image_size=32, attention=(5,))
     with pytest.raises(ValueError, match="name must be one of"):

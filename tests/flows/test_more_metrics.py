@@ -9,6 +9,8 @@ import pytest
 import scipy.linalg
 import torch
 
+import flows
+import mbot
 from flows import metrics
 
 
@@ -84,3 +86,33 @@ def test_bad_input():
         metrics.squared_mmd(torch.rand(3, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="finite"):
         metrics.frechet_distance(torch.full((3, 2), torch.nan), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"logits must be finite; 6 of its 6"):
+        metrics.condition_consistency(lambda x: x * torch.nan, torch.ones(3, 2), torch.zeros(3).long())
+    with pytest.raises(ValueError, match="condition must be finite"):
+        metrics.prior_skew(torch.randn(20, 2), torch.cat((torch.rand(19), torch.full((1,), torch.nan))))
+
+
+def test_inference_mode_changes_no_measure():
+    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    x, y = gaussians(60), gaussians(50, shift=0.4, seed=1)
+    labels = torch.arange(60) % 2
+    model = flows.models.ResidualMLP(3, width=8, depth=1).double()
+    measures = {
+        "squared W2": lambda: metrics.squared_wasserstein2(x + 0, y + 0),
+        "W1": lambda: metrics.wasserstein1(x + 0, y + 0),
+        "sliced": lambda: metrics.sliced_wasserstein2(x + 0, y + 0, generator=g()),
+        "MMD": lambda: metrics.squared_mmd(x + 0, y + 0),
+        "Fréchet": lambda: metrics.frechet_distance(x + 0, y + 0),
+        "skew": lambda: metrics.prior_skew(x + 0, labels + 0, generator=g()),
+        "energy": lambda: metrics.path_energy(model, x + 0, steps=5),
+        "straightness": lambda: metrics.straightness(model, x + 0, steps=5),
+        "consistency": lambda: metrics.condition_consistency(lambda z: z, x + 0, labels + 0),
+        "step times": lambda: flows.bellman_schedule(model, x + 0, steps=3, grid=8).tolist(),
+        "diagnosis": lambda: {
+            k: v for k, v in flows.diagnose(mbot.OTCoupling(), x[:50] + 0, y + 0,
+                                            generator=g()).as_dict().items() if k != "seconds"},
+    }  # fmt: skip
+    for name, measure in measures.items():
+        want = measure()
+        with torch.inference_mode():
+            assert measure() == want, name
