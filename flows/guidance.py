@@ -81,12 +81,12 @@ class GuidedModel:
     null: Any = field(default=null_condition)
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale, Tensor):
-            if self.scale.ndim != 1:
-                raise ValueError(f"scale must be a number or a tensor (B,); got shape {tuple(self.scale.shape)}")
+        if not isinstance(self.scale, Tensor) or self.scale.ndim == 0:
+            checks.store(self, scale=checks.number(self.scale, "scale"))
+        elif self.scale.ndim != 1:
+            raise ValueError(f"scale must be a number or a tensor (B,); got shape {tuple(self.scale.shape)}")
+        else:
             checks.finite(self.scale, "scale")
-        elif not isinstance(self.scale, (int, float)) or not torch.isfinite(torch.tensor(float(self.scale))):
-            raise ValueError(f"scale must be a finite number or a tensor (B,); got {self.scale!r}")
 
     def __call__(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
         """Guided velocity, ``(B, d…)``."""

@@ -68,8 +68,8 @@ class OTBatches:
                 f"map-style data set; got {type(source).__name__}"
             )
         self.dataset, self.source, self.coupling, self.collate = dataset, source, coupling, collate
-        self.batch_size = checks.count(batch_size, "batch_size")
-        self.ot_batch_size = checks.count(ot_batch_size, "ot_batch_size")
+        self.batch_size = batch_size = checks.count(batch_size, "batch_size")
+        self.ot_batch_size = ot_batch_size = checks.count(ot_batch_size, "ot_batch_size")
         self.scope = checks.choice(scope, "coupling_scope", ("rank", "global"))
         self.seed = checks.count(seed, "seed", at_least=0)
         self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
@@ -83,7 +83,7 @@ class OTBatches:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         # A group of its own: the background thread must not mix its collectives with those of the training step.
         self.group = None
-        checks.positive(timeout, "timeout")
+        timeout = checks.positive(timeout, "timeout")
         if self.scope == "global" and self.world > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.size = len(dataset)

@@ -69,7 +69,7 @@ class LinearPath(Path):
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.positive(self.sigma, "sigma", allow_zero=True)
+        checks.store(self, sigma=checks.positive(self.sigma, "sigma", allow_zero=True))
 
     @property
     def needs_noise(self) -> bool:
@@ -102,7 +102,7 @@ class SchrodingerBridgePath(Path):
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.positive(self.sigma, "sigma")
+        checks.store(self, sigma=checks.positive(self.sigma, "sigma"))
 
     @property
     def needs_noise(self) -> bool:
@@ -140,7 +140,8 @@ class TargetPath(Path):
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        if checks.positive(self.sigma, "sigma", allow_zero=True) >= 1:
+        checks.store(self, sigma=checks.positive(self.sigma, "sigma", allow_zero=True))
+        if self.sigma >= 1:
             raise ValueError(f"sigma must lie in [0, 1): it is what is left of unit noise; got {self.sigma!r}")
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -162,7 +163,7 @@ class VariancePreservingPath(Path):
     sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        checks.positive(self.sigma, "sigma", allow_zero=True)
+        checks.store(self, sigma=checks.positive(self.sigma, "sigma", allow_zero=True))
 
     @property
     def needs_noise(self) -> bool:

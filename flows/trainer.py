@@ -106,14 +106,15 @@ class Trainer:
         self.scheduler = scheduler
         self.out = None if out is None else FilePath(out)
         self.seed = checks.count(seed, "seed", at_least=0)
-        if ema is not None and not 0 <= checks.positive(ema, "ema", allow_zero=True) < 1:
+        self.ema_decay = None if ema is None else checks.positive(ema, "ema", allow_zero=True)
+        if self.ema_decay is not None and self.ema_decay >= 1:
             raise ValueError(f"ema must lie in [0, 1) or be None; got {ema!r}")
         self.precision = checks.choice(precision, "precision", tuple(_DTYPES))
         self.clip = None if clip is None else checks.positive(clip, "clip")
         self.accumulate = checks.count(accumulate, "accumulate")
-        if checks.positive(condition_dropout, "condition_dropout", allow_zero=True) > 1:
+        self.condition_dropout = checks.positive(condition_dropout, "condition_dropout", allow_zero=True)
+        if self.condition_dropout > 1:
             raise ValueError(f"condition_dropout must lie in [0, 1]; got {condition_dropout!r}")
-        self.condition_dropout = condition_dropout
         self.every = {
             "checkpoint": None if checkpoint_every is None else checks.count(checkpoint_every, "checkpoint_every"),
             "log": checks.count(log_every, "log_every"),
@@ -132,7 +133,6 @@ class Trainer:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.step = 0
-        self.ema_decay = ema
         averaged = None if ema is None else AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
         self.averaged = averaged
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")

@@ -1,7 +1,7 @@
 """Mini-batch optimal transport on CPU and GPU, as losses and as couplings for generative training."""
 
 from mbot import compat, distributed
-from mbot.checks import ConvergenceWarning
+from mbot.convergence import ConvergenceWarning
 from mbot.cost import pairwise_cost
 from mbot.couplings import (
     BoMbCoupling,

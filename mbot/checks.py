@@ -7,33 +7,14 @@ or a ``ValueError`` (wrong shape, size or value) that says what was given and wh
 from __future__ import annotations
 
 import math
-import warnings
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mbot.plan import Plan
-
 LARGEST_COST = 1e300  # of float64 costs; float32 has no larger ones
-
-
-class ConvergenceWarning(UserWarning):
-    """An iterative solver stopped before its tolerance: how many problems, how far, and the setting to change."""
-
-
-def warn_unconverged(solver: str, plan: Plan, advice: str) -> None:
-    """Warn once for a whole batch of problems, if any of them did not converge."""
-    failed = ~plan.converged
-    if bool(failed.any()):
-        worst = float(plan.error[failed].max())
-        warnings.warn(
-            f"{solver}: {int(failed.sum())} of {failed.numel()} problems did not converge (worst error {worst:.3g}). "
-            f"{advice}",
-            ConvergenceWarning,
-            stacklevel=4,
-        )
 
 
 def floating(tensor: Any, name: str) -> Tensor:
@@ -172,24 +153,52 @@ def equal_totals(a: Tensor, b: Tensor) -> Tensor:
     return b * (total_a / total_b)
 
 
-def positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
-    """A finite positive (or non-negative) number."""
+def store(settings: Any, **values: Any) -> None:
+    """Replace settings of a frozen dataclass by their checked values: plain numbers compare, pickle and print alike."""
+    for name, value in values.items():
+        object.__setattr__(settings, name, value)
+
+
+def _scalar(value: Any) -> Any:
+    """The Python object in a NumPy or torch scalar that is a constant; anything else as it is."""
+    single = isinstance(value, np.ndarray | np.generic | Tensor) and value.ndim == 0
+    return value.item() if single and not getattr(value, "requires_grad", False) else value
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number, as a float; NumPy and torch scalars are numbers, booleans and strings are not."""
+    found = _number(value, name)
+    if not math.isfinite(found):
+        raise ValueError(f"{name} must be a finite number; got {value!r}")
+    return found
+
+
+def _number(value: Any, name: str) -> float:
+    scalar = _scalar(value)
+    if isinstance(scalar, bool) or not isinstance(scalar, Real):
+        raise TypeError(f"{name} must be a number; got {value!r}")
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number; got {value!r}") from None
-    if not math.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
+        return float(scalar)
+    except OverflowError:  # an int above 1.8e308
+        return math.inf
+
+
+def positive(value: Any, name: str, *, allow_zero: bool = False) -> float:
+    """A finite number above 0 (or at least 0); see `number`."""
+    found = _number(value, name)
+    if not 0 <= found < math.inf or (found == 0 and not allow_zero):
         raise ValueError(f"{name} must be a finite number {'>=' if allow_zero else '>'} 0; got {value!r}")
-    return number
+    return found
 
 
 def count(value: Any, name: str, *, at_least: int = 1) -> int:
-    """A whole number of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """A whole number of at least ``at_least``, as an int; NumPy and torch scalars are numbers, booleans are not."""
+    scalar = _scalar(value)
+    if isinstance(scalar, bool) or not isinstance(scalar, Integral):
         raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}; got {value}")
-    return value
+    if scalar < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value!r}")
+    return int(scalar)
 
 
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.cost import pairwise
 from mbot.couplings.drawing import sources_of, stratified
 from mbot.plan import Plan
@@ -71,18 +71,17 @@ class OTPlanSampler:
         generator: torch.Generator | None = None,
     ) -> None:
         self.method = checks.choice(method, "method", ("exact", "sinkhorn", "unbalanced", "partial"))
-        if num_threads != "max":
-            checks.count(num_threads, "num_threads")
-        self.reg, self.reg_m = reg, reg_m
-        self.normalize_cost, self.num_threads, self.warn = normalize_cost, num_threads, warn
+        most = isinstance(num_threads, str) and num_threads == "max"
+        self.num_threads = num_threads if most else checks.count(num_threads, "num_threads")
+        self.reg = checks.positive(reg, "reg", allow_zero=method == "exact")
+        self.reg_m = checks.positive(reg_m, "reg_m", allow_zero=method != "unbalanced")
+        self.normalize_cost, self.warn = normalize_cost, warn
         self.generator = generator
         self.transport: Transport | None = None
         if method == "exact":
             self.transport = ExactOT()
         elif method == "unbalanced":
-            self.transport = UnbalancedOT(reg, reg_m, max_iter=_MAX_ITER, tol=_TOL)
-        else:
-            checks.positive(reg, "reg")
+            self.transport = UnbalancedOT(self.reg, self.reg_m, max_iter=_MAX_ITER, tol=_TOL)
 
     def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray:
         """The plan between two batches under the squared Euclidean cost.
@@ -190,16 +189,14 @@ class OTPlanSampler:
             cost = cost.double()  # the costs hold more digits of reg than float32 does
         with warnings.catch_warnings():
             if not self.warn:
-                warnings.simplefilter("ignore", checks.ConvergenceWarning)
+                warnings.simplefilter("ignore", convergence.ConvergenceWarning)
             plan = self._entropic(cost) if self.transport is None else self.transport.plan(cost)
         if float(plan.total_mass()) >= 1e-8:
             return plan
         if self.warn:
-            warnings.warn(
+            convergence.warn(
                 f"OTPlanSampler: the plan of method={self.method!r} moves no mass; the uniform plan is used. Raise "
-                f"reg_m (now {self.reg_m:g}) or set normalize_cost=True",
-                checks.ConvergenceWarning,
-                stacklevel=4,
+                f"reg_m (now {self.reg_m:g}) or set normalize_cost=True"
             )
         return Plan(torch.full_like(plan.mass, 1 / plan.mass.numel()), plan.size)
 
@@ -210,11 +207,9 @@ class OTPlanSampler:
             Held(cost), self.reg, spread, max_iter=_MAX_ITER, tol=_TOL, start=None, device=cost.device
         )  # fmt: skip
         if not found.converged:
-            warnings.warn(
+            convergence.warn(
                 f"OTPlanSampler: the entropic plan did not converge in {_MAX_ITER} iterations (error "
-                f"{found.error:.3g}). Raise reg (now {self.reg:g}) or set normalize_cost=True",
-                checks.ConvergenceWarning,
-                stacklevel=5,
+                f"{found.error:.3g}). Raise reg (now {self.reg:g}) or set normalize_cost=True"
             )
         log_mass = (found.phi[:, None] - cost / self.reg).add_(found.psi)
         return Plan(log_mass.to(cost.dtype).exp_(), (cost.shape[0], cost.shape[1]))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mbot import checks
+from mbot.convergence import one_warning
 from mbot.cost import Cost, check_cost
 from mbot.grid import Grid
 from mbot.minibatch import draw_batches
@@ -66,6 +67,7 @@ class MiniBatchLoss(nn.Module):
         """Weights ``(k, k')`` of the inner problems, and what the outer problem adds to the value."""
         raise NotImplementedError
 
+    @one_warning()
     def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """The loss of freshly drawn mini-batches.
 
@@ -115,6 +117,7 @@ class MiniBatchLoss(nn.Module):
         weight, penalty = self._pair_weights(grid)
         return grid.total(weight) + penalty
 
+    @one_warning()
     def from_batches(self, xs: Batches, ys: Batches) -> Tensor:
         """The loss of given mini-batches, a scalar.
 
@@ -124,6 +127,7 @@ class MiniBatchLoss(nn.Module):
         """
         return self._value(self._grid(xs, ys))
 
+    @one_warning()
     def from_cost(self, cost: Tensor) -> Tensor:
         """The loss of given ground costs ``(k, k', m, m')``: a scalar, differentiable in the costs."""
         if not isinstance(self.transport, Transport):
@@ -133,6 +137,7 @@ class MiniBatchLoss(nn.Module):
             raise ValueError(f"cost must have shape (k, k', m, m'); got {tuple(cost.shape)}")
         return self._value(Grid.of_values(self.transport.value(cost)))
 
+    @one_warning()
     def plan(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
         """The plan of the full ``n × n'`` problem that freshly drawn mini-batches give: sparse, entries accumulated.
 
@@ -143,6 +148,7 @@ class MiniBatchLoss(nn.Module):
             grid = self._draw(x, y, a, b)
             return grid.scatter(self._pair_weights(grid)[0], len(x), len(y))
 
+    @one_warning()
     def backward_by_pair(
         self, embed: Callable[[Tensor], Tensor], xs: Batches, ys: Batches, weight: float = 1.0
     ) -> Tensor:
@@ -238,6 +244,7 @@ class MiniBatchOT(MiniBatchLoss):
             weight = torch.diag_embed(weight.diagonal()) * len(weight)
         return weight, weight.new_zeros(())
 
+    @one_warning()
     def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """See `MiniBatchLoss.forward`; the debiased loss draws second batches for its self terms."""
         value = super().forward(x, y, a, b)
@@ -252,6 +259,7 @@ class MiniBatchOT(MiniBatchLoss):
             self.num_batches, self.batch_size = k, m
         return value
 
+    @one_warning()
     def from_batches(self, xs: Batches, ys: Batches, xs2: Batches | None = None, ys2: Batches | None = None) -> Tensor:
         """See `MiniBatchLoss.from_batches`; the debiased loss needs second batches ``xs2``, ``ys2``, drawn anew."""
         value = super().from_batches(xs, ys)
@@ -264,12 +272,14 @@ class MiniBatchOT(MiniBatchLoss):
             )
         return value - (super().from_batches(xs, xs2) + super().from_batches(ys, ys2)) / 2
 
+    @one_warning()
     def from_cost(self, cost: Tensor) -> Tensor:
         """See `MiniBatchLoss.from_cost`; not defined for the debiased loss."""
         if self.debiased:
             raise ValueError("the debiased loss needs self terms that a cost between xs and ys does not hold")
         return super().from_cost(cost)
 
+    @one_warning()
     def plan(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
         """See `MiniBatchLoss.plan`; not defined for the debiased loss."""
         if self.debiased:

@@ -55,8 +55,8 @@ class ConditionEmbedding(nn.Module):
 
 def condition_embedding(out_dim: int, num_classes: int, condition_dim: int) -> ConditionEmbedding | None:
     """The embedding of a model's conditions, or None for a model without."""
-    checks.count(num_classes, "num_classes", at_least=0)
-    checks.count(condition_dim, "condition_dim", at_least=0)
+    num_classes = checks.count(num_classes, "num_classes", at_least=0)
+    condition_dim = checks.count(condition_dim, "condition_dim", at_least=0)
     if not num_classes and not condition_dim:
         return None
     return ConditionEmbedding(out_dim, num_classes=num_classes, condition_dim=condition_dim)

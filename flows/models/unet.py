@@ -84,6 +84,8 @@ class UNet(nn.Module):
                             (blocks, "blocks"), (heads, "heads"), (len(multipliers), "the number of multipliers"),
                             *((multiplier, "a multiplier") for multiplier in multipliers)):  # fmt: skip
             checks.count(value, name)
+        if checks.positive(dropout, "dropout", allow_zero=True) > 1:
+            raise ValueError(f"dropout must lie in [0, 1]; got {dropout!r}")
         groups = _groups([multiplier * channels for multiplier in multipliers])
         sizes = [max(1, image_size >> level) for level in range(len(multipliers))]
         absent = sorted(set(attention) - set(sizes))

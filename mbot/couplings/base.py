@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.convergence import one_warning
 from mbot.numerics import full_float32
 from mbot.random import draw
 
@@ -83,7 +84,7 @@ class Coupling(ABC):
                     _check_labels(part, len(samples), f"{name}[{key!r}]", f"x{name[1]}")
             elif labels is not None:
                 _check_labels(labels, len(samples), name, f"x{name[1]}")
-        with torch.no_grad(), full_float32():
+        with torch.no_grad(), full_float32(), one_warning():
             return self._pair(x0, x1, y0, y1, generator)
 
     @abstractmethod

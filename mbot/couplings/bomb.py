@@ -59,8 +59,11 @@ class BoMbCoupling(Coupling):
 
     def __post_init__(self) -> None:
         check_transport(self.transport)
-        checks.count(self.num_batches, "num_batches")
-        checks.positive(self.reg, "reg", allow_zero=True)
+        checks.store(
+            self,
+            num_batches=checks.count(self.num_batches, "num_batches"),
+            reg=checks.positive(self.reg, "reg", allow_zero=True),
+        )
         check_cost(self.cost)
 
     def _pair(

@@ -6,7 +6,6 @@ Ordinary mini-batch OT makes the noise depend on the condition. C²OT gives nois
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.cost import pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.conditions import COSTS, Condition, Sides, named_conditions, sides
@@ -104,9 +103,11 @@ class ConditionalOTCoupling(Coupling):
         if self.weight is not None and self.target_ratio is not None:
             raise ValueError("give weight or target_ratio, not both: the target chooses the weight")
         if self.weight is not None:
-            checks.positive(self.weight, "weight", allow_zero=True)
-        if self.target_ratio is not None and not 0 < checks.positive(self.target_ratio, "target_ratio") < 1:
-            raise ValueError(f"target_ratio must lie in (0, 1); got {self.target_ratio!r}")
+            checks.store(self, weight=checks.positive(self.weight, "weight", allow_zero=True))
+        if self.target_ratio is not None:
+            checks.store(self, target_ratio=checks.positive(self.target_ratio, "target_ratio"))
+            if self.target_ratio >= 1:
+                raise ValueError(f"target_ratio must lie in (0, 1); got {self.target_ratio!r}")
 
     def _pair(
         self,
@@ -132,7 +133,7 @@ class ConditionalOTCoupling(Coupling):
             weight = (
                 _weight_for_ratio(costs, mismatches, self.target_ratio or _DEFAULT_RATIO)
                 if self.weight is None
-                else float(self.weight)
+                else self.weight
             )
             info |= {"weight": weight, "ratio": _ratio(costs, mismatches, weight)}
             joint = [
@@ -212,9 +213,7 @@ def _weight_for_ratio(costs: list[Tensor], mismatches: list[Tensor], target: flo
 
 
 def _warn_unreachable(target: float, why: str, instead: str) -> None:
-    warnings.warn(
+    convergence.warn(
         f"ConditionalOTCoupling: target_ratio={target:g} cannot be reached in this batch ({why}); {instead}. "
-        "Use a larger batch or another target_ratio",
-        checks.ConvergenceWarning,
-        stacklevel=2,
+        "Use a larger batch or another target_ratio"
     )

@@ -41,7 +41,7 @@ class Condition:
         checks.choice(self.kind, "condition", ("discrete", "continuous"))
         checks.choice(self.cost, "condition_cost", COSTS)
         if self.weight is not None:
-            checks.positive(self.weight, "weight")
+            checks.store(self, weight=checks.positive(self.weight, "weight"))
 
     @property
     def hard(self) -> bool:
@@ -51,7 +51,7 @@ class Condition:
     @property
     def price(self) -> float:
         """Factor on the condition cost."""
-        return 1.0 if self.weight is None else float(self.weight)
+        return 1.0 if self.weight is None else self.weight
 
 
 def named_conditions(condition: Any, condition_cost: str) -> dict[str, Condition]:

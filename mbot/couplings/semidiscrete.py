@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.cost import at_least_float32
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.conditions import class_codes
@@ -104,10 +103,13 @@ class SemidiscreteCoupling(Coupling):
     potentials: DualPotentials | None = field(default=None)
 
     def __post_init__(self) -> None:
-        checks.count(self.steps, "steps")
-        checks.count(self.batch_size, "batch_size", at_least=2)
-        checks.positive(self.rate, "rate")
-        checks.positive(self.tol, "tol")
+        checks.store(
+            self,
+            steps=checks.count(self.steps, "steps"),
+            batch_size=checks.count(self.batch_size, "batch_size", at_least=2),
+            rate=checks.positive(self.rate, "rate"),
+            tol=checks.positive(self.tol, "tol"),
+        )
 
     def fit(
         self,
@@ -150,11 +152,9 @@ class SemidiscreteCoupling(Coupling):
         with full_float32():
             learned = self._learn(points, self._codes(y, points, "y"), fresh, generator, progress)
         if learned.chi2 > self.tol:
-            warnings.warn(
+            convergence.warn(
                 f"SemidiscreteCoupling: the cells' masses are off by chi2 = {learned.chi2:.3g} after {learned.steps} "
-                f"steps (tol {self.tol:g}). Fit again to continue, or raise steps or batch_size",
-                checks.ConvergenceWarning,
-                stacklevel=2,
+                f"steps (tol {self.tol:g}). Fit again to continue, or raise steps or batch_size"
             )
         return dataclasses.replace(self, potentials=learned)
 

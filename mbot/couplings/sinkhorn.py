@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.cost import Cost, at_least_float32, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.numerics import running_sum
@@ -86,11 +85,14 @@ class SinkhornCoupling(Coupling):
     start: SinkhornPotentials | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        checks.positive(self.reg, "reg")
+        checks.store(
+            self,
+            reg=checks.positive(self.reg, "reg"),
+            max_iter=checks.count(self.max_iter, "max_iter"),
+            tol=checks.positive(self.tol, "tol"),
+            cells=checks.count(self.cells, "cells"),
+        )
         check_cost(self.cost)
-        checks.count(self.max_iter, "max_iter")
-        checks.positive(self.tol, "tol")
-        checks.count(self.cells, "cells")
         if self.start is not None and not isinstance(self.start, SinkhornPotentials):
             raise TypeError(f"start must be the potentials of a previous call; got {type(self.start).__name__}")
 
@@ -140,11 +142,9 @@ class SinkhornCoupling(Coupling):
             device=x.device,
         )  # fmt: skip
         if not found.converged:
-            warnings.warn(
+            convergence.warn(
                 f"SinkhornCoupling: not converged after {found.iterations} iterations (error {found.error:.3g}). Raise "
-                f"max_iter (now {self.max_iter}), raise reg (now {self.reg:g}), or loosen tol (now {self.tol:g})",
-                checks.ConvergenceWarning,
-                stacklevel=4,
+                f"max_iter (now {self.max_iter}), raise reg (now {self.reg:g}), or loosen tol (now {self.tol:g})"
             )
         source, here, entropy = _draw(rows, layout, found, self.cells, generator)
         mean_cost = float(rows.sum(_total_cost(x[source[here] - rows.first], y[here], self.cost, self.cells))) / len(y)

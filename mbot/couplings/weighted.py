@@ -52,11 +52,14 @@ class WeightedCoupling(Coupling):
     iterations: int = 10
 
     def __post_init__(self) -> None:
-        checks.positive(self.reg, "reg")
+        checks.store(
+            self,
+            reg=checks.positive(self.reg, "reg"),
+            iterations=checks.count(self.iterations, "iterations"),
+        )
         check_cost(self.cost)
         if self.correction is not None:
             checks.choice(self.correction, "correction", ("sinkhorn",))
-        checks.count(self.iterations, "iterations")
 
     def _pair(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from functools import lru_cache
 from types import ModuleType
 
 import torch
+
+from mbot import convergence
 
 
 @lru_cache
@@ -26,11 +27,10 @@ def triton_module(name: str) -> ModuleType | None:
     try:
         module.probe()
     except Exception as error:  # whatever Triton, the compiler or the driver raise
-        warnings.warn(
+        convergence.warn(
             f"Triton is installed but cannot launch a kernel ({type(error).__name__}: {str(error)[:200]}); transport "
             "problems are solved without it, exact ones on the CPU",
             RuntimeWarning,
-            stacklevel=3,
         )
         return None
     return module

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.cost import Cost
 from mbot.plan import Plan
 from mbot.transport.base import Transport
@@ -40,9 +40,12 @@ class EntropicOT(Transport):
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
-        checks.positive(self.reg, "reg")
-        checks.count(self.max_iter, "max_iter")
-        checks.positive(self.tol, "tol")
+        checks.store(
+            self,
+            reg=checks.positive(self.reg, "reg"),
+            max_iter=checks.count(self.max_iter, "max_iter"),
+            tol=checks.positive(self.tol, "tol"),
+        )
 
     def __call__(
         self,
@@ -106,7 +109,7 @@ def plan_of(name: str, cost: Tensor, found: Solution, objective: Tensor, reg: fl
         potentials=(potential(found.phi), potential(found.psi)),
         penalty=(objective.reshape(batch) - transport).to(cost.dtype),
     )
-    checks.warn_unconverged(
+    convergence.warn_unconverged(
         name, plan, f"Raise max_iter (now {max_iter}), raise reg (now {reg:g}, in cost units), or loosen tol."
     )
     return plan

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.kernels import device_matching
 from mbot.plan import Plan
 from mbot.transport.base import Transport
@@ -88,7 +88,7 @@ def _plan(name: str, cost: Tensor, found: _Found) -> Plan:
         error=tensor(error, torch.float64),
         potentials=(tensor(f, cost.dtype), tensor(g, cost.dtype)),
     )
-    checks.warn_unconverged(name, plan, _ADVICE)
+    convergence.warn_unconverged(name, plan, _ADVICE)
     return plan
 
 
@@ -125,7 +125,7 @@ def plan_on_device(
         error=shaped(error),
         potentials=(shaped(f.to(cost.dtype)), shaped(g.to(cost.dtype))),
     )
-    checks.warn_unconverged(name, plan, _ADVICE)
+    convergence.warn_unconverged(name, plan, _ADVICE)
     return plan
 
 

@@ -67,10 +67,13 @@ class PartialOT(Transport):
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
-        checks.positive(self.mass, "mass", allow_zero=True)
-        checks.positive(self.reg, "reg", allow_zero=True)
-        checks.count(self.max_iter, "max_iter")
-        checks.positive(self.tol, "tol")
+        checks.store(
+            self,
+            mass=checks.positive(self.mass, "mass", allow_zero=True),
+            reg=checks.positive(self.reg, "reg", allow_zero=True),
+            max_iter=checks.count(self.max_iter, "max_iter"),
+            tol=checks.positive(self.tol, "tol"),
+        )
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         n, m = cost.shape[-2:]

@@ -8,13 +8,12 @@ in theirs; and its gradient in the points is, by the envelope theorem, a weighte
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.cost import Cost, at_least_float32, pairwise, unit
 from mbot.numerics import full_float32
 from mbot.transport.streaming import Streamed, solve
@@ -51,7 +50,8 @@ def entropic_values(
         x, y = (
             points.expand(*batch, *points.shape[-2:]).flatten(0, -3) if batch else points[None] for points in (x, y)
         )
-        values = [_value(*problem, cost, reg, max_iter, tol) for problem in zip(x, y, left, right, strict=True)]
+        with convergence.one_warning():
+            values = [_value(*problem, cost, reg, max_iter, tol) for problem in zip(x, y, left, right, strict=True)]
         return (torch.stack(values) + shift.to(x.dtype)).reshape(batch)
 
 
@@ -67,13 +67,9 @@ def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, ma
         found = solve(
             layout, reg, spread, max_iter=max_iter, tol=tol, start=None, device=x.device, log_a=a.log(), log_b=b.log()
         )
-        if not found.converged:
-            warnings.warn(
-                f"EntropicOT: not converged after {found.iterations} iterations (error {found.error:.3g}). Raise "
-                f"max_iter (now {max_iter}), raise reg (now {reg:g}, in cost units), or loosen tol (now {tol:.3g})",
-                checks.ConvergenceWarning,
-                stacklevel=4,
-            )
+        advice = f"Raise max_iter (now {max_iter}), raise reg (now {reg:g}, in cost units), or loosen tol."
+        failed = not found.converged
+        convergence.count_unconverged("EntropicOT", failed, 1, found.error if failed else 0.0, advice)
         total = a.sum()
         dual = (a * (found.phi - a.log())).sum() + (b * (found.psi - b.log())).sum() - total + total * b.sum()
         value = (reg * dual).to(x.dtype)

@@ -39,8 +39,12 @@ class SlicedOT(Transport):
     p: float = 2
 
     def __post_init__(self) -> None:
-        checks.count(self.num_projections, "num_projections")
-        if checks.positive(self.p, "p") < 1:
+        checks.store(
+            self,
+            num_projections=checks.count(self.num_projections, "num_projections"),
+            p=checks.positive(self.p, "p"),
+        )
+        if self.p < 1:
             raise ValueError(f"p must be at least 1; got {self.p}")
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:

@@ -34,10 +34,13 @@ class UnbalancedOT(Transport):
     tol: float = 1e-6
 
     def __post_init__(self) -> None:
-        checks.positive(self.reg, "reg")
-        checks.positive(self.reg_marginal, "reg_marginal")
-        checks.count(self.max_iter, "max_iter")
-        checks.positive(self.tol, "tol")
+        checks.store(
+            self,
+            reg=checks.positive(self.reg, "reg"),
+            reg_marginal=checks.positive(self.reg_marginal, "reg_marginal"),
+            max_iter=checks.count(self.max_iter, "max_iter"),
+            tol=checks.positive(self.tol, "tol"),
+        )
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])

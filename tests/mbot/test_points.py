@@ -94,7 +94,7 @@ def test_other_costs_make_their_matrix(streamed):
 def test_what_does_not_converge_warns_and_bad_input_raises(streamed):
     streamed(True)
     x, y = clouds()
-    with pytest.warns(mbot.ConvergenceWarning, match="EntropicOT: not converged after"):
+    with pytest.warns(mbot.ConvergenceWarning, match="EntropicOT: 1 of 1 problems did not"):
         EntropicOT(0.01, max_iter=2)(x, y)
     with pytest.raises(ValueError, match="equal totals"):
         EntropicOT(0.5)(x, y, torch.ones(30, dtype=torch.float64), torch.ones(40, dtype=torch.float64))

@@ -1,0 +1,74 @@
+"""Warnings of solvers that stop early: one a batch of problems, and at the line of the caller's own code."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mbot.plan import Plan
+
+_NOT_THE_CALLER = {"mbot", "flows", "torch", "contextlib"}
+
+# Within `one_warning`: problems that failed, problems in all and the worst error, by solver and advice.
+_pending: ContextVar[dict[tuple[str, str], tuple[int, int, float]] | None] = ContextVar("pending", default=None)
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped before its tolerance: how many problems, how far, and the setting to change."""
+
+
+def warn(message: str, category: type[Warning] = ConvergenceWarning) -> None:
+    """A warning at the innermost line that is not in this library (or in torch, which may have called it)."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def warn_unconverged(solver: str, plan: Plan, advice: str) -> None:
+    """Warn once for a whole batch of problems, if any of them did not converge."""
+    failed = ~plan.converged
+    if bool(failed.any()):
+        count_unconverged(solver, int(failed.sum()), failed.numel(), float(plan.error[failed].max()), advice)
+    elif _pending.get() is not None:
+        count_unconverged(solver, 0, failed.numel(), 0.0, advice)
+
+
+def count_unconverged(solver: str, failed: int, problems: int, worst: float, advice: str) -> None:
+    """Warn that ``failed`` of some problems did not converge; within `one_warning`, together with all others."""
+    pending = _pending.get()
+    if pending is not None:
+        before = pending.get((solver, advice), (0, 0, 0.0))
+        pending[solver, advice] = (before[0] + failed, before[1] + problems, float(np.maximum(before[2], worst)))
+    elif failed:
+        warn(f"{solver}: {failed} of {problems} problems did not converge (worst error {worst:.3g}). {advice}")
+
+
+@contextmanager
+def one_warning() -> Iterator[None]:
+    """Within: problems that did not converge are counted, and each solver warns once, at the end of the outermost."""
+    if _pending.get() is not None:
+        yield
+        return
+    pending: dict[tuple[str, str], tuple[int, int, float]] = {}
+    token = _pending.set(pending)
+    try:
+        yield
+    finally:
+        _pending.reset(token)
+    for (solver, advice), (failed, problems, worst) in pending.items():
+        count_unconverged(solver, failed, problems, worst, advice)
