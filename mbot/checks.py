@@ -52,7 +52,7 @@ def together(x: Tensor, y: Tensor, x_name: str, y_name: str) -> None:
 
 
 def clouds(x: Any, y: Any, x_name: str = "x", y_name: str = "y", *, feature_ndim: int = 1) -> tuple[Tensor, Tensor]:
-    """Two batches of point clouds, ``(…, n, d)`` and ``(…, m, d)``, finite, with at least one point each."""
+    """Any number of point clouds ``(…, n, d)`` and ``(…, m, d)``, finite, with at least one point each."""
     x, y = floating(x, x_name), floating(y, y_name)
     together(x, y, x_name, y_name)
     if feature_ndim < 1:
@@ -70,7 +70,7 @@ def clouds(x: Any, y: Any, x_name: str = "x", y_name: str = "y", *, feature_ndim
         )
     x, y = x.flatten(-feature_ndim), y.flatten(-feature_ndim)
     for tensor, name in ((x, x_name), (y, y_name)):
-        if tensor.numel() == 0:
+        if 0 in tensor.shape[-2:]:
             raise ValueError(f"{name} must hold at least one point with one feature; got shape {tuple(tensor.shape)}")
     axes = zip(reversed(x.shape[:-2]), reversed(y.shape[:-2]), strict=False)
     if not all(p == q or p == 1 or q == 1 for p, q in axes):
@@ -106,6 +106,8 @@ def cost_matrix(cost: Any) -> Tensor:
     cost = floating(cost, "cost")
     if cost.ndim < 2 or cost.shape[-1] == 0 or cost.shape[-2] == 0:
         raise ValueError(f"cost must have shape (…, n, m) with n, m >= 1; got {tuple(cost.shape)}")
+    if cost.numel() == 0:
+        return cost
     least, most = torch.stack(cost.detach().aminmax()).tolist()  # NaN if there is one
     if not least > -math.inf:
         raise ValueError("cost must not hold NaN or -inf (+inf is allowed and forbids the pair)")

@@ -133,8 +133,8 @@ class MiniBatchLoss(nn.Module):
         if not isinstance(self.transport, Transport):
             raise TypeError("from_cost needs an mbot transport; a callable (x, y) -> value has no cost matrix")
         cost = checks.cost_matrix(cost)
-        if cost.ndim != 4:
-            raise ValueError(f"cost must have shape (k, k', m, m'); got {tuple(cost.shape)}")
+        if cost.ndim != 4 or cost.numel() == 0:
+            raise ValueError(f"cost must have shape (k, k', m, m') with k, k' >= 1; got {tuple(cost.shape)}")
         return self._value(Grid.of_values(self.transport.value(cost)))
 
     @one_warning()

@@ -41,6 +41,8 @@ class Transport(ABC):
         cost = checks.cost_matrix(cost).detach()
         a = checks.weights(a, cost.shape[-2], cost, "a")
         b = checks.weights(b, cost.shape[-1], cost, "b")
+        if cost.numel() == 0:
+            return _no_plans(cost)
         with torch.no_grad(), full_float32():
             return self._solve(cost, a, b)
 
@@ -85,6 +87,13 @@ class Transport(ABC):
         return plan.cost(cost) + plan.penalty
 
 
+def _no_plans(cost: Tensor) -> Plan:
+    """The plans of a batch without problems."""
+    index = cost.new_zeros(*cost.shape[:-2], 1, dtype=torch.int64)
+    potentials = cost.new_zeros(cost.shape[:-1]), cost.new_zeros((*cost.shape[:-2], cost.shape[-1]))
+    return Plan(index.to(cost.dtype), (cost.shape[-2], cost.shape[-1]), index, index, potentials=potentials)
+
+
 def _sparse_values(plan: Plan, x: Tensor, y: Tensor, costs: Tensor, cost: str) -> Tensor:
     """``<C, P>`` of each problem from its matched pairs, so that backward never touches an n × m matrix."""
     assert plan.row is not None
@@ -93,10 +102,9 @@ def _sparse_values(plan: Plan, x: Tensor, y: Tensor, costs: Tensor, cost: str) -
     problems, entries = batch.numel(), plan.row.shape[-1]
     x, y = (points.expand(*batch, *points.shape[-2:]).reshape(-1, points.shape[-1]) for points in (x, y))
     problem = torch.arange(problems, device=x.device)[:, None].expand(-1, entries)
-    row, col = plan.row.reshape(problems, -1), plan.col.reshape(problems, -1)
+    row, col, mass = (part.reshape(problems, entries) for part in (plan.row, plan.col, plan.mass))
     n, m = plan.size
-    matched = costs.reshape(problems, -1).gather(-1, row * m + col)
-    mass = plan.mass.reshape(problems, -1)
+    matched = costs.reshape(problems, n * m).gather(-1, row * m + col)
     values = matched_values(
         x, y,
         (problem * n + row).flatten(), (problem * m + col).flatten(),

@@ -26,7 +26,8 @@ _PROBE = 1024
 def too_large(x: Tensor, y: Tensor, cost: Cost) -> bool:
     """Whether problems between ``(…, n, d)`` and ``(…, m, d)`` are solved without their cost matrix."""
     most = _MOST["cuda" if x.is_cuda else "cpu"]
-    return isinstance(cost, str) and cost in ("sqeuclidean", "dot", "cosine") and x.shape[-2] * y.shape[-2] > most
+    named = isinstance(cost, str) and cost in ("sqeuclidean", "dot", "cosine")
+    return named and x.shape[-2] * y.shape[-2] > most and min(x.numel(), y.numel()) > 0
 
 
 def entropic_values(

@@ -64,6 +64,26 @@ def test_a_batch_equals_its_problems_one_by_one(transport):
 
 
 @every_transport
+@pytest.mark.parametrize("shape", [(2, 0, 3, 3), (0, 3, 3), (0, 2, 3, 4)])
+def test_no_problems_have_no_plans(transport, shape):
+    *batch, n, m = shape
+    x, y = torch.zeros(*batch, n, 2, requires_grad=True), torch.zeros(*batch, m, 2)
+    cost = mbot.pairwise_cost(x, y)
+    for weights in ((), (torch.full((n,), 1 / n), torch.full((m,), 1 / m))):
+        plan = transport.plan(cost, *weights)
+        assert plan.to_dense().shape == shape
+        assert plan.row_mass().shape == (*batch, n)
+        assert plan.col_mass().shape == (*batch, m)
+        assert [p.shape for p in plan.potentials] == [(*batch, n), (*batch, m)]
+        assert plan.barycentric_map(y)[0].shape == x.shape
+        assert plan.converged.shape == plan.error.shape == plan.cost(cost).shape == tuple(batch)
+        for values in (transport(x, y, *weights), transport.value(cost, *weights)):
+            assert values.shape == tuple(batch)
+            (gradient,) = torch.autograd.grad(values.sum(), x, retain_graph=True)
+            assert gradient.shape == x.shape
+
+
+@every_transport
 def test_the_same_call_gives_the_same_plan(transport):
     cost = torch.rand(3, 8, 8)
     assert torch.equal(transport.plan(cost).to_dense(), transport.plan(cost).to_dense())

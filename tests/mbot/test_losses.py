@@ -512,6 +512,8 @@ def given(xs, ys, kind="m-OT"):
         (lambda: given((2, 4, 2), (2, 4, 3)), ValueError, "features"),
         (lambda: given((2, 4, 2), (3, 4, 2), "aligned"), ValueError, "as many"),
         (lambda: mot().from_cost(torch.randn(4, 4)), ValueError, r"\(k, k', m, m'\)"),
+        (lambda: mot().from_cost(torch.randn(0, 2, 4, 4)), ValueError, r"k, k' >= 1; got \(0, 2, 4, 4\)"),
+        (lambda: mot().from_batches(torch.randn(0, 4, 2), torch.randn(2, 4, 2)), ValueError, "at least one mini-batch"),
         (lambda: loss("m-OT", SlicedOT(2)).plan(torch.randn(9, 2), torch.randn(9, 2)), TypeError, "values alone"),
         (lambda: mot()(torch.full((9, 2), torch.nan), torch.randn(9, 2)), ValueError, "finite"),
     ],

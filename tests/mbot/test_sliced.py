@@ -65,6 +65,13 @@ def test_gradients(p, m):
         )
 
 
+def test_no_clouds_have_no_values():
+    x = torch.zeros(2, 0, 3, 2, requires_grad=True)
+    values = SlicedOT()(x, torch.zeros(2, 0, 4, 2))
+    assert values.shape == (2, 0)
+    assert torch.autograd.grad(values.sum(), x)[0].shape == x.shape
+
+
 def test_zero_weight_is_removal_and_equal_clouds_cost_nothing():
     x, y = clouds()
     a = torch.ones(20, dtype=torch.float64)
