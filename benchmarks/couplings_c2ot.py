@@ -9,7 +9,7 @@ import torch
 from harness import medians, write
 
 import mbot
-from mbot.couplings.conditions import mismatch_cost
+from mbot.couplings.mismatch import mismatch_cost
 
 D = 3072
 TARGET = 0.01

@@ -110,9 +110,11 @@ def load_task(config: TrainConfig | DiagnoseConfig) -> Task:
     x, y = item
     if torch.is_tensor(y) and y.is_floating_point():
         return Task(dataset, tuple(x.shape), condition_dim=y.numel())
-    if isinstance(dataset, TensorDataset):
-        return Task(dataset, tuple(x.shape), num_classes=int(dataset.tensors[1].max()) + 1)
-    return Task(dataset, tuple(x.shape), num_classes=len(dataset.classes))
+    labels: Any = dataset.tensors[1] if isinstance(dataset, TensorDataset) else dataset.labels
+    if torch.is_tensor(labels) and int(labels.min()) < 0:
+        raise ConfigError(f"labels must be 0, 1, 2, …; the smallest of {root or name} is {int(labels.min())}")
+    classes = int(labels.max()) + 1 if isinstance(dataset, TensorDataset) else len(dataset.classes)
+    return Task(dataset, tuple(x.shape), num_classes=classes)
 
 
 def build_coupling(config: TrainConfig | DiagnoseConfig, task: Task) -> mbot.Coupling:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flows.metrics import PriorSkew, prior_skew
-from mbot import ConvergenceWarning, Coupling, Pairs, SemidiscreteCoupling, checks
-from mbot.labels import select
+from mbot import ConvergenceWarning, Coupling, Pairs, SemidiscreteCoupling, checks, conditions
 from mbot.random import draw
 
 _SMALLEST = 16  # samples below which nothing can be said about skew or smaller batches
@@ -110,8 +109,8 @@ def diagnose(
         coupling: an mbot coupling.
         x0: ``(n, d…)`` noise.
         x1: ``(m, d…)`` data.
-        y: conditions of the data, one a sample, or a dict of several; integers, booleans and strings are classes,
-            floating-point values are continuous.
+        y: conditions of the data, one a sample, or a dict of several; see `mbot.conditions`. Integers, booleans and
+            strings are classes, floating-point values are continuous.
         generator: source of randomness.
         batch_size: samples that the coupling gets in training: the first so many are examined, and all samples serve
             as the larger batch. None: all samples are one batch, and quarters of it serve as the smaller batch.
@@ -135,13 +134,14 @@ def diagnose(
     if not isinstance(coupling, Coupling):
         raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {coupling!r}")
     checks.samples(x0, x1)
+    conditions.check(y, len(x1), "y", "x1")
     checks.count(rounds, "rounds", at_least=2)
     n, m = len(x0), len(x1)
     if batch_size is not None and checks.count(batch_size, "batch_size") > min(n, m):
         raise ValueError(f"batch_size must be at most the number of samples ({min(n, m)}); got {batch_size}")
     larger_cost, smaller, larger = _larger(coupling, x0, x1, y, batch_size, generator)
     if batch_size is not None:
-        x0, x1, y = x0[:batch_size], x1[:batch_size], _part(y, slice(0, batch_size), batch_size)
+        x0, x1, y = x0[:batch_size], x1[:batch_size], conditions.select(y, slice(0, batch_size))
         n = m = batch_size
 
     seconds, weights = [], []
@@ -181,11 +181,6 @@ def diagnose(
     )  # fmt: skip
 
 
-def _part(y: Any, rows: slice, size: int) -> Any:
-    """Conditions of some samples."""
-    return select(y, torch.arange(size)[rows])
-
-
 def _squared(pairs: Pairs, x0: Tensor, x1: Tensor) -> tuple[float, float]:
     """Weighted sum of squared distances, and the weight."""
     start, end = pairs.apply(x0, x1)
@@ -215,10 +210,10 @@ def _larger(
         warnings.simplefilter("ignore", ConvergenceWarning)  # the call on the user's batch warns
         for begin in range(0, whole - size + 1, size)[:_PARTS]:
             rows = slice(begin, begin + size)
-            pairs = coupling(x0[rows], x1[rows], y1=_part(y, rows, len(x1)), generator=generator)
+            pairs = coupling(x0[rows], x1[rows], y1=conditions.select(y, rows), generator=generator)
             part, share = _squared(pairs, x0[rows], x1[rows])
             total, weight = total + part, weight + share
-        pairs = coupling(x0[:whole], x1[:whole], y1=_part(y, slice(0, whole), len(x1)), generator=generator)
+        pairs = coupling(x0[:whole], x1[:whole], y1=conditions.select(y, slice(0, whole)), generator=generator)
     cost, share = _squared(pairs, x0[:whole], x1[:whole])
     return (cost / share) / (total / weight) if total > 0 else 1.0, size, whole
 
@@ -245,7 +240,7 @@ def _skews(noise: Tensor, y: Any, pairs: Pairs, generator: torch.Generator | Non
         return {}
     named = y if isinstance(y, Mapping) else {"y": y}
     return {
-        str(name): prior_skew(noise, select(value, pairs.target), generator=generator)
+        str(name): prior_skew(noise, conditions.select(value, pairs.target), generator=generator)
         for name, value in named.items()
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,24 +11,23 @@ from torch import Tensor
 
 from flows.matching import VelocityModel
 from mbot import checks
+from mbot.conditions import as_tensor, concatenate
 from mbot.random import draw
 
 
 def null_condition(y: Any) -> Any:
     """The "no condition" of classifier-free guidance, for every row of ``y``.
 
-    Labels (integers) become -1 and vectors (floating point) NaN, which the models of `flows.models` embed as zero; a
-    dict is taken value by value.
+    Integers and booleans become the int64 label -1, floating point becomes NaN (the models of `flows.models` embed
+    both as zero), and what is not numeric a list of None. A dict is taken value by value.
 
-    >>> null_condition(torch.tensor([3, 5]))
-    tensor([-1, -1])
+    >>> null_condition(torch.tensor([3, 5], dtype=torch.uint8)), null_condition(["a dog", "a cat"])
+    (tensor([-1, -1]), [None, None])
     """
-    if isinstance(y, dict):
+    y = _droppable(y)
+    if isinstance(y, Mapping):
         return {key: null_condition(value) for key, value in y.items()}
-    if not isinstance(y, Tensor) or y.dtype == torch.bool or y.is_complex():
-        what = y.dtype if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"conditions that are dropped must be tensors of integers or floating point; got {what}")
-    return torch.full_like(y, torch.nan if y.is_floating_point() else -1)
+    return [None] * len(y) if isinstance(y, list) else torch.full_like(y, torch.nan if y.is_floating_point() else -1)
 
 
 def drop_conditions(y: Any, probability: float, generator: torch.Generator | None = None) -> Any:
@@ -36,24 +36,44 @@ def drop_conditions(y: Any, probability: float, generator: torch.Generator | Non
     A row of a dict is dropped as a whole.
 
     Args:
-        y: conditions, ``(B, …)`` tensors.
+        y: conditions, see `mbot.conditions`.
         probability: in [0, 1].
         generator: source of randomness.
+
+    Returns:
+        Tensors of int64 or floating point where conditions are numeric, else lists.
     """
     if not 0 <= checks.positive(probability, "probability", allow_zero=True) <= 1:
         raise ValueError(f"probability must lie in [0, 1]; got {probability!r}")
     if y is None or probability == 0:
         return y
-    first = next(iter(y.values())) if isinstance(y, dict) else y
-    null = null_condition(y)
-    dropped = draw(torch.rand, len(first), generator=generator, device=first.device) < probability
+    first = _droppable(y)
+    while isinstance(first, Mapping):
+        first = next(iter(first.values()))
+    device = first.device if isinstance(first, Tensor) else torch.device("cpu")
+    dropped = draw(torch.rand, len(first), generator=generator, device=device) < probability
 
     def mix(value: Any, without: Any) -> Any:
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {key: mix(value[key], without[key]) for key in value}
-        return torch.where(dropped.reshape(-1, *([1] * (value.ndim - 1))), without, value)
+        if isinstance(value, list):
+            return [w if gone else v for v, w, gone in zip(value, without, dropped.tolist(), strict=True)]
+        return torch.where(dropped.to(value.device).reshape(-1, *([1] * (value.ndim - 1))), without, value)
 
-    return mix(y, null)
+    return mix(_droppable(y), null_condition(y))
+
+
+def _droppable(y: Any) -> Any:
+    """Conditions in a form that has a "no condition": int64 or floating-point tensors, lists, or dicts of these."""
+    if isinstance(y, Mapping):
+        return {key: _droppable(value) for key, value in y.items()}
+    try:
+        tensor = as_tensor(y, "y")
+    except TypeError:
+        return list(y)
+    if tensor.is_complex():
+        raise TypeError(f"conditions that are dropped must be real; got {tensor.dtype}")
+    return tensor if tensor.is_floating_point() else tensor.long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +112,11 @@ class GuidedModel:
         """Guided velocity, ``(B, d…)``."""
         if y is None:
             raise ValueError("guidance needs conditions: pass y")
+        y = _droppable(y)
         nothing = self.null(y)
         if not isinstance(self.scale, Tensor) and self.scale in (0, 1):
             return self.model(t, x, y if self.scale == 1 else nothing)
-        both = self.model(torch.cat((t, t)), torch.cat((x, x)), _stack(nothing, y))
+        both = self.model(torch.cat((t, t)), torch.cat((x, x)), concatenate([nothing, y]))
         without, given = both.chunk(2)
         scale: Any = self.scale
         if isinstance(scale, Tensor):
@@ -103,9 +124,3 @@ class GuidedModel:
                 raise ValueError(f"scale must hold one number for each of the {len(x)} samples; got {len(scale)}")
             scale = scale.to(x.device, x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
         return without + scale * (given - without)
-
-
-def _stack(first: Any, second: Any) -> Any:
-    if isinstance(first, dict):
-        return {key: _stack(first[key], second[key]) for key in first}
-    return torch.cat((first, second))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flows.ot_batches import Fetched, OTBatches, Source
 from mbot import Coupling, IndependentCoupling, checks
-from mbot.labels import select, to_device
+from mbot.conditions import select, to_device
 
 
 @dataclass(frozen=True, eq=False)

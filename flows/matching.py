@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flows.paths import LinearPath, Path, check_path
 from mbot import Coupling
-from mbot.labels import select
+from mbot.conditions import select
 from mbot.random import draw
 
 VelocityModel = Callable[[Tensor, Tensor, Any], Tensor]

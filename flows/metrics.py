@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flows.integrate import trajectory
 from flows.matching import VelocityModel
-from mbot import ExactOT, SlicedOT, checks, pairwise_cost
+from mbot import ExactOT, SlicedOT, checks, conditions, pairwise_cost
 
 
 def squared_wasserstein2(x: Tensor, y: Tensor) -> float:
@@ -257,8 +257,9 @@ def prior_skew(noise: Tensor, condition: Any, *, folds: int = 5, generator: torc
 
     Args:
         noise: ``(n, d…)`` noise as paired, ``x0[pairs.source]``.
-        condition: ``(n,)`` or ``(n, c…)``, the conditions as paired. Integers, booleans and strings are classes and
-            scored by accuracy; floating-point values are scored by R² (mean over columns).
+        condition: conditions as paired, see `mbot.conditions`. Integers, booleans and strings are classes and scored
+            by accuracy, with missing ones as a class; floating-point values are scored by R² (mean over columns), where
+            they are not missing.
         folds: cross-validation folds.
         generator: source of the forest's and the folds' seed.
 
@@ -276,18 +277,22 @@ def prior_skew(noise: Tensor, condition: Any, *, folds: int = 5, generator: torc
 
     noise = checks.finite(checks.floating(noise, "noise"), "noise")
     x = noise.detach().cpu().flatten(1).numpy()
-    target = condition.detach().cpu().numpy() if isinstance(condition, Tensor) else np.asarray(condition)
-    if len(target) != len(x):
-        raise ValueError(f"condition must hold one value for each of the {len(x)} noises; got {len(target)}")
+    conditions.check(condition, len(x), "condition", "noise")
+    try:
+        continuous = conditions.as_tensor(condition, "condition").is_floating_point()
+    except TypeError:
+        continuous = False
+    if continuous:
+        values, dropped = conditions.vectors(condition, "condition", torch.device("cpu"))
+        x, flat = x[~dropped], checks.finite(values[torch.from_numpy(~dropped)], "condition").numpy()
+    else:
+        codes, _, _ = conditions.class_codes(condition, condition, allow_missing=True)
     if len(x) < 2 * checks.count(folds, "folds", at_least=2):
         raise ValueError(f"prior_skew needs at least {2 * folds} pairs for {folds} folds; got {len(x)}")
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator, device=generator.device if generator else None))
     split = KFold(folds, shuffle=True, random_state=seed)
-    flat = target.reshape(len(target), -1)
     small = x.shape[1] <= 16
-    if flat.dtype.kind == "f":
-        if not np.isfinite(flat).all():
-            raise ValueError("condition must be finite: leave out dropped conditions (NaN), with their noise")
+    if continuous:
         model: Any = (
             RandomForestRegressor(100, min_samples_leaf=5, random_state=seed)
             if small
@@ -295,10 +300,8 @@ def prior_skew(noise: Tensor, condition: Any, *, folds: int = 5, generator: torc
         )
         score = cross_val_score(model, x, flat if flat.shape[1] > 1 else flat[:, 0], cv=split, scoring="r2").mean()
         return PriorSkew(float(score), 0.0, "r2")
-    classes, codes = np.unique(flat, axis=0, return_inverse=True)
-    codes = codes.reshape(-1)
     chance = float(np.bincount(codes).max() / len(codes))
-    if len(classes) == 1:
+    if chance == 1:
         return PriorSkew(1.0, 1.0, "accuracy")
     model = (
         RandomForestClassifier(100, min_samples_leaf=5, random_state=seed)

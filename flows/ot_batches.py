@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from flows.datasets.images import ImageData
 from flows.seeds import derive_seed, generator_at, seeded
 from mbot import Coupling, SemidiscreteCoupling, checks
+from mbot.conditions import as_tensor, select, to_device
 from mbot.distributed import GlobalCoupling
-from mbot.labels import select, to_device
 
 Source = Callable[[int, torch.Generator], Tensor] | Tensor | Dataset[Any] | None
 
@@ -151,12 +152,7 @@ class OTBatches:
                 "an item of the data set must be a sample or (sample, condition); a batch of them came out as "
                 f"{type(x).__name__}. Pass collate, a function of the list of items"
             )
-        if not x.is_floating_point():
-            raise TypeError(
-                f"samples must be floating point; got {x.dtype}. Convert them in the data set's transform (images: "
-                "to float in [-1, 1])"
-            )
-        return x, y
+        return _floating(x, "samples"), y
 
     def couple(
         self, fetched: Fetched, device: torch.device
@@ -240,20 +236,56 @@ class OTBatches:
         if not isinstance(x0, Tensor) or x0.shape != (n, *shape):
             got = tuple(x0.shape) if isinstance(x0, Tensor) else type(x0).__name__
             raise ValueError(f"source must give noise of shape {(n, *shape)}, as the data; got {got}")
-        return x0.to(like.device, like.dtype)
+        return _floating(x0, "source samples").to(like.device, like.dtype)
 
     def _items(self, dataset: Any, index: Tensor, seed: int) -> Any:
         """Collated items; the global generators are seeded while the user's code runs."""
-        if isinstance(dataset, TensorDataset) and self.collate is None:
-            return dataset[index]
         rows = index.tolist()
         with seeded(seed):
-            whole = getattr(dataset, "rows", None)  # data sets of ours serve many rows at once
-            if whole is not None and self.collate is None:
-                return whole(index)
-            many = getattr(dataset, "__getitems__", None)
-            items = many(rows) if many is not None else [dataset[row] for row in rows]
-        return default_collate(items) if self.collate is None else self.collate(items)
+            served = _served_by(dataset)
+            if served in (TensorDataset, ImageData) and self.collate is None:
+                return dataset[index] if served is TensorDataset else dataset.rows(index)
+            many = served is not None and "__getitems__" in vars(served)
+            items = dataset.__getitems__(rows) if many else [dataset[row] for row in rows]
+        return _collate(items) if self.collate is None else self.collate(items)
+
+
+def _served_by(dataset: Any) -> type | None:
+    """The class that says how samples are made: a subclass with a ``__getitem__`` of its own is asked item by item."""
+    for kind in type(dataset).__mro__:
+        if "__getitem__" in vars(kind) or "__getitems__" in vars(kind):
+            return kind
+    return None
+
+
+def _collate(items: list[Any]) -> Any:
+    """Torch's default, but for conditions that it takes apart or refuses: rows in a tuple or list, and None."""
+    if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
+        return default_collate(items)
+    x, y = zip(*items, strict=True)
+    return default_collate(list(x)), _collate_conditions(list(y))
+
+
+def _collate_conditions(values: list[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {key: _collate_conditions([value[key] for value in values]) for key in values[0]}
+    if any(value is None for value in values):
+        return values
+    if isinstance(values[0], (tuple, list)):
+        return as_tensor(values, "the data set's conditions")
+    try:
+        return default_collate(values)
+    except RuntimeError as error:
+        raise ValueError(f"the data set's conditions do not stack; pass collate, or pad them: {error}") from error
+
+
+def _floating(x: Tensor, what: str) -> Tensor:
+    if x.is_floating_point():
+        return x
+    raise TypeError(
+        f"{what} must be floating point; got {x.dtype}. Convert them in the data set's transform (images: to float in "
+        "[-1, 1])"
+    )
 
 
 @lru_cache(maxsize=2)

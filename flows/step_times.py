@@ -18,7 +18,7 @@ from flows.integrate import trajectory
 from flows.interrupt import NonFiniteLoss
 from flows.matching import VelocityModel
 from mbot import checks
-from mbot.labels import select
+from mbot.conditions import select
 
 
 def jump_costs(model: VelocityModel, x0: Tensor, *, grid: int = 100, y: Any = None) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mbot import checks, convergence
+from mbot import checks, conditions, convergence
 from mbot.cost import pairwise
 from mbot.couplings.drawing import sources_of, stratified
 from mbot.plan import Plan
@@ -133,13 +133,15 @@ class OTPlanSampler:
     def sample_plan_with_labels(
         self, x0: Tensor, x1: Tensor, y0: Any = None, y1: Any = None, replace: bool = True
     ) -> tuple[Tensor, Tensor, Any, Any]:
-        """`sample_plan` with labels that follow their samples; None where none were given.
+        """`sample_plan` with labels that follow their samples, of any kind that `mbot.conditions` names.
 
         The labels do not enter the transport, so the noise that a label sees is skewed: see
         `mbot.ConditionalOTCoupling`.
         """
+        conditions.check(y0, len(x0), "y0", "x0")
+        conditions.check(y1, len(x1), "y1", "x1")
         i, j = self._pairs(x0, x1, replace)
-        return x0[i], x1[j], _labels(y0, i), _labels(y1, j)
+        return x0[i], x1[j], conditions.select(y0, i), conditions.select(y1, j)
 
     def sample_plan_with_scipy(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         """The exact assignment, whatever the method: x0 in order, x1 permuted; each flattened to ``(n, d)``.
@@ -236,10 +238,6 @@ class OTPlanSampler:
         copy.set_state(torch.get_rng_state())
         seed = draw(torch.rand, 1, generator=copy, device=torch.device("cpu"), dtype=torch.float64)
         return torch.Generator().manual_seed(int(seed.view(torch.int64)))
-
-
-def _labels(y: Any, index: Tensor) -> Any:
-    return None if y is None else y[index.to(y.device) if isinstance(y, Tensor) else index.cpu().numpy()]
 
 
 def _transposed(plan: Plan) -> Plan:

@@ -148,9 +148,11 @@ def cifar10(root: str | Path, *, train: bool = True, flip: bool = False, downloa
 
 
 class ImageFolder(Dataset[Any]):
-    """A folder of images, read when asked for: square crops of one size, float32 in [-1, 1].
+    """A folder of images, read when asked for: square crops of one size, in colour, float32 in [-1, 1].
 
-    Sub-folders are classes, in alphabetical order; a folder without sub-folders has no labels.
+    Sub-folders with images are classes, in alphabetical order; a folder without them has no labels. Files and folders
+    whose names begin with a dot are left out (caches, thumbnails, forks of other systems). Images are turned upright as
+    their EXIF orientation says, as viewers show them; 16 bits of grey keep their range; transparency is dropped.
 
     Args:
         root: the folder.
@@ -160,13 +162,19 @@ class ImageFolder(Dataset[Any]):
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
+        ValueError: images beside folders of classes, whose class is unknown; (when read) pixels of unknown range.
     """
 
     def __init__(self, root: str | Path, size: int, *, flip: bool = False, labels: bool = True) -> None:
         self.root, self.size, self.flip, self.labels = Path(root), checks.count(size, "size"), flip, labels
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder of images at {root}")
-        self.classes = sorted(p.name for p in self.root.iterdir() if p.is_dir() and _pictures(p))
+        self.classes = sorted(p.name for p in self.root.iterdir() if p.is_dir() and p.name[0] != "." and _pictures(p))
+        if self.classes and (stray := _pictures(self.root)):
+            raise ValueError(
+                f"{root} holds {len(stray)} images, such as {stray[0].name}, beside folders of classes such as "
+                f"{self.classes[0]!r}; move them into a folder"
+            )
         folders = [self.root / name for name in self.classes] or [self.root]
         self.files = [(path, label) for label, folder in enumerate(folders) for path in _pictures(folder)]
         if not self.files:
@@ -180,8 +188,13 @@ class ImageFolder(Dataset[Any]):
 
         path, label = self.files[row]
         with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.fit(image.convert("RGB"), (self.size, self.size)))
-        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode[0] in "IF":  # numbers of 16 or 32 bits, which a conversion to bytes would cut off
+                upright = _sixteen_bits(upright, path)
+            else:
+                upright = upright.convert("RGB")
+            pixels = np.asarray(ImageOps.fit(upright, (self.size, self.size)), np.float32)
+        x = torch.from_numpy(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1)).permute(2, 0, 1) / 127.5 - 1
         if self.flip and bool(torch.rand(()) < 0.5):
             x = x.flip(-1)
         return (x, label) if self.classes and self.labels else x
@@ -217,7 +230,18 @@ def save_grid(images: Tensor, path: str | Path, *, columns: int = 10, scale: int
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES)
+    """The images of a folder, without hidden files."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != "." and p.is_file())
+
+
+def _sixteen_bits(image: Any, path: Path) -> Any:
+    """Grey of 16 bits on the scale of bytes."""
+    from PIL import Image
+
+    pixels = np.asarray(image, np.float32)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"{path} holds {image.mode} pixels of unknown range; save it with 8 or 16 bits a channel")
+    return Image.fromarray(pixels / 257)
 
 
 def _present(folder: Path, name: str) -> Path | None:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mbot import checks
+from mbot.conditions import as_tensor
 
 
 class ConditionEmbedding(nn.Module):
-    """Class labels by a table, vectors by a linear map; "no condition" (label -1, a NaN in a vector) as zero.
+    """Class labels by a table, vectors by a linear map; "no condition" (label -1, a vector of NaN) as zero.
 
     Args:
         out_dim: features of the embedding.
-        num_classes: labels ``(B,)`` of integers 0 … num_classes - 1.
+        num_classes: labels ``(B,)`` of integers 0 … num_classes - 1, or -1.
         condition_dim: features of a vector condition ``(B, condition_dim)``; ``(B,)`` counts as one feature. Exactly
             one of the two.
 
@@ -34,23 +35,32 @@ class ConditionEmbedding(nn.Module):
         """``(B, out_dim)``."""
         if y is None:
             raise ValueError("this model was built with conditions: pass y")
-        if not isinstance(y, Tensor):
-            raise TypeError(f"conditions of a model must be a tensor; got {type(y).__name__}")
+        weight = next(self.embed.parameters())
+        y = as_tensor(y, "y").to(weight.device)
         if self.num_classes:
             if y.ndim != 1 or y.is_floating_point():
                 raise ValueError(
                     f"this model was built with num_classes={self.num_classes}: y must hold integer labels of shape "
                     f"(B,); got {y.dtype} of shape {tuple(y.shape)}"
                 )
-            return torch.where((y >= 0).unsqueeze(-1), self.embed(y.clamp_min(0)), 0)
+            return self._table(y.long())
         vectors = y.reshape(len(y), -1)
         if vectors.shape[1] != self.condition_dim:
             raise ValueError(
                 f"this model was built with condition_dim={self.condition_dim}; got conditions {tuple(y.shape)}"
             )
-        absent = vectors.isnan().any(1, keepdim=True)
-        weight = next(self.embed.parameters())
+        absent = vectors.isnan().all(1, keepdim=True)
         return torch.where(absent, 0, self.embed(torch.where(absent, 0, vectors).to(weight.dtype)))
+
+    def _table(self, labels: Tensor) -> Tensor:
+        absent = labels == -1
+        try:
+            return torch.where(absent.unsqueeze(-1), 0, self.embed(labels.masked_fill(absent, 0)))
+        except IndexError as error:  # a GPU says so by an assertion of its own
+            raise ValueError(
+                f"labels must lie in 0 … {self.num_classes - 1} for num_classes={self.num_classes}, or be -1 for no "
+                f"condition; got {int(labels.min())} … {int(labels.max())}"
+            ) from error
 
 
 def condition_embedding(out_dim: int, num_classes: int, condition_dim: int) -> ConditionEmbedding | None:

@@ -18,7 +18,7 @@ class ResidualMLP(nn.Module):
         condition_dim: features of a condition ``(B, condition_dim)`` (a vector ``(B,)`` counts as one feature);
             0 for none.
         num_classes: classes of a label condition ``(B,)`` int64, embedded; excludes ``condition_dim``. "No
-            condition" is label -1, or a NaN in a vector.
+            condition" is label -1, or a vector of NaN.
         width: hidden features.
         depth: residual blocks.
         expansion: width of a block's inner layer relative to ``width``.

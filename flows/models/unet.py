@@ -57,7 +57,7 @@ class UNet(nn.Module):
         dropout: inside residual blocks.
         num_classes: labels ``(B,)`` as conditions.
         condition_dim: vectors ``(B, condition_dim)`` as conditions; excludes ``num_classes``. "No condition" is label
-            -1, or a NaN in a vector.
+            -1, or a vector of NaN.
 
     >>> model = UNet.preset("digits", num_classes=10)
     >>> model(torch.rand(2), torch.randn(2, 1, 8, 8), torch.tensor([3, -1])).shape

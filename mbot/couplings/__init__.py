@@ -3,8 +3,8 @@
 from mbot.couplings.base import Coupling, Pairs
 from mbot.couplings.bomb import BoMbCoupling
 from mbot.couplings.conditional import ConditionalOTCoupling
-from mbot.couplings.conditions import Condition
 from mbot.couplings.independent import IndependentCoupling
+from mbot.couplings.mismatch import Condition
 from mbot.couplings.optimal import OTCoupling
 from mbot.couplings.semidiscrete import DualPotentials, SemidiscreteCoupling
 from mbot.couplings.sinkhorn import SinkhornCoupling

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +10,10 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.conditions import Labels, check
 from mbot.convergence import one_warning
 from mbot.numerics import full_float32
 from mbot.random import draw
-
-Labels = Tensor | Sequence[Any] | Mapping[str, Any] | Any
-"""Conditions, one a sample: a tensor ``(n,)`` or ``(n, c…)``, a NumPy array, a sequence (strings included), or a dict
-of several of these by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +62,9 @@ class Coupling(ABC):
         Args:
             x0: ``(n, d…)`` source samples (vectors, images, …), floating point.
             x1: ``(m, d…)`` target samples, same features, dtype and device.
-            y0: conditions of the source, one a sample; used by conditional couplings only.
-            y1: conditions of the target, one a sample; used by conditional couplings only.
+            y0: conditions of the source, one a sample; used by conditional couplings only. What conditions may be is
+                written in `mbot.conditions`.
+            y1: conditions of the target, likewise.
             generator: source of randomness, on any device (None: torch's default generator).
 
         Returns:
@@ -78,12 +75,8 @@ class Coupling(ABC):
             ValueError: empty batches, unequal features, non-finite samples, wrong numbers of conditions, two devices.
         """
         x0, x1 = checks.samples(x0, x1)
-        for labels, samples, name in ((y0, x0, "y0"), (y1, x1, "y1")):
-            if isinstance(labels, Mapping):
-                for key, part in labels.items():
-                    _check_labels(part, len(samples), f"{name}[{key!r}]", f"x{name[1]}")
-            elif labels is not None:
-                _check_labels(labels, len(samples), name, f"x{name[1]}")
+        check(y0, len(x0), "y0", "x0")
+        check(y1, len(x1), "y1", "x1")
         with torch.no_grad(), full_float32(), one_warning():
             return self._pair(x0, x1, y0, y1, generator)
 
@@ -97,15 +90,6 @@ class Coupling(ABC):
         generator: torch.Generator | None,
     ) -> Pairs:
         """Pair checked samples ``(n, d)`` and ``(m, d)``."""
-
-
-def _check_labels(labels: Any, size: int, name: str, samples: str) -> None:
-    if not hasattr(labels, "__len__") or (isinstance(labels, Tensor) and labels.ndim == 0):
-        raise TypeError(f"{name} must be a tensor, array or sequence; got {type(labels).__name__}")
-    if len(labels) != size:
-        raise ValueError(
-            f"{name} must hold one condition for each of the {size} samples of {samples}; got {len(labels)}"
-        )
 
 
 def in_order(x0: Tensor, x1: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mbot import checks, convergence
 from mbot.cost import pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
-from mbot.couplings.conditions import COSTS, Condition, Sides, named_conditions, sides
+from mbot.couplings.mismatch import COSTS, Condition, Sides, named_conditions, sides
 from mbot.diagnostics import ratio_counts
 from mbot.numerics import kth_largest
 from mbot.transport.exact import assign_blocks

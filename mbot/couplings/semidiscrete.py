@@ -14,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mbot import checks, convergence
+from mbot.conditions import class_codes
 from mbot.cost import at_least_float32
 from mbot.couplings.base import Coupling, Labels, Pairs
-from mbot.couplings.conditions import class_codes
 from mbot.numerics import full_float32
 from mbot.random import draw
 
@@ -227,12 +226,11 @@ class SemidiscreteCoupling(Coupling):
         if y0 is None:
             share = draw(torch.rand, len(x), generator=generator, device=x.device)
             return codes[(share * len(codes)).long().clamp_max(len(codes) - 1)]
-        of_noise, of_data, names = class_codes(y0, y1)
-        missing = np.setdiff1d(of_noise, of_data)
-        if len(missing):
-            raise ValueError(f"y0 must hold classes of the data set; {names[missing[0]]!r} is none of them")
-        # Codes of both together, numbered as those of the data alone.
-        return torch.from_numpy(np.searchsorted(np.unique(of_data), of_noise)).to(x.device)
+        of_noise, of_data, names = class_codes(y0, y1)  # numbered as those of the data alone
+        strange = of_noise[of_noise > of_data.max()]
+        if len(strange):
+            raise ValueError(f"y0 must hold classes of the data set; {names[strange[0]]!r} is none of them")
+        return torch.from_numpy(of_noise).to(x.device)
 
     def _learn(
         self,

@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mbot import checks
+from mbot.conditions import Labels, check, concatenate, select, to_device
 from mbot.couplings import Coupling, Pairs, SinkhornCoupling
-from mbot.couplings.base import Labels
 from mbot.distributed.ranks import Ranks
 from mbot.distributed.rows import SpreadRows
-from mbot.labels import concatenate, select, to_device
 from mbot.numerics import full_float32
 
 
@@ -140,6 +139,8 @@ class GlobalCoupling:
 
         def checked() -> Any:
             flat0, flat1 = checks.samples(x0, x1)
+            check(y0, len(x0), "y0", "x0")
+            check(y1, len(x1), "y1", "x1")
             if place is not None and (place.shape != (len(x1),) or place.dtype != torch.int64):
                 raise ValueError(f"place must hold an int64 position for each of the {len(x1)} targets")
             kind = (flat1.dtype, tuple(x1.shape[1:]), y0 is None, y1 is None, place is None)
@@ -180,18 +181,17 @@ class GlobalCoupling:
         back = order.argsort()
         device = x1.device
         whole1 = ranks.gather_first(x1, sizes1)
-        conditions = [_gather_labels(ranks, y1)]
+        parts1, parts0 = _gather_labels(ranks, y1), None
         whole0: Tensor | None = x0
         if self.source == "sharded":
             whole0 = ranks.gather_first(x0, sizes0)
-            conditions.append(_gather_labels(ranks, y0))
-        else:
-            conditions.append(y0)
+            parts0 = _gather_labels(ranks, y0)
 
         def solved() -> tuple[Any, ...]:
             assert whole0 is not None
             assert whole1 is not None
-            labels1, labels0 = (to_device(y, device) for y in (select(conditions[0], back), conditions[1]))
+            labels1 = None if parts1 is None else to_device(select(concatenate(parts1), back), device)
+            labels0 = y0 if parts0 is None else to_device(concatenate(parts0), device)
             pairs = self.coupling(whole0, whole1[back.to(device)], labels0, labels1, generator=generator)
             weight = None if pairs.weight is None else pairs.weight.cpu()
             return pairs.source.cpu(), pairs.target.cpu(), weight, pairs.info
@@ -200,10 +200,10 @@ class GlobalCoupling:
         return Pairs(source.to(device), target.to(device), None if weight is None else weight.to(device), info)
 
 
-def _gather_labels(ranks: Ranks, y: Labels | None) -> Any:
-    """Conditions of all ranks, one container, on the CPU of rank 0; None elsewhere."""
+def _gather_labels(ranks: Ranks, y: Labels | None) -> list[Any] | None:
+    """Conditions of all ranks on the CPU of rank 0; None elsewhere, and where there are none."""
     if y is None:
         return None
     parts: list[Any] | None = [None] * ranks.size if ranks.rank == 0 else None
     dist.gather_object(to_device(y, "cpu"), parts, ranks.root, ranks.group)
-    return None if parts is None else concatenate(parts)
+    return parts

@@ -167,7 +167,7 @@ def test_bad_models_and_conditions():
     labels = UNet.preset("digits", num_classes=3)
     with pytest.raises(ValueError, match="integer labels"):
         labels(torch.rand(2), torch.randn(2, 1, 8, 8), torch.rand(2))
-    with pytest.raises(TypeError, match="must be a tensor; got list"):
+    with pytest.raises(TypeError, match="y must be numeric; it holds 'a'"):
         labels(torch.rand(2), torch.randn(2, 1, 8, 8), ["a", "b"])
     with pytest.raises(ValueError, match="condition_dim=2"):
         ResidualMLP(2, condition_dim=2)(torch.rand(2), torch.randn(2, 2), torch.rand(2, 3))

@@ -89,7 +89,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"logits must be finite; 6 of its 6"):
         metrics.condition_consistency(lambda x: x * torch.nan, torch.ones(3, 2), torch.zeros(3).long())
     with pytest.raises(ValueError, match="condition must be finite"):
-        metrics.prior_skew(torch.randn(20, 2), torch.cat((torch.rand(19), torch.full((1,), torch.nan))))
+        metrics.prior_skew(torch.randn(20, 2), torch.rand(20, 2).index_fill(0, torch.tensor([3]), torch.inf))
 
 
 def test_inference_mode_changes_no_measure():

@@ -1,4 +1,4 @@
-"""Conditions of C²OT: labels of any kind, vectors, dropped ones; what keeps a pair apart, and at which price."""
+"""Conditions of C²OT: which keep a pair apart, and which set a price on it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.conditions import Labels, class_codes, vectors
 from mbot.cost import pairwise, unit
-from mbot.couplings.base import Labels
 from mbot.numerics import product
 
 COSTS = ("cosine", "sqeuclidean")
@@ -117,28 +117,29 @@ def sides(conditions: dict[str, Condition], y0: Labels, y1: Labels, like: Tensor
         label = f"[{name!r}]" if name else ""
         part0, part1 = (_named(y, name, conditions, side) for y, side in ((y0, "y0"), (y1, "y1")))
         if condition.kind == "discrete":
-            (part0, gone0), (part1, gone1) = (_without_dropped(y, allow_dropped) for y in (part0, part1))
-            code0, code1, names = _class_codes(part0, part1, gone0, gone1, label)
+            code0, code1, names = class_codes(part0, part1, key=label, allow_missing=allow_dropped)
+            gone0, gone1 = code0 == len(names) - 1, code1 == len(names) - 1
+            dropped += int(gone1.sum())
             if condition.hard:
                 classes.append((code0, code1, names))
-            else:
-                value0, value1 = (torch.from_numpy(code).to(like.device)[:, None] for code in (code0, code1))
-                terms.append((condition.price, "unequal", value0, value1))
+                continue  # a dropped label is a class of its own already
+            value0, value1 = (torch.from_numpy(code).to(like.device)[:, None] for code in (code0, code1))
+            terms.append((condition.price, "unequal", value0, value1))
         else:
             (value0, gone0), (value1, gone1) = (
-                _vectors(y, like, side + label, allow_dropped) for y, side in ((part0, "y0"), (part1, "y1"))
+                _vectors(y, side + label, like.device, allow_dropped) for y, side in ((part0, "y0"), (part1, "y1"))
             )
-            if value0.shape != value1.shape:
+            dropped += int(gone1.sum())
+            if value0.shape[1] != value1.shape[1]:
                 raise ValueError(
                     f"y0{label} and y1{label} must have equal features; got {tuple(value0.shape)} and "
                     f"{tuple(value1.shape)}"
                 )
+            kind = torch.promote_types(value0.dtype, value1.dtype)
+            value0, value1 = value0.to(kind), value1.to(kind)
             if condition.cost == "cosine":
                 _check_cosine(value0, value1, gone0, gone1, label)
             terms.append((condition.price, condition.cost, value0, value1))
-        dropped += int(gone1.sum())
-        if condition.kind == "discrete" and condition.hard:
-            continue  # a dropped label is a class of its own already
         if gone0.any() or gone1.any():
             classes.append((gone0.astype(np.int64), gone1.astype(np.int64), ["given", "dropped"]))
     if not classes:
@@ -155,7 +156,7 @@ def _named(y: Labels, name: str, conditions: dict[str, Condition], side: str) ->
         return y
     if not isinstance(y, Mapping):
         raise TypeError(f"{side} must be a dict with the conditions {list(conditions)}; got {type(y).__name__}")
-    if name not in y:
+    if y.get(name) is None:
         raise ValueError(f"{side} must hold the conditions {list(conditions)}; {name!r} is missing, got {list(y)}")
     return y[name]
 
@@ -172,80 +173,12 @@ def _joint(classes: list[tuple[np.ndarray, np.ndarray, list[Any]]]) -> tuple[np.
     return codes[:size], codes[size:], names
 
 
-def _without_dropped(labels: Any, allow_dropped: bool) -> tuple[Any, np.ndarray]:
-    """Labels as an array, and which of them are dropped (None, NaN); all of them present if not allowed."""
-    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    gone = np.zeros(len(array), bool)
-    if allow_dropped and array.dtype.kind == "f":
-        gone = np.isnan(array).reshape(len(array), -1).all(1)
-        array = np.where(gone.reshape(-1, *[1] * (array.ndim - 1)), 0, array)
-    elif allow_dropped and array.dtype.kind == "O":
-        gone = np.array([v is None or v != v for v in array], bool)
-        if gone.any() and not gone.all():
-            stand_in = array[~gone][0]
-            array = np.asarray([stand_in if g else v for v, g in zip(array, gone, strict=True)])
-        elif gone.any():
-            array = np.zeros(len(array), np.int64)
-    return array, gone
-
-
-def class_codes(y0: Labels, y1: Labels) -> tuple[np.ndarray, np.ndarray, list[Any]]:
-    """Labels of any kind as codes ``(n,)``, ``(m,)`` shared by both sides, and the classes by code."""
-    (array0, gone0), (array1, gone1) = (_without_dropped(y, False) for y in (y0, y1))
-    return _class_codes(array0, array1, gone0, gone1, "")
-
-
-def _class_codes(
-    y0: np.ndarray, y1: np.ndarray, gone0: np.ndarray, gone1: np.ndarray, label: str
-) -> tuple[np.ndarray, np.ndarray, list[Any]]:
-    """Labels of any kind as codes shared by both sides (dropped ones the last), and the classes for messages."""
-    rows = []
-    for array, name in ((y0, f"y0{label}"), (y1, f"y1{label}")):
-        if array.dtype.kind not in "biufUSO":
-            raise TypeError(f"{name} must hold numbers or strings; got dtype {array.dtype}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(
-                f"{name} must be finite; it holds NaN or infinite labels (allow_dropped=True takes NaN and None as "
-                "dropped conditions)"
-            )
-        rows.append(array.reshape(len(array), -1))
-    if rows[0].shape[1] != rows[1].shape[1] or (rows[0].dtype.kind in "USO") != (rows[1].dtype.kind in "USO"):
-        raise ValueError(
-            f"y0{label} and y1{label} must hold labels of one kind; got shapes {rows[0].shape} and {rows[1].shape}, "
-            f"dtypes {rows[0].dtype} and {rows[1].dtype}"
-        )
-    stacked = np.concatenate(rows)
-    stacked = stacked.astype(str) if stacked.dtype.kind == "O" else stacked
-    if stacked.shape[1] == 1:
-        classes, codes = np.unique(stacked[:, 0], return_inverse=True)
-    else:
-        classes, codes = np.unique(stacked, axis=0, return_inverse=True)
-    codes = codes.reshape(-1)
-    codes[np.concatenate((gone0, gone1))] = len(classes)
-    return codes[: len(rows[0])], codes[len(rows[0]) :], [*classes.tolist(), "dropped"]
-
-
-def _vectors(y: Labels, x: Tensor, name: str, allow_dropped: bool) -> tuple[Tensor, np.ndarray]:
-    """Continuous conditions as a new float tensor ``(n, c)`` on the device of the samples, and which are dropped."""
-    if allow_dropped and not isinstance(y, Tensor | np.ndarray) and any(row is None for row in y):
-        given = [row for row in y if row is not None]
-        nothing = torch.full_like(torch.as_tensor(given[0], dtype=torch.float32), torch.nan) if given else torch.nan
-        y = torch.stack([torch.as_tensor(nothing if row is None else row, dtype=torch.float32) for row in y])
-    try:
-        tensor = torch.as_tensor(y)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be numeric for condition='continuous'; got {type(y).__name__}") from None
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real; got {tensor.dtype}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on the samples' device {x.device}; got {tensor.device}")
-    tensor = tensor.detach().reshape(len(tensor), -1)
-    tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
-    gone = torch.zeros(len(tensor), dtype=torch.bool, device=tensor.device)
+def _vectors(y: Labels, name: str, device: torch.device, allow_dropped: bool) -> tuple[Tensor, np.ndarray]:
+    """Continuous conditions ``(n, c)`` and which are dropped; those count as equal and pair with no others."""
+    values, gone = vectors(y, name, device)
     if allow_dropped:
-        gone = tensor.isnan().all(-1)
-        tensor = tensor.masked_fill(gone[:, None], 1.0)  # equal among themselves; they pair with no others
-    return checks.finite(tensor, name), gone.cpu().numpy()
+        values = values.masked_fill(torch.from_numpy(gone).to(device)[:, None], 1.0)
+    return checks.finite(values, name), gone & allow_dropped
 
 
 def _check_cosine(y0: Tensor, y1: Tensor, gone0: np.ndarray, gone1: np.ndarray, label: str) -> None:
