@@ -189,10 +189,7 @@ class ImageFolder(Dataset[Any]):
         path, label = self.files[row]
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            if upright.mode[0] in "IF":  # numbers of 16 or 32 bits, which a conversion to bytes would cut off
-                upright = _sixteen_bits(upright, path)
-            else:
-                upright = upright.convert("RGB")
+            upright = _sixteen_bits(upright, path) if upright.mode[0] in "IF" else upright.convert("RGB")
             pixels = np.asarray(ImageOps.fit(upright, (self.size, self.size)), np.float32)
         x = torch.from_numpy(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1)).permute(2, 0, 1) / 127.5 - 1
         if self.flip and bool(torch.rand(()) < 0.5):
@@ -235,7 +232,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _sixteen_bits(image: Any, path: Path) -> Any:
-    """Grey of 16 bits on the scale of bytes."""
+    """Grey of 16 bits on the scale of bytes; PIL's own conversion would cut it off at 255."""
     from PIL import Image
 
     pixels = np.asarray(image, np.float32)

@@ -77,6 +77,10 @@ def one_coupling(coupling, rank, world, dtype):
     everywhere = GlobalCoupling(coupling)(mine0, mine1, y1=labels, generator=seeded(5 + rank))
     same_pairs(everywhere, alone)
 
+    # Labels of any kind, and of another on each rank.
+    kinds = [labels.to(torch.int16), labels.tolist(), {"a": labels.numpy()}["a"]]
+    same_pairs(GlobalCoupling(coupling)(mine0, mine1, y1=kinds[rank], generator=seeded(5 + rank)), alone)
+
     # Samples change places: the pairs of this rank's targets, in order.
     here = everywhere.here()
     begin = sum(counts[:rank])
@@ -112,6 +116,13 @@ def refused(rank, world):
         couple(x[:, : 1 + rank % 2], x[:, : 1 + rank % 2])
     with pytest.raises(ValueError, match="needs y1"):
         GlobalCoupling(mbot.ConditionalOTCoupling())(x, x)
+    conditional = GlobalCoupling(mbot.ConditionalOTCoupling())
+    with pytest.raises(ValueError, match=r"y1 must hold one condition for each of the 4 samples of x1; got [35]"):
+        conditional(x, x, y1=torch.zeros([5, 3, 4][rank]))  # as many labels as samples, on all ranks together
+    with pytest.raises(TypeError, match="got str"):
+        conditional(x, x, y1=["a", "b"] * 2 if rank else "abab")
+    with pytest.raises(ValueError, match="class 'a': 0 in y0"):
+        conditional(x, x, torch.zeros(4), ["a"] * 4 if rank else torch.zeros(4))
     with pytest.raises(ValueError, match="every position of the batch once"):
         couple(x, x, place=torch.arange(4))
     with pytest.raises(ValueError, match="passes all of x0"):

@@ -145,6 +145,59 @@ def test_a_folder_of_images(tmp_path):
         ImageFolder(tmp_path / "absent", 4)
 
 
+def picture(path, pixels, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+
+
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    grey = np.zeros((4, 4), np.uint8)
+    for name in ("a/0.png", "b/0.png", ".ipynb_checkpoints/0.png", ".thumbs/0.png", "b/.1.png", "notes/.2.png"):
+        picture(tmp_path / name, grey)
+    (tmp_path / "a" / "._0.png").write_bytes(b"a fork of another system")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX" / "._0.png").write_bytes(b"and another")
+    (tmp_path / "a" / "folder.png").mkdir()
+    data = ImageFolder(tmp_path, 4)
+    assert data.classes == ["a", "b"]
+    assert [data[i][1] for i in range(len(data))] == [0, 1]
+    assert len(ImageFolder(tmp_path / "b", 4)) == 1
+    picture(tmp_path / "stray.png", grey)
+    with pytest.raises(ValueError, match=r"holds 1 images, such as stray.png, beside folders of classes such as 'a'"):
+        ImageFolder(tmp_path, 4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_of_grey_keep_their_range(tmp_path, suffix):
+    ramp = np.linspace(0, 65535, 64).round().reshape(8, 8).astype(np.uint16)
+    picture(tmp_path / f"deep.{suffix}", ramp)
+    expected = torch.from_numpy(ramp.astype(np.float32)) / 65535 * 2 - 1
+    torch.testing.assert_close(ImageFolder(tmp_path, 8)[0], expected.expand(3, 8, 8))
+    half = ImageFolder(tmp_path, 4)[0]
+    assert half.shape == (3, 4, 4)
+    assert float(half.mean()) == pytest.approx(0, abs=0.01)
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    picture(tmp_path / "real.tiff", np.ones((4, 4), np.float32))
+    with pytest.raises(ValueError, match=r"real.tiff holds F pixels of unknown range"):
+        ImageFolder(tmp_path, 4)[0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_as_exif_says(tmp_path, orientation):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4, :4] = 255  # as stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    x = ImageFolder(tmp_path, 8)[0][0]
+    corner = {1: (0, 0), 2: (0, 1), 3: (1, 1), 4: (1, 0), 5: (0, 0), 6: (0, 1), 7: (1, 1), 8: (1, 0)}[orientation]
+    quarters = x.reshape(2, 4, 2, 4).mean((1, 3))
+    assert quarters.argmax() == 2 * corner[0] + corner[1]
+    assert float(quarters.max()) == 1
+
+
 def test_arrays(tmp_path):
     points = RNG.normal(size=(6, 3))
     np.save(tmp_path / "a.npy", points)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 import mbot
 from flows import CoupledLoader
+from flows.datasets import ImageData
 
 N = 60
 ROOT = Path(__file__).parents[2]
@@ -165,6 +166,122 @@ def test_a_fitted_semidiscrete_coupling_pairs_with_the_whole_data_set(workers):
     assert all(same(again.next_batch(), b) for b in batches)
     with pytest.raises(ValueError, match="fitted to 60 points; the data set has 59"):
         loader(labelled(59), coupling=coupling)
+
+
+class Jittered(TensorDataset):
+    """Random transforms on top of a data set that the loader would otherwise index as a whole."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + torch.rand(1) + random.random() + np.random.rand(), y  # noqa: NPY002
+
+
+class JitteredImages(ImageData):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + torch.rand(1) + random.random(), y
+
+
+class Wrapped:
+    """Forwards what it lacks, the batched reading of the data set inside included."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __getattr__(self, name):
+        if name == "inside":
+            raise AttributeError(name)
+        return getattr(self.inside, name)
+
+    def __len__(self):
+        return len(self.inside)
+
+    def __getitem__(self, i):
+        x, y = self.inside[i]
+        return x + torch.rand(1), y
+
+
+def still(n=24):
+    return torch.zeros(n, 2), torch.arange(n)
+
+
+TRANSFORMED = {
+    "tensors": lambda: Jittered(*still()),
+    "images": lambda: JitteredImages(torch.zeros(24, 1, 2, 2, dtype=torch.uint8), torch.arange(24)),
+    "subset": lambda: Subset(Jittered(*still()), range(24)),
+    "wrapper": lambda: Wrapped(TensorDataset(*still())),
+    "wrapped subset": lambda: Wrapped(Subset(TensorDataset(*still()), range(24))),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_random_transform_is_drawn_for_each_sample_whoever_fetches_it(name):
+    settings = {"coupling": mbot.IndependentCoupling(), "batch_size": 12}
+    torch.manual_seed(0)
+    expected = list(loader(TRANSFORMED[name](), **settings))
+    assert len(torch.cat([b.x1 for b in expected]).flatten(1)[:, 0].unique()) == 24
+    torch.manual_seed(1)
+    got = list(loader(TRANSFORMED[name](), num_workers=2, **settings))
+    assert all(same(p, q) for p, q in zip(expected, got, strict=True))
+
+
+def test_an_attribute_called_rows_is_the_data_set_s_own():
+    class Table(Items):
+        rows = 3
+
+    assert len(list(loader(Table(), coupling=mbot.IndependentCoupling()))) == 6
+    images = ImageData(torch.randint(0, 256, (24, 1, 2, 2), dtype=torch.uint8), torch.arange(24))
+    for batch in loader(images):
+        assert torch.equal(batch.x1, images.rows(batch.index)[0])
+
+
+@pytest.mark.parametrize(
+    ("conditions", "expected"),
+    [
+        ([(i, i + 1) for i in range(12)], lambda i: torch.stack((i, i + 1), 1)),
+        ([[float(i), 0.5] for i in range(12)], lambda i: torch.stack((i.float(), torch.full((len(i),), 0.5)), 1)),
+        ([i if i % 3 else None for i in range(12)], lambda i: [v if v % 3 else None for v in i.tolist()]),
+        ([{"a": (i, i), "b": None} for i in range(12)], lambda i: {"a": torch.stack((i, i), 1), "b": [None] * len(i)}),
+        ([np.int8(i) for i in range(12)], lambda i: i.to(torch.int8)),
+        ([f"n{i}" for i in range(12)], lambda i: [f"n{v}" for v in i.tolist()]),
+    ],
+    ids=["tuples", "lists", "some missing", "dict", "int8", "strings"],
+)
+def test_every_kind_of_condition_follows_its_sample(conditions, expected):
+    data = [(torch.tensor([float(i)]), y) for i, y in enumerate(conditions)]
+    for batch in loader(data, mbot.IndependentCoupling(), 4, 12):
+        wanted = expected(batch.index)
+        if isinstance(wanted, list):
+            assert batch.y == wanted
+        else:
+            torch.testing.assert_close(batch.y, wanted)
+
+
+def test_missing_labels_reach_a_coupling_that_takes_them():
+    data = [(torch.randn(2), None if i < 4 else f"class {i % 2}") for i in range(12)]
+    batch = next(iter(loader(data, mbot.ConditionalOTCoupling(allow_dropped=True))))
+    assert batch.info["dropped"] == 4
+    with pytest.raises(ValueError, match="4 are None or NaN"):
+        next(iter(loader(data, mbot.ConditionalOTCoupling())))
+
+
+@pytest.mark.parametrize("ragged", [lambda i: torch.ones(1 + i % 2), lambda i: [1.0] * (1 + i % 2)])
+def test_ragged_conditions_are_told(ragged):
+    data = [(torch.zeros(2), ragged(i)) for i in range(12)]
+    with pytest.raises(ValueError, match="the data set's conditions"):
+        next(iter(loader(data)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        torch.zeros(24, 2, dtype=torch.uint8), TensorDataset(torch.zeros(24, 2, dtype=torch.int64)),
+        lambda n, g: torch.zeros(n, 2, dtype=torch.bool), [torch.zeros(2, dtype=torch.uint8)] * 24,
+    ],
+)  # fmt: skip
+def test_source_samples_must_be_floating_point(source):
+    with pytest.raises(TypeError, match="source samples must be floating point; got torch"):
+        next(iter(loader(source=source)))
 
 
 def test_the_last_batch_can_be_kept():
