@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unknown command {arguments[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     from flows.checkpoint import CheckpointError
+    from flows.integrate import IntegrationError
     from flows.loader import WorkerDied
 
     try:
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     except WorkerDied as error:
         print(f"error: {error} (--resume)", file=sys.stderr)
         return 3
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, IntegrationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     except (ConfigError, TypeError) as error:
@@ -77,7 +78,7 @@ def parse(kind: Any, arguments: list[str], command: str) -> Any:
         preset = _value_of(arguments, "--preset") or stored.get("preset", "none")
         values = settings.typed(kind, settings.PRESETS.get(preset, {}), f"preset {preset}") | stored
     given: dict[str, Any] = {"default": kind(**values)} if kind in (TrainConfig, DiagnoseConfig) else {}
-    return tyro.cli(kind, prog=f"python -m flows {command}", args=arguments, **given)
+    return settings.check(tyro.cli(kind, prog=f"python -m flows {command}", args=arguments, **given))
 
 
 def train(arguments: list[str]) -> None:

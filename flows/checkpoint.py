@@ -16,6 +16,11 @@ import torch
 FORMAT = "flows-checkpoint"
 VERSION = 1
 _NAME = re.compile(r"step-(\d+)\.pt")
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "version": int, "step": int, "model": dict, "ema": (dict, type(None)), "optimizer": dict,
+    "scheduler": (dict, type(None)), "scaler": dict, "loader": dict, "generators": list, "settings": dict,
+    "config": dict,
+}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -84,12 +89,12 @@ def save(state: dict[str, Any], folder: Path, keep: int) -> Path:
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not told:  # not about writing
             raise
-        older = saved(folder)
-        kept = f"the last good checkpoint is {older[-1]}" if older else "there is none before it"
+        older = last_good(folder)
+        kept = f"the last good checkpoint is {older}" if older else "there is none before it"
         raise CheckpointError(
             f"checkpoint {path} could not be written ({told[0] if told else error}); {kept}. "
             "Free some space or give another folder, then resume",
-            older[-1] if older else None,
+            older,
         ) from error
     for old in saved(folder)[:-keep]:
         old.unlink(missing_ok=True)
@@ -97,18 +102,19 @@ def save(state: dict[str, Any], folder: Path, keep: int) -> Path:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU after checking that it is whole and one of ours.
+    """Read a checkpoint onto the CPU after checking that it is whole, one of ours, and holds numbers.
 
     Only tensors and plain values are unpickled.
 
     Raises:
-        CheckpointError: no file, truncated, damaged, foreign, or of a newer version; says which older one is good.
+        CheckpointError: no file, truncated, damaged, foreign, of a newer version, or with NaN among its weights; says
+            which older one is good.
     """
     path = Path(path)
     try:
         return _read(path)
     except CheckpointError as error:
-        previous = _previous(path)
+        previous = last_good(path.parent, before=path)
         if previous is None:
             raise
         raise CheckpointError(
@@ -120,6 +126,16 @@ def latest(folder: str | Path) -> Path | None:
     """The checkpoint of the highest step in a folder, unread; None where there is none."""
     found = saved(Path(folder))
     return found[-1] if found else None
+
+
+def last_good(folder: Path, before: Path | None = None) -> Path | None:
+    """The newest checkpoint of a folder that `load` takes, of those before ``before``; None where there is none."""
+    for candidate in reversed(saved(folder)):
+        if before is None or candidate.name < before.name:
+            with contextlib.suppress(CheckpointError):
+                _read(candidate)
+                return candidate
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -139,21 +155,22 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of this library ({reason}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this library (it has no {FORMAT!r} mark).")
-    if state["version"] > VERSION:
+    version = state.get("version")
+    if isinstance(version, int) and version > VERSION:
         raise CheckpointError(
-            f"checkpoint {path} has version {state['version']}, newer than the {VERSION} that this release reads."
+            f"checkpoint {path} has version {version}, newer than the {VERSION} that this release reads."
         )
+    for name, kind in _PARTS.items():
+        if name not in state:
+            raise CheckpointError(f"{path} is not a checkpoint of this library (no {name}).")
+        if not isinstance(state[name], kind) or isinstance(state[name], bool):
+            raise CheckpointError(f"{path} is not a checkpoint of this library ({name} is {state[name]!r:.40}).")
+    for part in ("model", "ema"):
+        weights = [(name, v) for name, v in (state[part] or {}).items() if isinstance(v, torch.Tensor)]
+        bad = [name for name, value in weights if bool(value.isnan().any())]
+        if bad:
+            raise CheckpointError(f"checkpoint {path} holds NaN ({', '.join(bad[:3])}).")
     return state
-
-
-def _previous(path: Path) -> Path | None:
-    """The newest checkpoint before ``path`` in its folder that can be read."""
-    older = [candidate for candidate in saved(path.parent) if candidate.name < path.name]
-    for candidate in reversed(older):
-        with contextlib.suppress(CheckpointError):
-            _read(candidate)
-            return candidate
-    return None
 
 
 class _Loud:

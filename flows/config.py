@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -230,25 +231,44 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def read_file(path: Path) -> dict[str, Any]:
     """A TOML, YAML or JSON file as a dict of settings; dashes in names count as underscores."""
+    readers: dict[str, Any] = {".toml": tomllib.loads, ".json": json.loads, ".yaml": _yaml, ".yml": _yaml}
+    if path.suffix not in readers:
+        raise ConfigError(f"settings are read from .toml, .yaml, .yml or .json files; got {path}")
     try:
-        text = path.read_text()
-        if path.suffix == ".toml":
-            values = tomllib.loads(text)
-        elif path.suffix == ".json":
-            values = json.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            try:
-                import yaml  # type: ignore[import-untyped, import-not-found, unused-ignore]
-            except ImportError as error:
-                raise ConfigError("a YAML file needs pyyaml: pip install pyyaml, or use TOML") from error
-            values = yaml.safe_load(text)
-        else:
-            raise ConfigError(f"settings are read from .toml, .yaml, .yml or .json files; got {path}")
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"cannot read {path}: {error}") from error
+        values = readers[path.suffix](path.read_text())
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold names and values; got {type(values).__name__}")
     return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ConfigError("a YAML file needs pyyaml: pip install pyyaml, or use TOML") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def check(config: Any) -> Any:
+    """Settings whose numbers are finite and whose seed fits a generator.
+
+    Raises:
+        ConfigError: names the first that is not.
+    """
+    for name, value in plain(config).items():
+        flag = f"--{name.replace('_', '-')}"
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{flag} must be finite; got {value}")
+        if name == "seed" and not 0 <= value < 2**63:
+            raise ConfigError(f"{flag} must lie in 0 … 2^63 - 1; got {value}")
+    return config
 
 
 def typed(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,13 @@ class RunLog:
         first: step that the run starts from; later rows of an older attempt are removed from the CSV.
         tensorboard: write event files too (needs the package tensorboard).
         progress: show the bar.
+        waited: seconds that were waited for batches before this attempt.
     """
 
-    def __init__(self, out: Path | None, *, steps: int, first: int, tensorboard: bool, progress: bool) -> None:
+    def __init__(
+        self, out: Path | None, *, steps: int, first: int, tensorboard: bool, progress: bool, waited: float = 0.0
+    ) -> None:
+        self._last = time.perf_counter(), waited, first
         # A disabled bar would still take tqdm's lock, which forked processes share: one that is killed keeps it.
         self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True) if progress else None
         self.path = None if out is None else out / "metrics.csv"
@@ -64,8 +69,23 @@ class RunLog:
         if self.bar is not None:
             self.bar.update()
 
-    def row(self, figures: dict[str, float]) -> None:
-        """Figures of one moment, under the names of `COLUMNS`."""
+    def row(self, step: int, waited: float, **figures: float) -> None:
+        """Figures of one moment, under the names of `COLUMNS`; rates are those since the last row.
+
+        Args:
+            step: steps done.
+            waited: seconds waited for batches, in all.
+            figures: epoch, loss, lr, grad_norm.
+        """
+        now = time.perf_counter(), waited, step
+        seconds = max(now[0] - self._last[0], 1e-9)
+        figures |= {
+            "step": step,
+            "steps_per_second": (step - self._last[2]) / seconds,
+            "wait_share": (waited - self._last[1]) / seconds,
+            "seconds": seconds,
+        }
+        self._last = now
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{figures['loss']:.4g}", wait=f"{figures['wait_share']:.0%}")
         if self.path is not None:

@@ -42,3 +42,19 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])  # noqa: NPY002
+
+
+def random_states(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """States of a run's generator and of torch's default ones, on the CPU and on the generator's GPU."""
+    states = {"train": generator.get_state(), "default": torch.get_rng_state()}
+    if generator.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(generator.device)
+    return states
+
+
+def restore_random_states(states: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+    """Put the generators back to where `random_states` found them."""
+    generator.set_state(states["train"])
+    torch.set_rng_state(states["default"])
+    if generator.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], generator.device)

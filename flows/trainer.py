@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -25,11 +25,12 @@ from flows.loader import CoupledLoader, WorkerDied
 from flows.logs import RunLog, TrainResult
 from flows.matching import FlowBatch, along_path, regression_loss
 from flows.paths import LinearPath, Path, check_path
-from flows.seeds import derive_seed, generator_at
+from flows.seeds import derive_seed, generator_at, random_states, restore_random_states
 from mbot import __version__, checks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SIGNAL, _NON_FINITE = 1, 2
+_LEAST_SCALE = 1e-4  # of an fp16 loss; at 65536 to begin with, it halves when a gradient overflows
 
 
 class Trainer:
@@ -133,6 +134,12 @@ class Trainer:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.step = 0
+        half = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+        if ema is not None and half:
+            raise ValueError(
+                f"ema cannot average weights of {', '.join(half)}: such numbers swallow its small steps. Keep float32 "
+                "weights and train with precision='bf16', or give ema=None"
+            )
         averaged = None if ema is None else AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
         self.averaged = averaged
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -143,7 +150,7 @@ class Trainer:
             self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices)
         self._run = torch.compile(self._ddp) if compile else self._ddp
         self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._last: dict[str, Any] = {"loss": math.nan}
+        self._last: dict[str, Any] = {"loss": math.nan, "grad_norm": math.nan}
         self._started = False
 
     @property
@@ -161,7 +168,8 @@ class Trainer:
         Raises:
             CheckpointError: the checkpoint to resume from is damaged, foreign or of another run; or one could not be
                 written. Its message names the last good one.
-            NonFiniteLoss: NaN or infinity in the loss or gradient.
+            NonFiniteLoss: NaN or infinity in the loss, the gradient, or weights about to be saved; in fp16 a gradient
+                that overflows at every loss scale.
             Interrupted: a signal came; the state is saved.
             WorkerDied: a worker process of the loader ended by itself; the last checkpoint is good.
         """
@@ -179,10 +187,10 @@ class Trainer:
             first=self.step,
             tensorboard=self.tensorboard and self.rank == 0,
             progress=self.progress and self.rank == 0,
+            waited=waited,
         )
         saved: FilePath | None = None
         signals = Signals()
-        moment = time.perf_counter(), self.loader.wait_seconds, self.step
         self.model.train()
         try:
             with signals:
@@ -190,14 +198,16 @@ class Trainer:
                     stop = self._one_step(signals)
                     log.step()
                     done = self.step == self.steps
-                    if done or self._due("log"):
-                        moment = self._report(log, moment)
-                    if self.out is not None and (done or stop or self._due("checkpoint")):
+                    if done:
+                        self._check_weights()
+                    if done or self._due("log", self.step):
+                        self._report(log)
+                    if self.out is not None and (done or stop or self._due("checkpoint", self.step)):
                         saved = self.save()
                     if stop and not done:
                         kept = f"saved as {saved}" if saved else "not saved: the run has no folder"
                         raise Interrupted(f"stopped by a signal after step {self.step}; {kept}", saved)
-                    if self.preview is not None and (done or self._due("preview")):
+                    if self.preview is not None and (done or self._due("preview", self.step)):
                         self._show()
         except WorkerDied as error:
             if signals.received is None:
@@ -220,9 +230,8 @@ class Trainer:
         """Write a checkpoint of this moment; on rank 0, after all ranks have met. Returns its path (None elsewhere)."""
         if bool(self._bad):
             self._complain()
-        generators = {"train": self.generator.get_state(), "default": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        self._check_weights()
+        generators = random_states(self.generator)
         states: list[Any] = [generators]
         if self.world > 1:
             states = [None] * self.world
@@ -268,14 +277,11 @@ class Trainer:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
             self.loader.load_state_dict(state["loader"])
-        except (RuntimeError, ValueError, KeyError, AttributeError) as error:
+            restore_random_states(state["generators"][self.rank], self.generator)
+        except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} belongs to another model or loader: {error}") from error
-        generators = state["generators"][self.rank]
-        self.generator.set_state(generators["train"])
-        torch.set_rng_state(generators["default"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(generators["cuda"], self.device)
         self.step, self._started = state["step"], True
+        self._bad.zero_()
         return dict(state["config"])
 
     @property
@@ -299,9 +305,9 @@ class Trainer:
             "processes": self.world,
         }
 
-    def _due(self, what: str) -> bool:
+    def _due(self, what: str, step: int) -> bool:
         every = self.every[what]
-        return every is not None and self.step % every == 0
+        return every is not None and step % every == 0
 
     def _average(self, averaged: Any, current: Any, count: Any) -> None:
         decay = min(self.ema_decay or 0.0, (1 + self.step) / (10 + self.step))
@@ -322,14 +328,13 @@ class Trainer:
                     loss = regression_loss(self._run, flow) / self.accumulate
                 self.scaler.scale(loss).backward()
             total += loss.detach()
-        bad = ~total.isfinite()
-        norm: Tensor | None = None
-        if self.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-            if not self.scaler.is_enabled():  # the scaler skips such steps itself
-                bad = bad | ~norm.isfinite()
-        self._bad |= bad
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if self.clip is None else self.clip)
+        self._bad |= ~total.isfinite()
+        if not self.scaler.is_enabled():  # the scaler skips such steps itself
+            self._bad |= ~norm.isfinite()
+        elif self.scaler.get_scale() < _LEAST_SCALE:
+            self._bad |= True
         self._last = {"loss": total, "grad_norm": norm}
         stop = self._agree(signals)
         scale = self.scaler.get_scale()
@@ -345,9 +350,11 @@ class Trainer:
     def _agree(self, signals: Signals) -> bool:
         """Whether to stop, the same on every rank; raises on numbers that are none, before they reach the weights.
 
-        On a GPU this waits for the device, so it is done every tenth step (and before a checkpoint).
+        On a GPU this waits for the device, so it is done every tenth step, and where something follows the step.
         """
-        if self.device.type != "cpu" and (self.step + 1) % 10 and (self.world > 1 or signals.received is None):
+        step = self.step + 1
+        followed = step == self.steps or self._due("checkpoint", step) or self._due("preview", step)
+        if self.device.type != "cpu" and step % 10 and not followed and (self.world > 1 or signals.received is None):
             return False
         code = max(_SIGNAL * (signals.received is not None), _NON_FINITE * int(self._bad))
         if self.world > 1:
@@ -359,33 +366,39 @@ class Trainer:
         return code == _SIGNAL
 
     def _complain(self) -> None:
-        last = checkpoint.latest(self._folder) if self.out is not None else None
-        norm = self._last.get("grad_norm")
-        raise NonFiniteLoss(
-            f"step {self.step + 1}: the loss is {float(self._last['loss']):g}"
-            + (f", the gradient norm {float(norm):g}" if norm is not None else "")
-            + f", at learning rate {self.optimizer.param_groups[0]['lr']:g} in {self.precision}. "
-            + (f"The last good checkpoint is {last}. " if last else "No checkpoint was written yet. ")
-            + "Lower the learning rate, clip gradients, or use bf16 or fp32 in place of fp16"
-        )
+        norm, scale = float(self._last["grad_norm"]), self.scaler.get_scale()
+        said = f"step {self.step + 1}: the loss is {float(self._last['loss']):g}, the gradient norm {norm:g}"
+        if self.scaler.is_enabled() and scale < _LEAST_SCALE:
+            said = f"step {self.step + 1}: the gradient overflows at every loss scale down to {2 * scale:g}"
+        said += f", at learning rate {self.optimizer.param_groups[0]['lr']:g} in {self.precision}"
+        advice = "Lower the learning rate, clip gradients, or use bf16 or fp32 in place of fp16"
+        raise NonFiniteLoss(f"{said}. {self._what_is_left()} {advice}")
 
-    def _report(self, log: RunLog, since: tuple[float, float, int]) -> tuple[float, float, int]:
-        now = time.perf_counter(), self.loader.wait_seconds, self.step
-        seconds = max(now[0] - since[0], 1e-9)
-        figures = {
-            "step": self.step,
-            "epoch": self.loader.epoch,
-            "loss": float(self._last["loss"]),
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "steps_per_second": (now[2] - since[2]) / seconds,
-            "wait_share": (now[1] - since[1]) / seconds,
-            "seconds": seconds,
-        }
-        if self._last.get("grad_norm") is not None:
-            figures["grad_norm"] = float(self._last["grad_norm"])
+    def _check_weights(self) -> None:
+        """Refuse to save weights that are no numbers, as a step that is too large leaves them."""
+        parts = [self.model] if self.averaged is None else [self.model, self.averaged.module]
+        bad = [name for part in parts for name, p in part.named_parameters() if not bool(p.isfinite().all())]
+        if bad:
+            raise NonFiniteLoss(
+                f"after step {self.step} weights are not finite ({', '.join(bad[:3])}), at learning rate "
+                f"{self.optimizer.param_groups[0]['lr']:g}; they are not saved. {self._what_is_left()} Lower the "
+                "learning rate, or clip gradients"
+            )
+
+    def _what_is_left(self) -> str:
+        last = None if self.out is None else checkpoint.last_good(self._folder)
+        return f"The last good checkpoint is {last}." if last else "There is no good checkpoint yet."
+
+    def _report(self, log: RunLog) -> None:
         if self.rank == 0:
-            log.row(figures)
-        return now
+            log.row(
+                self.step,
+                self.loader.wait_seconds,
+                epoch=self.loader.epoch,
+                loss=float(self._last["loss"]),
+                lr=float(self.optimizer.param_groups[0]["lr"]),
+                grad_norm=float(self._last["grad_norm"]),
+            )
 
     def _show(self) -> None:
         if self.rank == 0 and self.preview is not None:

@@ -198,6 +198,46 @@ def test_bad_files(content, says, tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["steps: [1, 2", "a: b: c", "\tsteps: 3", "steps: *x", "!!python/object/apply:os.system ['true']", "a: 3\n---\n",
+     "? [a]\n: 3", "steps: !!binary x", "%YAML 9.9\n---\n", "steps: \x00", "[" * 1500, "\udcff"],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json", ".toml"])
+def test_unparsable_files_are_told_without_a_traceback(content, suffix, tmp_path, capsys):
+    pytest.importorskip("yaml")
+    file = tmp_path / f"run{suffix}"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    assert main(["train", "--config", str(file), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: cannot read {file}: ")
+    assert said.count("\n") == 1
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_bytes(file.read_bytes())
+    for command in ("sample", "evaluate"):
+        assert main([command, "--run", str(run)]) == 2
+        assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "says"),
+    [("lr", "nan", "--lr must be finite"), ("guidance", "inf", "--guidance must be finite"),
+     ("clip", "-inf", "--clip must be finite"), ("seed", str(2**63), r"--seed must lie in 0 … 2^63 - 1; got 922"),
+     ("seed", "-1", "--seed must lie in 0")],
+)  # fmt: skip
+def test_numbers_that_nothing_can_be_done_with(flag, value, says, tmp_path, capsys):
+    assert main(["train", f"--{flag}={value}", "--out", str(tmp_path / "run")]) == 2
+    assert says in capsys.readouterr().err
+    (tmp_path / "a.json").write_text(f'{{"{flag}": {value.replace("nan", "NaN").replace("inf", "Infinity")}}}')
+    assert main(["train", "--config", str(tmp_path / "a.json"), "--out", str(tmp_path / "run")]) == 2
+    assert says in capsys.readouterr().err
+    for command in ("sample", "evaluate", "diagnose") if flag in ("seed",) else ():
+        run = [] if command == "diagnose" else ["--run", str(tmp_path)]
+        assert main([command, *run, f"--{flag}={value}"]) == 2
+        assert says in capsys.readouterr().err
+
+
 def test_files_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "a.json").write_text("[1]")
