@@ -18,6 +18,7 @@ from torch import Tensor
 from mbot import checks, conditions, convergence
 from mbot.cost import pairwise
 from mbot.couplings.drawing import sources_of, stratified
+from mbot.eager import outside_graphs
 from mbot.plan import Plan
 from mbot.random import draw
 from mbot.transport import ExactOT, Transport, UnbalancedOT
@@ -83,6 +84,7 @@ class OTPlanSampler:
         elif method == "unbalanced":
             self.transport = UnbalancedOT(self.reg, self.reg_m, max_iter=_MAX_ITER, tol=_TOL)
 
+    @outside_graphs
     def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray:
         """The plan between two batches under the squared Euclidean cost.
 
@@ -102,6 +104,7 @@ class OTPlanSampler:
         dense[matched.cpu().numpy(), np.arange(n)] = 1 / n  # in float64, whatever the samples are in
         return dense
 
+    @outside_graphs
     def sample_map(self, pi: Any, batch_size: int, replace: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Pairs drawn from a plan.
 
@@ -119,6 +122,7 @@ class OTPlanSampler:
         i, j = self._draw(Plan(mass, (mass.shape[0], mass.shape[1])), batch_size, replace)
         return i.numpy(), j.numpy()
 
+    @outside_graphs
     def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = True) -> tuple[Tensor, Tensor]:
         """Paired samples ``x0[i], x1[j]``, as many as x0 has, differentiable in both.
 
@@ -130,6 +134,7 @@ class OTPlanSampler:
         i, j = self._pairs(x0, x1, replace)
         return x0[i], x1[j]
 
+    @outside_graphs
     def sample_plan_with_labels(
         self, x0: Tensor, x1: Tensor, y0: Any = None, y1: Any = None, replace: bool = True
     ) -> tuple[Tensor, Tensor, Any, Any]:
@@ -143,6 +148,7 @@ class OTPlanSampler:
         i, j = self._pairs(x0, x1, replace)
         return x0[i], x1[j], conditions.select(y0, i), conditions.select(y1, j)
 
+    @outside_graphs
     def sample_plan_with_scipy(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         """The exact assignment, whatever the method: x0 in order, x1 permuted; each flattened to ``(n, d)``.
 
@@ -157,6 +163,7 @@ class OTPlanSampler:
         rows, cols = (torch.from_numpy(part).to(x0.device) for part in linear_sum_assignment(cost.cpu().numpy()))
         return x0[rows], x1[cols]
 
+    @outside_graphs
     def sample_trajectory(self, X: Tensor) -> np.ndarray:
         """Chains of samples through several populations, each step drawn from the plan between neighbours.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.eager import outside_graphs
 from mbot.numerics import full_float32, product
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
@@ -89,6 +90,7 @@ def check_cost(cost: Cost) -> Cost:
     return cost
 
 
+@outside_graphs
 def pairwise_cost(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean", *, feature_ndim: int = 1) -> Tensor:
     """Cost of moving every point of ``x`` to every point of ``y``.
 

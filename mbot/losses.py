@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mbot import checks
 from mbot.convergence import one_warning
 from mbot.cost import Cost, check_cost
+from mbot.eager import outside_graphs
 from mbot.grid import Grid
 from mbot.minibatch import draw_batches
 from mbot.plan import Plan
@@ -67,6 +68,7 @@ class MiniBatchLoss(nn.Module):
         """Weights ``(k, k')`` of the inner problems, and what the outer problem adds to the value."""
         raise NotImplementedError
 
+    @outside_graphs
     @one_warning()
     def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """The loss of freshly drawn mini-batches.
@@ -117,6 +119,7 @@ class MiniBatchLoss(nn.Module):
         weight, penalty = self._pair_weights(grid)
         return grid.total(weight) + penalty
 
+    @outside_graphs
     @one_warning()
     def from_batches(self, xs: Batches, ys: Batches) -> Tensor:
         """The loss of given mini-batches, a scalar.
@@ -127,6 +130,7 @@ class MiniBatchLoss(nn.Module):
         """
         return self._value(self._grid(xs, ys))
 
+    @outside_graphs
     @one_warning()
     def from_cost(self, cost: Tensor) -> Tensor:
         """The loss of given ground costs ``(k, k', m, m')``: a scalar, differentiable in the costs."""
@@ -137,6 +141,7 @@ class MiniBatchLoss(nn.Module):
             raise ValueError(f"cost must have shape (k, k', m, m') with k, k' >= 1; got {tuple(cost.shape)}")
         return self._value(Grid.of_values(self.transport.value(cost)))
 
+    @outside_graphs
     @one_warning()
     def plan(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
         """The plan of the full ``n × n'`` problem that freshly drawn mini-batches give: sparse, entries accumulated.
@@ -148,6 +153,7 @@ class MiniBatchLoss(nn.Module):
             grid = self._draw(x, y, a, b)
             return grid.scatter(self._pair_weights(grid)[0], len(x), len(y))
 
+    @outside_graphs
     @one_warning()
     def backward_by_pair(
         self, embed: Callable[[Tensor], Tensor], xs: Batches, ys: Batches, weight: float = 1.0
@@ -178,7 +184,8 @@ class MiniBatchOT(MiniBatchLoss):
 
     m-OT is ``MiniBatchOT(ExactOT())``, m-POT ``MiniBatchOT(PartialOT(mass=s))``, m-UOT
     ``MiniBatchOT(UnbalancedOT(…))``, m-SW ``MiniBatchOT(SlicedOT())``; any callable ``(x, y) -> value`` (geomloss's
-    ``SamplesLoss``) works as well.
+    ``SamplesLoss``) works as well. Gradients are then the callable's own: that of an unbalanced ``SamplesLoss`` is
+    ``(ρ + ε/2) / (ρ + ε)`` times the derivative of its value, with ``ε = blur ** p`` and ``ρ = reach ** p``.
     The loss of a measure with itself is positive; ``debiased=True`` subtracts the self terms (and may be negative).
 
     Args:
@@ -244,6 +251,7 @@ class MiniBatchOT(MiniBatchLoss):
             weight = torch.diag_embed(weight.diagonal()) * len(weight)
         return weight, weight.new_zeros(())
 
+    @outside_graphs
     @one_warning()
     def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """See `MiniBatchLoss.forward`; the debiased loss draws second batches for its self terms."""
@@ -259,6 +267,7 @@ class MiniBatchOT(MiniBatchLoss):
             self.num_batches, self.batch_size = k, m
         return value
 
+    @outside_graphs
     @one_warning()
     def from_batches(self, xs: Batches, ys: Batches, xs2: Batches | None = None, ys2: Batches | None = None) -> Tensor:
         """See `MiniBatchLoss.from_batches`; the debiased loss needs second batches ``xs2``, ``ys2``, drawn anew."""
@@ -272,6 +281,7 @@ class MiniBatchOT(MiniBatchLoss):
             )
         return value - (super().from_batches(xs, xs2) + super().from_batches(ys, ys2)) / 2
 
+    @outside_graphs
     @one_warning()
     def from_cost(self, cost: Tensor) -> Tensor:
         """See `MiniBatchLoss.from_cost`; not defined for the debiased loss."""
@@ -279,6 +289,7 @@ class MiniBatchOT(MiniBatchLoss):
             raise ValueError("the debiased loss needs self terms that a cost between xs and ys does not hold")
         return super().from_cost(cost)
 
+    @outside_graphs
     @one_warning()
     def plan(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
         """See `MiniBatchLoss.plan`; not defined for the debiased loss."""
@@ -293,6 +304,10 @@ class BoMbOT(MiniBatchLoss):
     e-BoMb-OT is ``reg > 0``: an entropic outer problem, between BoMb-OT (``reg -> 0``) and m-OT on the grid
     (``reg -> inf``). ``reg`` is in units of the inner values; choose it relative to their spread. The value includes
     the outer penalty ``reg KL(gamma | u ⊗ v)``, as its gradient does.
+
+    The outer cost of two mini-batches is the whole value of the inner transport, penalties included. The authors' code
+    takes ``<C, P>`` alone, which differs over `EntropicOT`, `UnbalancedOT` and entropic `PartialOT`: for that, give a
+    callable ``lambda x, y: inner.plan(mbot.pairwise_cost(x, y)).cost(mbot.pairwise_cost(x, y))`` as the transport.
 
     Args:
         transport: the inner transport, or a callable on two clouds.

@@ -12,6 +12,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.conditions import Labels, check
 from mbot.convergence import one_warning
+from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 from mbot.random import draw
 
@@ -48,6 +49,7 @@ class Coupling(ABC):
     A subclass implements ``_pair`` and is done.
     """
 
+    @outside_graphs
     def __call__(
         self,
         x0: Tensor,

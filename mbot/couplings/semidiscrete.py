@@ -21,6 +21,7 @@ from mbot import checks, convergence
 from mbot.conditions import class_codes
 from mbot.cost import at_least_float32
 from mbot.couplings.base import Coupling, Labels, Pairs
+from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 from mbot.random import draw
 
@@ -110,6 +111,7 @@ class SemidiscreteCoupling(Coupling):
             tol=checks.positive(self.tol, "tol"),
         )
 
+    @outside_graphs
     def fit(
         self,
         data: Tensor,

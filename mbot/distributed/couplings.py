@@ -15,6 +15,7 @@ from mbot.conditions import Labels, check, concatenate, select, to_device
 from mbot.couplings import Coupling, Pairs, SinkhornCoupling
 from mbot.distributed.ranks import Ranks
 from mbot.distributed.rows import SpreadRows
+from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 
 
@@ -111,6 +112,7 @@ class GlobalCoupling:
             raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {self.coupling!r}")
         checks.choice(self.source, "source", ("sharded", "shared"))
 
+    @outside_graphs
     def __call__(
         self,
         x0: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.cost import Cost, pairwise
+from mbot.eager import outside_graphs
 from mbot.envelope import matched_values
 from mbot.numerics import full_float32
 from mbot.plan import Plan
@@ -23,6 +24,7 @@ class Transport(ABC):
     A subclass implements ``_solve`` and is done.
     """
 
+    @outside_graphs
     def plan(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
         """Solve a batch of problems.
 
@@ -50,6 +52,7 @@ class Transport(ABC):
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         """Plans of checked costs ``(…, n, m)``; weights are float64 ``(…, n)`` and ``(…, m)``, or None if uniform."""
 
+    @outside_graphs
     def __call__(
         self,
         x: Tensor,
@@ -81,6 +84,7 @@ class Transport(ABC):
             return _sparse_values(plan, x, y, costs, str(cost)) + plan.penalty
         return plan.cost(pairwise(x, y, cost) if matrix is None else matrix) + plan.penalty
 
+    @outside_graphs
     def value(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """Value of the objective for given costs ``(…, n, m)``: ``(…,)``, differentiable in the costs; see `plan`."""
         plan = self.plan(cost, a, b)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mbot import checks, convergence
 from mbot.cost import Cost
+from mbot.eager import outside_graphs
 from mbot.plan import Plan
 from mbot.transport.base import Transport
 from mbot.transport.points import entropic_values, too_large
@@ -47,6 +48,7 @@ class EntropicOT(Transport):
             tol=checks.positive(self.tol, "tol"),
         )
 
+    @outside_graphs
     def __call__(
         self,
         x: Tensor,

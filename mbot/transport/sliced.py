@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.cost import Cost, at_least_float32
+from mbot.eager import outside_graphs
 from mbot.numerics import product, running_sum
 from mbot.plan import Plan
 from mbot.random import draw
@@ -50,6 +51,7 @@ class SlicedOT(Transport):
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         raise TypeError("SlicedOT has no plan and no cost matrix: call it on points, transport(x, y)")
 
+    @outside_graphs
     def __call__(
         self,
         x: Tensor,
@@ -76,6 +78,7 @@ class SlicedOT(Transport):
         u, v = self._sorted(x, y, a, b, cost, generator)
         return self._distance(u, v)
 
+    @outside_graphs
     def grid(
         self,
         xs: Tensor,

@@ -21,6 +21,10 @@ class UnbalancedOT(Transport):
     ``KL(p | q) = Σ p log(p / q) - p + q``. The plan's mass is not fixed: it shrinks where the cost is large against
     ``reg_marginal``, and so does the value. Both parameters are in cost units: rescaling the cost changes the method.
 
+    The entropy is relative to ``a ⊗ b``. The m-UOT papers' code used that of POT 0.8.2, ``KL(P | 1)``: the costs
+    ``C + reg * (log a + log b)`` (weights of the rows and columns) turn one problem into the other, plan and value up
+    to the constant ``reg * (n m - Σa Σb)``.
+
     Args:
         reg: entropic regularisation > 0.
         reg_marginal: price of marginal deviations > 0 (``τ``, POT's ``reg_m``); large values approach `EntropicOT`.

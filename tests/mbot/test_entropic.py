@@ -151,6 +151,30 @@ def test_unbalanced_plans_agree_with_pot(tau, reg):
         torch.testing.assert_close(plan.to_dense()[p], torch.from_numpy(expected), rtol=1e-5, atol=1e-9)
 
 
+def test_unbalanced_entropy_relative_to_one_is_a_change_of_the_costs():
+    """POT 0.8.2, which the m-UOT papers used, and POT's ``reg_type="entropy"`` now: reg Σ P log P - P."""
+    n, m, reg, tau = 5, 7, 0.3, 1.5
+    cost = torch.rand(n, m, dtype=torch.float64)
+    a, b = torch.rand(n, dtype=torch.float64) + 0.5, torch.rand(m, dtype=torch.float64) + 0.2
+    expected = torch.from_numpy(
+        ot.unbalanced.sinkhorn_unbalanced(
+            a.numpy(), b.numpy(), cost.numpy(), reg, tau, reg_type="entropy", numItermax=100_000, stopThr=1e-14
+        )
+    )
+    transport = UnbalancedOT(reg, tau, tol=1e-12)
+    shifted = cost + reg * (a[:, None] * b).log()
+    torch.testing.assert_close(transport.plan(shifted, a, b).to_dense(), expected, rtol=1e-7, atol=1e-10)
+
+    def kl(p, q):
+        return float((p * (p / q).log() - p + q).sum())
+
+    value = float((cost * expected).sum()) + reg * kl(expected, torch.ones_like(expected))
+    value += tau * (kl(expected.sum(1), a) + kl(expected.sum(0), b))
+    constant = reg * (n * m - float(a.sum() * b.sum()))
+    assert float(transport.value(shifted, a, b)) + constant == pytest.approx(value, rel=1e-9)
+    assert (transport.plan(cost, a, b).to_dense() - expected).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("tau", [0.05, 1.0, 20.0])
 def test_the_unbalanced_value_is_the_minimum_of_its_objective(tau):
     """POT's reported value leaves out mass terms; here the objective is evaluated directly."""

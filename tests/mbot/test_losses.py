@@ -141,6 +141,23 @@ def seed_after_draw():
     return g
 
 
+def test_the_outer_cost_is_the_whole_inner_value():
+    """The authors' code takes <C, P>: a callable transport does, and over unbalanced transport it is another number."""
+    inner, (xs, ys) = INNER["unbalanced"], batches()
+
+    def transported(x, y):
+        cost = pairwise_cost(x, y)
+        return inner.plan(cost).cost(cost)
+
+    settings_ = {"num_batches": 3, "batch_size": 4}
+    whole = float(BoMbOT(inner, **settings_).from_batches(xs, ys))
+    part = float(BoMbOT(transported, **settings_).from_batches(xs, ys))
+    values, transports = inner(xs[:, None], ys[None]), transported(xs[:, None], ys[None])
+    assert whole == pytest.approx(float(ExactOT().value(values)), rel=1e-9)
+    assert part == pytest.approx(float(ExactOT().value(transports)), rel=1e-9)
+    assert abs(whole - part) > 0.1 * whole
+
+
 def test_batches_of_one_point_give_the_mean_cost():
     xs, ys = batches(k=5, k2=7, m=1, m2=1)
     mean = pairwise_cost(xs[:, 0], ys[:, 0]).mean()
