@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flows.metrics import PriorSkew, prior_skew
-from mbot import ConvergenceWarning, Coupling, Pairs, SemidiscreteCoupling, checks, conditions
+from mbot import ConvergenceWarning, Coupling, Pairs, checks, conditions
 from mbot.random import draw
 
 _SMALLEST = 16  # samples below which nothing can be said about skew or smaller batches
@@ -31,7 +31,7 @@ class Diagnosis:
         cost: mean squared distance of the pairs (weighted).
         cost_to_independent: the same as a share of the independent coupling's; 1 means nothing was gained.
         cost_of_larger: cost of a larger batch as a share of a smaller one's; the lower, the more a larger batch gains.
-            None for few samples, and for semidiscrete couplings.
+            None for few samples, and for couplings that need a whole data set.
         smaller, larger: the two batch sizes of this comparison.
         skew: by condition, how well it is predicted from the paired noise, with the chance level; empty without
             conditions. At chance, sampling may start from any noise.
@@ -203,8 +203,8 @@ def _larger(
     """Cost of all samples at once as a share of that in smaller batches, and the two sizes."""
     whole = min(len(x0), len(x1))
     size = batch_size or whole // _PARTS
-    if size < 2 or whole < max(_SMALLEST, 2 * size) or isinstance(coupling, SemidiscreteCoupling):
-        return None, size, whole  # a semidiscrete coupling knows no batches
+    if size < 2 or whole < max(_SMALLEST, 2 * size) or coupling.needs_data_set:
+        return None, size, whole
     total, weight = 0.0, 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the call on the user's batch warns

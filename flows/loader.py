@@ -82,8 +82,8 @@ class CoupledLoader:
     data are copied there once, noise is drawn there, and the background thread couples there. The batches are the same
     for every ``num_workers`` and ``prefetch``; noise drawn on another kind of device differs.
 
-    A fitted `mbot.SemidiscreteCoupling` pairs each noise with a point of the whole data set, which is loaded once (so
-    random transforms are drawn once): its points come equally often on average, not once an epoch.
+    A coupling that needs the whole data set (`mbot.SemidiscreteCoupling`, fitted to just these samples) pairs each
+    noise with one of its points: these come equally often on average, not once an epoch. The data set is loaded once.
 
     Args:
         dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating

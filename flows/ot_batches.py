@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from flows.datasets.images import ImageData
 from flows.seeds import derive_seed, generator_at, seeded
-from mbot import Coupling, SemidiscreteCoupling, checks
+from mbot import Coupling, checks
 from mbot.conditions import as_tensor, select, to_device
 from mbot.distributed import GlobalCoupling
 
@@ -176,12 +176,9 @@ class OTBatches:
         return x0, x1, select(y, pairs.target), pairs.weight, index[pairs.target.cpu()], pairs.info
 
     def _load_whole(self) -> tuple[Tensor, Any] | None:
-        """The data set as one batch, for a coupling with potentials of all its points."""
-        if not isinstance(self.coupling, SemidiscreteCoupling) or self.coupling.potentials is None:
+        """The data set as one batch, for a coupling that chooses among all its points."""
+        if not self.coupling.needs_data_set:
             return None
-        points = len(self.coupling.potentials.values)
-        if points != self.size:
-            raise ValueError(f"the coupling was fitted to {points} points; the data set has {self.size}")
         return self._samples(torch.arange(self.size), derive_seed(self.seed, "fetch"))
 
     def _couple_whole(

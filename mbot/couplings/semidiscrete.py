@@ -20,7 +20,7 @@ from torch import Tensor
 from mbot import checks, convergence
 from mbot.conditions import class_codes
 from mbot.cost import at_least_float32
-from mbot.couplings.base import Coupling, Labels, Pairs
+from mbot.couplings.base import Coupling, Labels, Pairs, fingerprint
 from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 from mbot.random import draw
@@ -42,17 +42,20 @@ class DualPotentials:
             about N for a single cell. Gains in training flatten at about 0.05 (SD-FM).
         steps: gradient steps behind them.
         point: ``(N,)`` the last iterate, that further steps start from.
+        fingerprint: hash of the points (and of their classes) that they belong to.
     """
 
     values: Tensor
     chi2: float
     steps: int
     point: Tensor
+    fingerprint: int
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DualPotentials):
             return NotImplemented
-        return self.steps == other.steps and torch.equal(self.values.cpu(), other.values.cpu())
+        same = (self.steps, self.fingerprint) == (other.steps, other.fingerprint)
+        return same and torch.equal(self.values.cpu(), other.values.cpu())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -65,9 +68,10 @@ class SemidiscreteCoupling(Coupling):
     """Each noise with the data point of its Laguerre cell, over a whole data set; squared Euclidean cost.
 
     ``fit`` learns the potentials of a data set by averaged stochastic gradient ascent and returns the coupling that
-    holds them; ``coupling(x0, data)`` then pairs noise with rows **of that same data set**: ``source`` is
-    ``arange(len(x0))`` and ``target`` the row of each noise, so labels and ids follow by index. Every noise is used
-    once and keeps its distribution exactly; data points are hit equally often up to ``chi2``.
+    holds them; ``coupling(x0, data)`` then pairs noise with rows **of that same data set** (another one, another order
+    or other classes are refused): ``source`` is ``arange(len(x0))`` and ``target`` the row of each noise, so labels and
+    ids follow by index. Every noise is used once and keeps its distribution exactly; data points are hit equally often
+    up to ``chi2``.
 
     With labels, classes have potentials of their own (``conditional=True``): a noise goes to a cell of its own class,
     ``y0``, or where that is not given the class of a data point drawn at random; noise and condition are then
@@ -180,6 +184,22 @@ class SemidiscreteCoupling(Coupling):
         held = state.get("potentials")
         return cls(**{**state, "potentials": None if held is None else DualPotentials(**held)})
 
+    @property
+    def needs_data_set(self) -> bool:
+        """It pairs with the points of a whole data set."""
+        return True
+
+    def _check_data_set(self, points: Tensor, codes: Tensor | None, name: str) -> None:
+        """Refuse all but the data set that the potentials belong to."""
+        if self.potentials is None or self.potentials.fingerprint == fingerprint(points, codes):
+            return
+        fitted = len(self.potentials.values)
+        what = f"{len(points)} points" if len(points) != fitted else "as many others, another order or other classes"
+        raise ValueError(
+            f"{name} must be the data set that the coupling was fitted to, {fitted} points; got {what} (random "
+            "transforms make others too). Fit a new SemidiscreteCoupling to it"
+        )
+
     def _codes(self, y: Labels | None, points: Tensor, name: str) -> Tensor | None:
         """Classes of the points as 0 … c-1, or None for one class."""
         if not self.conditional:
@@ -208,11 +228,8 @@ class SemidiscreteCoupling(Coupling):
                 return x[(share * len(x)).long().clamp_max(len(x) - 1)]
 
             learned = self._learn(points, codes, again, generator, None)
-        if len(learned.values) != len(points):
-            raise ValueError(
-                f"x1 must be the data set that the potentials were learned for, {len(learned.values)} points; got "
-                f"{len(points)}"
-            )
+        else:
+            self._check_data_set(points, codes, "x1")
         wanted = self._classes_of(x, y0, y1, codes, generator)
         target = _cells(x, points, learned.values.to(points), codes, wanted)
         source = torch.arange(len(x), device=x.device)
@@ -247,11 +264,7 @@ class SemidiscreteCoupling(Coupling):
         first = 0
         last = points.new_zeros(count)
         if self.potentials is not None:
-            if len(self.potentials.values) != count:
-                raise ValueError(
-                    f"the coupling holds potentials of {len(self.potentials.values)} points; got {count}. Fit a new "
-                    "SemidiscreteCoupling for another data set"
-                )
+            self._check_data_set(points, codes, "data")
             first, last = self.potentials.steps, self.potentials.point.to(points).clone()
         # The spread of <x, y> over y, for noise of this size: what potentials are measured in.
         norm, spread = fresh(256).square().sum(1).mean().sqrt(), points.var(0, correction=0).mean().sqrt()
@@ -269,7 +282,7 @@ class SemidiscreteCoupling(Coupling):
                 progress(step + 1, self.steps)
         rounds = max(4, math.ceil(8 * count / self.batch_size))
         chi2 = self._chi2(points, codes, average, fresh, generator, rounds)
-        return DualPotentials(average, chi2, first + self.steps, last)
+        return DualPotentials(average, chi2, first + self.steps, last, fingerprint(points, codes))
 
     def _hits(
         self, points: Tensor, codes: Tensor | None, values: Tensor, x: Tensor, generator: torch.Generator | None

@@ -164,8 +164,9 @@ def test_a_fitted_semidiscrete_coupling_pairs_with_the_whole_data_set(workers):
     again = loader(data, coupling=coupling)
     again.load_state_dict({**one.state_dict(), "batch": 0, "epoch": 0})
     assert all(same(again.next_batch(), b) for b in batches)
-    with pytest.raises(ValueError, match="fitted to 60 points; the data set has 59"):
-        loader(labelled(59), coupling=coupling)
+    for other in (labelled(59), TensorDataset(x.flip(0), y), TensorDataset(x, torch.arange(60) // 20)):
+        with pytest.raises(ValueError, match="must be the data set that the coupling was fitted to, 60 points"):
+            next(iter(loader(other, coupling=coupling)))
 
 
 class Jittered(TensorDataset):

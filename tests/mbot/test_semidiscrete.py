@@ -5,10 +5,13 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import flows
 import mbot
 from mbot import OTCoupling, SemidiscreteCoupling
+from mbot.couplings.base import fingerprint
 
 
 def generator(seed=0):
@@ -68,7 +71,7 @@ def test_fitting_again_goes_on():
     more = start.fit(points, generator=generator(1))
     assert more.potentials.steps == 300
     assert more.potentials.chi2 < start.potentials.chi2
-    with pytest.raises(ValueError, match="potentials of 256 points; got 255"):
+    with pytest.raises(ValueError, match="fitted to, 256 points; got 255 points"):
         start.fit(points[:-1])
 
 
@@ -123,7 +126,9 @@ def test_images_and_half_precision():
     points = torch.randn(20, 1, 4, 4)
     coupling = SemidiscreteCoupling(steps=200, tol=10.0).fit(points)
     assert coupling(torch.randn(7, 1, 4, 4), points).target.shape == (7,)
-    assert coupling(torch.randn(7, 1, 4, 4).bfloat16(), points.bfloat16()).target.shape == (7,)
+    assert coupling(torch.randn(7, 1, 4, 4).double(), points.double()).target.shape == (7,)
+    half = SemidiscreteCoupling(steps=20, tol=1e9).fit(points.bfloat16())
+    assert half(torch.randn(7, 1, 4, 4).bfloat16(), points.bfloat16()).target.shape == (7,)
 
 
 def test_scores_do_not_depend_on_the_tiles(monkeypatch):
@@ -180,10 +185,61 @@ def test_bad_settings(call, error, says):
         call()
 
 
-def test_another_data_set_and_unknown_classes_are_refused(fitted):
+def others(points):
+    """Data sets of nearly the same points."""
+    for i in (0, 31, 63):
+        changed = points.clone()
+        changed[i, 1] = torch.nextafter(changed[i, 1], torch.tensor(torch.inf))
+        yield changed
+    yield points.flip(0)
+    yield points.flip(1)
+    yield torch.cat((points[1:2], points[:1], points[2:]))
+    yield torch.cat((points[1:2], points[1:]))
+    yield torch.cat((points[:1].flip(1), points[1:]))
+    yield points.bfloat16().float()
+
+
+def test_another_data_set_of_the_same_size_is_refused(fitted):
     points, coupling = fitted
-    with pytest.raises(ValueError, match="64 points; got 63"):
-        coupling(torch.randn(5, 2), points[:-1])
+    x = torch.randn(5, 2)
+    with pytest.raises(ValueError, match="fitted to, 64 points; got 63 points"):
+        coupling(x, points[:-1])
+    for changed in others(points):
+        with pytest.raises(ValueError, match="fitted to, 64 points; got as many others"):
+            coupling(x, changed)
+        with pytest.raises(ValueError, match="data must be the data set that the coupling was fitted to"):
+            coupling.fit(changed)
+    for same in (points.clone(), points.double(), points.numpy().copy(), points.t().contiguous().t(), points - 0.0):
+        assert len(coupling(x, torch.as_tensor(same).float())) == 5
+    y = torch.arange(64) % 3
+    by_class = SemidiscreteCoupling(conditional=True, steps=5, tol=1e9).fit(points, y)
+    assert len(by_class(x, points, y1=[f"class {c}" for c in y.tolist()])) == 5  # other names, the same classes
+    for labels in (torch.arange(64) % 2, torch.arange(64) // 22, torch.where(torch.arange(64) == 9, 1, y)):
+        with pytest.raises(ValueError, match="other classes"):
+            by_class(x, points, y1=labels)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32), st.data())
+def test_fingerprints_see_every_number_and_its_place(n, d, seed, draw):
+    points = torch.randint(-2, 3, (n, d), generator=generator(seed)).float() / 2
+    other = torch.randint(-2, 3, (n, d), generator=generator(draw.draw(st.integers(0, 50)))).float() / 2
+    assert (fingerprint(points) == fingerprint(other)) == torch.equal(points, other)
+    assert fingerprint(points) == fingerprint(points.double()) == fingerprint(points.t().contiguous().t())
+    assert fingerprint(torch.where(points == 0, -0.0, points)) == fingerprint(points)
+    assert fingerprint(points, torch.zeros(n, dtype=torch.int64)) != fingerprint(
+        points, torch.ones(n, dtype=torch.int64)
+    )
+
+
+def test_fingerprints_do_not_depend_on_the_tiles(monkeypatch):
+    points = data(50)
+    whole = fingerprint(points)
+    monkeypatch.setattr("mbot.couplings.base._HASHED", 7)
+    assert fingerprint(points) == whole
+
+
+def test_unknown_classes_are_refused():
     y = torch.arange(30) % 3
     by_class = SemidiscreteCoupling(conditional=True, steps=5, tol=1e9).fit(data(30), y)
     with pytest.raises(ValueError, match="3 is none of them"):
