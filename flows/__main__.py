@@ -103,8 +103,6 @@ def train(arguments: list[str]) -> None:
         if several and config.download and first:
             dist.barrier()
         build.check_guidance(config.guidance, config, task)
-        if not (config.resume or config.resume_from) and checkpoint.latest(config.out / "checkpoints"):
-            raise ConfigError(f"{config.out} holds a run already: --resume goes on with it, --out names another folder")
 
         def preview(model: Any, step: int) -> None:
             generator = torch.Generator().manual_seed(config.seed)
@@ -113,21 +111,28 @@ def train(arguments: list[str]) -> None:
             _picture(x, task, config.out / "samples" / f"step-{step:08d}", save_grid)
 
         trainer = build.build_trainer(config, task, device, preview)
-        resume = config.resume_from or (checkpoint.latest(config.out / "checkpoints") if config.resume else None)
-        if resume is not None:
-            settings.same_run(trainer.load(resume), config)
-        if first:  # only now: settings that were refused must not replace those of the run
-            config.out.mkdir(parents=True, exist_ok=True)
-            resolved = settings.to_toml(config).encode()
-            write_atomically(config.out / "config.toml", lambda file: file.write(resolved))
-        trainer.fit()
-        if first and config.evaluate:
-            model = trainer.sampling_model.eval()
-            result = evaluation.evaluate(model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance)
-            evaluation.write(result, config.out)
-            print(evaluation.as_table(result))
-        if first:
-            print(f"written: {config.out} (checkpoints, metrics.csv, samples, evaluation.md)")
+        with trainer.lock:
+            if not (config.resume or config.resume_from) and checkpoint.latest(config.out / "checkpoints"):
+                raise ConfigError(
+                    f"{config.out} holds a run already: --resume goes on with it, --out names another folder"
+                )
+            resume = config.resume_from or (checkpoint.latest(config.out / "checkpoints") if config.resume else None)
+            if resume is not None:
+                settings.same_run(trainer.load(resume), config)
+            if first:  # only now: settings that were refused must not replace those of the run
+                config.out.mkdir(parents=True, exist_ok=True)
+                resolved = settings.to_toml(config).encode()
+                write_atomically(config.out / "config.toml", lambda file: file.write(resolved))
+            trainer.fit()
+            if first and config.evaluate:
+                model = trainer.sampling_model.eval()
+                result = evaluation.evaluate(
+                    model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance
+                )
+                evaluation.write(result, config.out)
+                print(evaluation.as_table(result))
+            if first:
+                print(f"written: {config.out} (checkpoints, metrics.csv, samples, evaluation.md)")
     finally:
         if several:
             dist.destroy_process_group()

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flows import checkpoint
 from flows.checkpoint import CheckpointError
+from flows.folder_lock import FolderLock
 from flows.guidance import drop_conditions
 from flows.interrupt import Interrupted, NonFiniteLoss, Signals
 from flows.loader import CoupledLoader, WorkerDied
@@ -106,6 +107,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=2e-4) if optimizer is None else optimizer
         self.scheduler = scheduler
         self.out = None if out is None else FilePath(out)
+        self.lock = FolderLock(self.out)  # held by fit and save; hold it to write to the folder yourself
         self.seed = checks.count(seed, "seed", at_least=0)
         self.ema_decay = None if ema is None else checks.positive(ema, "ema", allow_zero=True)
         if self.ema_decay is not None and self.ema_decay >= 1:
@@ -166,13 +168,17 @@ class Trainer:
                 goes on from that one.
 
         Raises:
-            CheckpointError: the checkpoint to resume from is damaged, foreign or of another run; or one could not be
-                written. Its message names the last good one.
+            CheckpointError: the checkpoint to resume from is damaged, foreign or of another run; one could not be
+                written (the message names the last good one); or another trainer writes to the folder.
             NonFiniteLoss: NaN or infinity in the loss, the gradient, or weights about to be saved; in fp16 a gradient
                 that overflows at every loss scale.
             Interrupted: a signal came; the state is saved.
             WorkerDied: a worker process of the loader ended by itself; the last checkpoint is good.
         """
+        with self.lock:
+            return self._fit(resume)
+
+    def _fit(self, resume: bool | str | FilePath) -> TrainResult:
         if resume:
             found = checkpoint.latest(self._folder) if resume is True else FilePath(resume)
             if found is not None:
@@ -228,6 +234,10 @@ class Trainer:
 
     def save(self) -> FilePath | None:
         """Write a checkpoint of this moment; on rank 0, after all ranks have met. Returns its path (None elsewhere)."""
+        with self.lock:
+            return self._save()
+
+    def _save(self) -> FilePath | None:
         if bool(self._bad):
             self._complain()
         self._check_weights()

@@ -86,3 +86,5 @@ def test_training_in_two_processes_resumes_exactly_and_writes_once(tmp_path):
     assert torch.equal(loaded["parts"][0], loaded["whole"][0])
     assert len((tmp_path / "whole" / "metrics.csv").read_text().splitlines()) == 1 + 8
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 3
+    for rank in range(2):
+        assert "taken is in use by process" in (tmp_path / f"taken{rank}.txt").read_text()

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 import flows
 import mbot
+from flows.folder_lock import FolderLock
 from tests.flows.toy_run import trainer, weights
 
 
@@ -44,7 +45,14 @@ def batches(folder, rank):
 
 
 def train(folder, rank):
-    """A run in two parts, and the same in one."""
+    """A run in two parts, and the same in one; before, a folder that another process trains in."""
+    if rank == 1:
+        FolderLock(folder / "taken")._acquire()
+    dist.barrier()
+    try:
+        trainer(folder / "taken", steps=2).fit()
+    except flows.CheckpointError as error:
+        (folder / f"taken{rank}.txt").write_text(str(error))
     for name, steps in (("parts", (9, 16)), ("whole", (16,))):
         for count in steps:
             run = trainer(folder / name, steps=count, loader={"coupling_scope": "global"})
