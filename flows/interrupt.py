@@ -1,16 +1,24 @@
-"""How a run stops early: a signal is noticed, the step finished, the state saved; or the loss is no number."""
+"""How a run stops early: a signal is noticed, the step finished, the state saved; or some number is none."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from flows import checkpoint
 
 INTERRUPTED = 75
 """Exit code of a run that saved itself on SIGTERM or SIGINT (EX_TEMPFAIL: start it again and it goes on)."""
+
+_LEAST_SCALE = 1e-4  # of an fp16 loss; at 65536 to begin with, it halves when a gradient overflows
 
 
 class Interrupted(SystemExit):
@@ -30,6 +38,54 @@ class Interrupted(SystemExit):
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient stopped being a number; the weights of the last checkpoint are untouched."""
+
+
+class NumberGuard:
+    """Notices numbers that are none before a checkpoint can hold them, without waiting for the device.
+
+    Args:
+        device: where losses and gradients are.
+        folder: of the checkpoints, or None.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None) -> None:
+        self.folder = folder
+        self.bad = torch.zeros((), dtype=torch.bool, device=device)
+        self.loss = self.norm = torch.tensor(math.nan)
+        self.scale = math.inf
+
+    def note(self, loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler) -> None:
+        """The loss and gradient norm of a step. A gradient scaler skips overflowing steps itself, while that helps."""
+        self.loss, self.norm = loss, norm
+        self.bad |= ~loss.isfinite()
+        if not scaler.is_enabled():
+            self.bad |= ~norm.isfinite()
+        else:
+            self.scale = scaler.get_scale()
+            self.bad |= self.scale < _LEAST_SCALE
+
+    def stop(self, step: int, rate: float, precision: str) -> NoReturn:
+        """Tell that a step's numbers are none."""
+        said = f"the loss is {float(self.loss):g}, the gradient norm {float(self.norm):g}"
+        if self.scale < _LEAST_SCALE:
+            said = f"the gradient overflows at every loss scale down to {2 * self.scale:g}"
+        raise NonFiniteLoss(
+            f"step {step}: {said}, at learning rate {rate:g} in {precision}. {self._what_is_left()} Lower the learning "
+            "rate, clip gradients, or use bf16 or fp32 in place of fp16"
+        )
+
+    def check_weights(self, step: int, rate: float, *models: nn.Module) -> None:
+        """Refuse weights that are none, as a step that is too large leaves them."""
+        bad = [name for model in models for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        if bad:
+            raise NonFiniteLoss(
+                f"after step {step} weights are not finite ({', '.join(bad[:3])}), at learning rate {rate:g}; they are "
+                f"not saved. {self._what_is_left()} Lower the learning rate, or clip gradients"
+            )
+
+    def _what_is_left(self) -> str:
+        last = None if self.folder is None else checkpoint.last_good(self.folder)
+        return f"The last good checkpoint is {last}." if last else "There is no good checkpoint yet."
 
 
 class Signals:

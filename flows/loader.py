@@ -12,63 +12,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flows.matching import CoupledBatch
 from flows.ot_batches import Fetched, OTBatches, Source
-from mbot import Coupling, IndependentCoupling, checks
-from mbot.conditions import select, to_device
-
-
-@dataclass(frozen=True, eq=False)
-class CoupledBatch:
-    """One training batch of pairs.
-
-    Attributes:
-        x0: ``(B, d…)`` source samples (noise).
-        x1: ``(B, d…)`` their partners.
-        y: conditions of x1, or None.
-        weight: ``(B,)`` weights of mean 1 over the OT batch, or None.
-        index: ``(B,)`` positions of x1 in the data set.
-        info: facts from the coupling of the whole OT batch.
-    """
-
-    x0: Tensor
-    x1: Tensor
-    y: Any = None
-    weight: Tensor | None = None
-    index: Tensor | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.x1)
-
-    def __getitem__(self, rows: slice) -> CoupledBatch:
-        return CoupledBatch(
-            self.x0[rows],
-            self.x1[rows],
-            select(self.y, rows),
-            None if self.weight is None else self.weight[rows],
-            None if self.index is None else self.index[rows],
-            self.info,
-        )
-
-    def to(self, device: torch.device | str | None) -> CoupledBatch:
-        """The batch on a device (None: where it is)."""
-        if device is None or self.x1.device == torch.device(device):
-            return self
-        return replace(
-            self,
-            x0=self.x0.to(device, non_blocking=True),
-            x1=self.x1.to(device, non_blocking=True),
-            y=to_device(self.y, device),
-            weight=None if self.weight is None else self.weight.to(device, non_blocking=True),
-        )
+from mbot import Coupling, checks
 
 
 class CoupledLoader:
@@ -90,7 +42,8 @@ class CoupledLoader:
             point and one shape; conditions are numbers, strings, arrays, or dicts of them.
         source: where noise comes from: None for standard normal of the data's shape, a callable
             ``source(n, generator) -> (n, d…)``, a tensor ``(N, d…)`` or a map-style data set of source samples.
-        coupling: how noise and data are paired; None for independent pairs.
+        coupling: how noise and data are paired; None leaves it to the path that a `flows.Trainer` is given, and is
+            independent pairs until then.
         batch_size: pairs in a training batch (of one process).
         ot_batch_size: pairs coupled at once, a multiple of ``batch_size``; None for ``batch_size``.
         num_workers: worker processes; 0 for a background thread.
@@ -143,7 +96,7 @@ class CoupledLoader:
         self.batches = OTBatches(
             dataset,
             source,
-            IndependentCoupling() if coupling is None else coupling,
+            coupling,
             batch_size,
             batch_size if ot_batch_size is None else ot_batch_size,
             seed=seed,
@@ -153,6 +106,7 @@ class CoupledLoader:
             scope=coupling_scope,
             timeout=timeout,
         )
+        self.given_coupling = coupling
         self.multiprocessing_context = multiprocessing_context
         self.epoch = 0
         self.wait_seconds = 0.0
@@ -165,6 +119,12 @@ class CoupledLoader:
     def coupling(self) -> Coupling:
         """The coupling that pairs the batches."""
         return self.batches.coupling
+
+    def use_coupling(self, coupling: Coupling) -> None:
+        """Pair with this coupling from the next OT batch on."""
+        if coupling != self.coupling:
+            self.close()
+            self.batches.use_coupling(coupling)
 
     @property
     def batch_size(self) -> int:
@@ -291,11 +251,6 @@ def _leave_interrupts_to_the_owner(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
-    x0, x1, y, weight, index, info = batches.couple(fetched, device)
-    return CoupledBatch(x0, x1, y, weight, index, info)
-
-
 class _Work(Dataset[Any]):
     """Item ``g`` is OT batch ``g``, coupled or only fetched: what a worker process computes."""
 
@@ -304,7 +259,7 @@ class _Work(Dataset[Any]):
 
     def __getitem__(self, number: int) -> CoupledBatch | Fetched:
         fetched = self.batches.fetch(number)
-        return _couple(self.batches, fetched, torch.device("cpu")) if self.couple else fetched
+        return self.batches.couple(fetched, torch.device("cpu")) if self.couple else fetched
 
 
 class _From(Sampler[int]):
@@ -351,7 +306,7 @@ def _run(
             yield from fetched
         while pool is not None:
             while len(ahead) < prefetch:
-                ahead.append(pool.submit(_couple, batches, next(fetched), device))
+                ahead.append(pool.submit(batches.couple, next(fetched), device))
             yield ahead.popleft().result()
     finally:
         if pool is not None:

@@ -13,12 +13,65 @@ import torch
 from torch import Tensor
 
 from flows.paths import LinearPath, Path, check_path
-from mbot import Coupling
-from mbot.conditions import select
+from mbot import Coupling, Pairs
+from mbot.conditions import select, to_device
 from mbot.random import draw
 
 VelocityModel = Callable[[Tensor, Tensor, Any], Tensor]
 """``model(t, x, y) -> velocity``: t ``(B,)``, x ``(B, d…)``, y the conditions or None; returns ``(B, d…)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledBatch:
+    """One training batch of pairs.
+
+    Attributes:
+        x0: ``(B, d…)`` source samples (noise).
+        x1: ``(B, d…)`` their partners.
+        y: conditions of x1, or None.
+        weight: ``(B,)`` weights of mean 1 over the OT batch, or None.
+        index: ``(B,)`` positions of x1 in the data set.
+        info: facts from the coupling of the whole OT batch.
+    """
+
+    x0: Tensor
+    x1: Tensor
+    y: Any = None
+    weight: Tensor | None = None
+    index: Tensor | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pairs: Pairs, x0: Tensor, x1: Tensor, y: Any = None, index: Tensor | None = None) -> CoupledBatch:
+        """The samples of pairs, with the conditions and positions of their x1."""
+        start, end = pairs.apply(x0, x1)
+        positions = None if index is None else index[pairs.target.to(index.device)]
+        return cls(start, end, select(y, pairs.target), pairs.weight, positions, pairs.info)
+
+    def __len__(self) -> int:
+        return len(self.x1)
+
+    def __getitem__(self, rows: slice) -> CoupledBatch:
+        return CoupledBatch(
+            self.x0[rows],
+            self.x1[rows],
+            select(self.y, rows),
+            None if self.weight is None else self.weight[rows],
+            None if self.index is None else self.index[rows],
+            self.info,
+        )
+
+    def to(self, device: torch.device | str | None) -> CoupledBatch:
+        """The batch on a device (None: where it is)."""
+        if device is None or self.x1.device == torch.device(device):
+            return self
+        return replace(
+            self,
+            x0=self.x0.to(device, non_blocking=True),
+            x1=self.x1.to(device, non_blocking=True),
+            y=to_device(self.y, device),
+            weight=None if self.weight is None else self.weight.to(device, non_blocking=True),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +137,13 @@ def regression_loss(model: VelocityModel, batch: FlowBatch) -> Tensor:
     return error.mean() if batch.weight is None else (batch.weight.to(error.dtype) * error).mean()
 
 
+def check_coupling(coupling: object) -> Coupling:
+    """A coupling, or a TypeError."""
+    if not isinstance(coupling, Coupling):
+        raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {coupling!r}")
+    return coupling
+
+
 @dataclass(frozen=True)
 class FlowMatching:
     """Flow matching with any coupling and any path.
@@ -92,6 +152,9 @@ class FlowMatching:
         coupling: how noise and data are paired; an `mbot` coupling. None for the path's own: independent pairs, or
             entropic ones for the Schrödinger bridge.
         path: how a pair is connected.
+
+    Raises:
+        ValueError: a coupling that contradicts the path, see `flows.Path.check_coupling`.
 
     >>> fm = FlowMatching()
     >>> batch = fm.sample(torch.zeros(4, 2), torch.ones(4, 2), generator=torch.Generator().manual_seed(0))
@@ -103,11 +166,19 @@ class FlowMatching:
     path: Path = field(default_factory=LinearPath)
 
     def __post_init__(self) -> None:
-        if self.coupling is None and isinstance(self.path, Path):
-            object.__setattr__(self, "coupling", self.path.default_coupling())
         check_path(self.path)
-        if not isinstance(self.coupling, Coupling):
-            raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {self.coupling!r}")
+        if self.coupling is None:
+            object.__setattr__(self, "coupling", self.path.default_coupling())
+        self.path.check_coupling(check_coupling(self.coupling))
+
+    def couple(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> CoupledBatch:
+        """Pair two batches; the arguments are those of `sample`."""
+        return CoupledBatch.of(self.coupling(x0, x1, y1=y, generator=generator), x0, x1, y)
+
+    def along(self, batch: CoupledBatch, generator: torch.Generator | None = None) -> FlowBatch:
+        """A time and a point on the path of each pair of a batch."""
+        points = along_path(self.path, batch.x0, batch.x1, generator)
+        return replace(points, y=batch.y, weight=batch.weight, info=batch.info)
 
     def sample(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> FlowBatch:
         """Couple two batches and draw a time and a point on each pair's path.
@@ -118,10 +189,7 @@ class FlowMatching:
             y: conditions of the data, one a sample; they follow their samples.
             generator: source of randomness for the coupling, the times and the path's noise.
         """
-        pairs = self.coupling(x0, x1, y1=y, generator=generator)
-        start, end = pairs.apply(x0, x1)
-        batch = along_path(self.path, start, end, generator)
-        return replace(batch, y=select(y, pairs.target), weight=pairs.weight, info=pairs.info)
+        return self.along(self.couple(x0, x1, y, generator), generator)
 
     def loss(
         self,

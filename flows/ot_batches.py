@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from flows.datasets.images import ImageData
+from flows.matching import CoupledBatch, check_coupling
 from flows.seeds import derive_seed, generator_at, seeded
-from mbot import Coupling, checks
-from mbot.conditions import as_tensor, select, to_device
+from mbot import Coupling, IndependentCoupling, checks
+from mbot.conditions import as_tensor, to_device
 from mbot.distributed import GlobalCoupling
 
 Source = Callable[[int, torch.Generator], Tensor] | Tensor | Dataset[Any] | None
@@ -45,7 +46,7 @@ class OTBatches:
         self,
         dataset: Dataset[Any],
         source: Source,
-        coupling: Coupling,
+        coupling: Coupling | None,
         batch_size: int,
         ot_batch_size: int,
         *,
@@ -61,14 +62,13 @@ class OTBatches:
                 f"dataset must be map-style, with __len__ and __getitem__; got {type(dataset).__name__}. "
                 "Wrap tensors in torch.utils.data.TensorDataset"
             )
-        if not isinstance(coupling, Coupling):
-            raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {coupling!r}")
+        coupling = check_coupling(IndependentCoupling() if coupling is None else coupling)
         if not (source is None or callable(source) or hasattr(source, "__getitem__")):
             raise TypeError(
                 "source must be None (standard normal), a callable (n, generator) -> tensor, a tensor of samples or a "
                 f"map-style data set; got {type(source).__name__}"
             )
-        self.dataset, self.source, self.coupling, self.collate = dataset, source, coupling, collate
+        self.dataset, self.source, self.collate = dataset, source, collate
         self.batch_size = batch_size = checks.count(batch_size, "batch_size")
         self.ot_batch_size = ot_batch_size = checks.count(ot_batch_size, "ot_batch_size")
         self.scope = checks.choice(scope, "coupling_scope", ("rank", "global"))
@@ -96,7 +96,11 @@ class OTBatches:
                 + (f" ({self.world} processes × {ot_batch_size})" if self.world > 1 else "")
                 + "; lower ot_batch_size or batch_size, or pass drop_last=False"
             )
+        self.use_coupling(coupling)
 
+    def use_coupling(self, coupling: Coupling) -> None:
+        """Pair with this coupling from now on."""
+        self.coupling = coupling
         self.whole = self._load_whole()
 
     @property
@@ -154,10 +158,8 @@ class OTBatches:
             )
         return _floating(x, "samples"), y
 
-    def couple(
-        self, fetched: Fetched, device: torch.device
-    ) -> tuple[Tensor, Tensor, Any, Tensor | None, Tensor, dict[str, Any]]:
-        """Noise for fetched samples and their pairs: ``x0, x1, y, weight, index, info``."""
+    def couple(self, fetched: Fetched, device: torch.device) -> CoupledBatch:
+        """Noise for fetched samples, and their pairs."""
         number, samples, y, index = fetched
         if samples is None:
             return self._couple_whole(number, len(index), device)
@@ -172,8 +174,7 @@ class OTBatches:
             pairs = whole(x0, x1, y1=y, generator=generator, place=self._place(len(x1))).here()
         else:
             pairs = self.coupling(x0, x1, y1=y, generator=generator)
-        x0, x1 = pairs.apply(x0, x1)
-        return x0, x1, select(y, pairs.target), pairs.weight, index[pairs.target.cpu()], pairs.info
+        return CoupledBatch.of(pairs, x0, x1, y, index)
 
     def _load_whole(self) -> tuple[Tensor, Any] | None:
         """The data set as one batch, for a coupling that chooses among all its points."""
@@ -181,9 +182,7 @@ class OTBatches:
             return None
         return self._samples(torch.arange(self.size), derive_seed(self.seed, "fetch"))
 
-    def _couple_whole(
-        self, number: int, n: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Any, Tensor | None, Tensor, dict[str, Any]]:
+    def _couple_whole(self, number: int, n: int, device: torch.device) -> CoupledBatch:
         """Fresh noise with its points of the whole data set; every process by itself, as the potentials are global."""
         if self.whole is None:
             raise RuntimeError("the data set was not loaded")
@@ -193,8 +192,7 @@ class OTBatches:
         x0 = self._noise(n, data, generator_at(self.seed, "noise", number, self.rank, device=device), number)
         generator = generator_at(self.seed, "coupling", number, self.rank, device=device)
         pairs = self.coupling(x0, data, y1=labels, generator=generator)
-        x0, x1 = pairs.apply(x0, data)
-        return x0, x1, select(labels, pairs.target), pairs.weight, pairs.target.cpu(), pairs.info
+        return CoupledBatch.of(pairs, x0, data, labels, torch.arange(len(data)))
 
     def _rows(self, number: int) -> Tensor:
         """Positions in the data set of this process's part of an OT batch."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbot import Coupling, EntropicOT, IndependentCoupling, OTCoupling, checks
+from mbot import Coupling, EntropicOT, IndependentCoupling, OTCoupling, SinkhornCoupling, checks
 
 _FLOOR = 1e-8  # under t (1 - t) in the bridge's velocity, as in the reference implementation
 
@@ -57,6 +57,9 @@ class Path(ABC):
         """The coupling that the path's theory asks for; independent pairs unless a path says otherwise."""
         return IndependentCoupling()
 
+    def check_coupling(self, coupling: Coupling) -> None:  # noqa: B027  # most paths take any coupling
+        """Refuse a coupling that contradicts the path, with a ValueError; any is taken unless a path says otherwise."""
+
 
 @dataclass(frozen=True)
 class LinearPath(Path):
@@ -90,7 +93,9 @@ class SchrodingerBridgePath(Path):
 
     ``xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) noise`` with velocity
     ``(1 - 2t) / (2 t (1 - t)) (xt - mean) + x1 - x0``. The bridge belongs with entropic pairs of regularisation
-    ``2 sigma²``, which `flows.FlowMatching` takes unless it is given a coupling.
+    ``2 sigma²``, which `flows.FlowMatching`, `flows.Trainer` and the command line take unless they are given a
+    coupling. Entropic pairs of another regularisation and independent pairs (that of an infinite one) contradict it;
+    exact pairs, the limit of a small ``sigma``, and conditional ones are taken.
 
     The velocity's noise term has an infinite limit at t = 0 and t = 1 (and a loss whose variance grows with
     ``log 1/t``); ``t (1 - t)`` is floored as in the reference, so that the velocity stays finite there.
@@ -113,6 +118,21 @@ class SchrodingerBridgePath(Path):
         """Entropic transport with ``reg = 2 sigma²``."""
         # Drawing pairs from the plan disturbs the marginals by far more than this tolerance.
         return OTCoupling(EntropicOT(reg=2 * self.sigma**2, tol=1e-3))
+
+    def check_coupling(self, coupling: Coupling) -> None:
+        """Refuse independent pairs, and entropic ones of another regularisation than ``2 sigma²``."""
+        wanted, reg = 2 * self.sigma**2, None
+        if isinstance(coupling, IndependentCoupling):
+            reg = math.inf
+        elif isinstance(coupling, OTCoupling) and isinstance(coupling.transport, EntropicOT):
+            reg = coupling.transport.reg
+        elif isinstance(coupling, SinkhornCoupling) and not coupling.relative:
+            reg = coupling.reg
+        if reg is not None and not math.isclose(reg, wanted, rel_tol=1e-6):
+            raise ValueError(
+                f"{self} is made of entropic pairs of reg = 2 sigma² = {wanted:g}; {coupling} has reg = {reg:g}. Give "
+                "no coupling for the path's own, or the sigma that belongs to the coupling"
+            )
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Path.sample`."""

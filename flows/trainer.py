@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -15,23 +16,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flows import checkpoint
+from flows.averaging import averaged_model
 from flows.checkpoint import CheckpointError
 from flows.folder_lock import FolderLock
 from flows.guidance import drop_conditions
-from flows.interrupt import Interrupted, NonFiniteLoss, Signals
+from flows.interrupt import Interrupted, NumberGuard, Signals
 from flows.loader import CoupledLoader, WorkerDied
 from flows.logs import RunLog, TrainResult
-from flows.matching import FlowBatch, along_path, regression_loss
-from flows.paths import LinearPath, Path, check_path
+from flows.matching import FlowMatching, regression_loss
+from flows.paths import LinearPath, Path
 from flows.seeds import derive_seed, generator_at, random_states, restore_random_states
 from mbot import __version__, checks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SIGNAL, _NON_FINITE = 1, 2
-_LEAST_SCALE = 1e-4  # of an fp16 loss; at 65536 to begin with, it halves when a gradient overflows
 
 
 class Trainer:
@@ -45,7 +45,8 @@ class Trainer:
         model: velocity model, on its device.
         loader: coupled batches; its ``device`` should be the model's.
         steps: optimiser steps of the whole run.
-        path: how pairs are connected.
+        path: how pairs are connected; None for straight lines. Where the loader was given no coupling, it takes the
+            path's own.
         optimizer: over the model's parameters; None for Adam at 2e-4.
         scheduler: stepped once an optimiser step; None for a constant rate. See `warmup_schedule`.
         out: folder of the run: ``checkpoints/``, ``metrics.csv``, ``tensorboard/``. None writes nothing.
@@ -68,7 +69,7 @@ class Trainer:
 
     Raises:
         TypeError: wrong kinds of arguments.
-        ValueError: settings out of range.
+        ValueError: settings out of range, or a coupling of the loader that contradicts the path.
     """
 
     def __init__(
@@ -102,7 +103,8 @@ class Trainer:
         if not isinstance(loader, CoupledLoader):
             raise TypeError(f"loader must be a flows.CoupledLoader; got {type(loader).__name__}")
         self.model, self.loader, self.steps = model, loader, checks.count(steps, "steps")
-        self.path = check_path(LinearPath() if path is None else path)
+        self.matching = FlowMatching(loader.given_coupling, path or LinearPath())  # type: ignore[arg-type]
+        loader.use_coupling(self.matching.coupling)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.optimizer = torch.optim.Adam(model.parameters(), lr=2e-4) if optimizer is None else optimizer
         self.scheduler = scheduler
@@ -136,14 +138,8 @@ class Trainer:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.step = 0
-        half = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
-        if ema is not None and half:
-            raise ValueError(
-                f"ema cannot average weights of {', '.join(half)}: such numbers swallow its small steps. Keep float32 "
-                "weights and train with precision='bf16', or give ema=None"
-            )
-        averaged = None if ema is None else AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
-        self.averaged = averaged
+        decay = self.ema_decay
+        self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
         self._ddp: Any = model
@@ -151,9 +147,13 @@ class Trainer:
             devices = [self.device] if self.device.type == "cuda" else None
             self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices)
         self._run = torch.compile(self._ddp) if compile else self._ddp
-        self._bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._last: dict[str, Any] = {"loss": math.nan, "grad_norm": math.nan}
+        self._guard = NumberGuard(self.device, None if self.out is None else self._folder)
         self._started = False
+
+    @property
+    def path(self) -> Path:
+        """How pairs are connected."""
+        return self.matching.path
 
     @property
     def sampling_model(self) -> nn.Module:
@@ -226,7 +226,7 @@ class Trainer:
             self.loader.close()
         return TrainResult(
             self.step,
-            float(self._last["loss"]),
+            float(self._guard.loss),
             time.perf_counter() - began if self.step > first else 0.0,
             self.loader.wait_seconds - waited,
             saved,
@@ -238,8 +238,8 @@ class Trainer:
             return self._save()
 
     def _save(self) -> FilePath | None:
-        if bool(self._bad):
-            self._complain()
+        if bool(self._guard.bad):
+            self._guard.stop(self.step, self._rate, self.precision)
         self._check_weights()
         generators = random_states(self.generator)
         states: list[Any] = [generators]
@@ -291,7 +291,7 @@ class Trainer:
         except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} belongs to another model or loader: {error}") from error
         self.step, self._started = state["step"], True
-        self._bad.zero_()
+        self._guard.bad.zero_()
         return dict(state["config"])
 
     @property
@@ -299,6 +299,13 @@ class Trainer:
         if self.out is None:
             raise ValueError("this trainer has no folder: give out")
         return self.out / "checkpoints"
+
+    @property
+    def _rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _check_weights(self) -> None:
+        self._guard.check_weights(self.step, self._rate, self.model, self.sampling_model)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the saved one."""
@@ -319,19 +326,14 @@ class Trainer:
         every = self.every[what]
         return every is not None and step % every == 0
 
-    def _average(self, averaged: Any, current: Any, count: Any) -> None:
-        decay = min(self.ema_decay or 0.0, (1 + self.step) / (10 + self.step))
-        get_ema_multi_avg_fn(decay)(averaged, current, count)
-
     def _one_step(self, signals: Signals) -> bool:
         """One optimiser step; returns whether a signal asks to stop after it."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part in range(self.accumulate):
             batch = self.loader.next_batch().to(self.device)
-            points = along_path(self.path, batch.x0, batch.x1, self.generator)
-            y = drop_conditions(batch.y, self.condition_dropout, self.generator)
-            flow = FlowBatch(points.t, points.xt, points.ut, y, batch.weight)
+            flow = self.matching.along(batch, self.generator)
+            flow = replace(flow, y=drop_conditions(flow.y, self.condition_dropout, self.generator))
             quiet = self.world > 1 and part + 1 < self.accumulate
             with self._ddp.no_sync() if quiet else contextlib.nullcontext():
                 with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
@@ -340,12 +342,7 @@ class Trainer:
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if self.clip is None else self.clip)
-        self._bad |= ~total.isfinite()
-        if not self.scaler.is_enabled():  # the scaler skips such steps itself
-            self._bad |= ~norm.isfinite()
-        elif self.scaler.get_scale() < _LEAST_SCALE:
-            self._bad |= True
-        self._last = {"loss": total, "grad_norm": norm}
+        self._guard.note(total, norm, self.scaler)
         stop = self._agree(signals)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -366,38 +363,14 @@ class Trainer:
         followed = step == self.steps or self._due("checkpoint", step) or self._due("preview", step)
         if self.device.type != "cpu" and step % 10 and not followed and (self.world > 1 or signals.received is None):
             return False
-        code = max(_SIGNAL * (signals.received is not None), _NON_FINITE * int(self._bad))
+        code = max(_SIGNAL * (signals.received is not None), _NON_FINITE * int(self._guard.bad))
         if self.world > 1:
             shared = torch.tensor(code, device=self.device)
             dist.all_reduce(shared, dist.ReduceOp.MAX)
             code = int(shared)
         if code == _NON_FINITE:
-            self._complain()
+            self._guard.stop(step, self._rate, self.precision)
         return code == _SIGNAL
-
-    def _complain(self) -> None:
-        norm, scale = float(self._last["grad_norm"]), self.scaler.get_scale()
-        said = f"step {self.step + 1}: the loss is {float(self._last['loss']):g}, the gradient norm {norm:g}"
-        if self.scaler.is_enabled() and scale < _LEAST_SCALE:
-            said = f"step {self.step + 1}: the gradient overflows at every loss scale down to {2 * scale:g}"
-        said += f", at learning rate {self.optimizer.param_groups[0]['lr']:g} in {self.precision}"
-        advice = "Lower the learning rate, clip gradients, or use bf16 or fp32 in place of fp16"
-        raise NonFiniteLoss(f"{said}. {self._what_is_left()} {advice}")
-
-    def _check_weights(self) -> None:
-        """Refuse to save weights that are no numbers, as a step that is too large leaves them."""
-        parts = [self.model] if self.averaged is None else [self.model, self.averaged.module]
-        bad = [name for part in parts for name, p in part.named_parameters() if not bool(p.isfinite().all())]
-        if bad:
-            raise NonFiniteLoss(
-                f"after step {self.step} weights are not finite ({', '.join(bad[:3])}), at learning rate "
-                f"{self.optimizer.param_groups[0]['lr']:g}; they are not saved. {self._what_is_left()} Lower the "
-                "learning rate, or clip gradients"
-            )
-
-    def _what_is_left(self) -> str:
-        last = None if self.out is None else checkpoint.last_good(self._folder)
-        return f"The last good checkpoint is {last}." if last else "There is no good checkpoint yet."
 
     def _report(self, log: RunLog) -> None:
         if self.rank == 0:
@@ -405,9 +378,9 @@ class Trainer:
                 self.step,
                 self.loader.wait_seconds,
                 epoch=self.loader.epoch,
-                loss=float(self._last["loss"]),
-                lr=float(self.optimizer.param_groups[0]["lr"]),
-                grad_norm=float(self._last["grad_norm"]),
+                loss=float(self._guard.loss),
+                lr=self._rate,
+                grad_norm=float(self._guard.norm),
             )
 
     def _show(self) -> None:

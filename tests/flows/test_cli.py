@@ -383,6 +383,13 @@ def test_couplings_by_name(arguments, coupling):
     assert build.build_coupling(settings, build.load_task(settings)) == coupling
 
 
+def test_a_contradiction_of_path_and_coupling_is_told(tmp_path, capsys):
+    bridge = ["--path", "schrodinger-bridge", "--coupling", "fm"]
+    assert main(["train", *TINY, *bridge, "--out", str(tmp_path / "run")]) == 2
+    assert "is made of entropic pairs of reg = 2 sigma² = 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_paper_presets_have_the_papers_models():
     class Images:
         shape, num_classes, condition_dim, images = (3, 32, 32), 10, 0, True

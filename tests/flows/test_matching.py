@@ -135,3 +135,77 @@ def test_the_toy_model_has_the_published_size():
     model = flows.models.ResidualMLP(2, condition_dim=1)
     blocks = 3 * (128 * 512 + 512 + 512 * 128 + 128)
     assert sum(p.numel() for p in model.parameters()) == (2 * 128 + 128) + 2 * (128 + 128) + blocks + (128 * 2 + 2)
+
+
+BRIDGE = flows.SchrodingerBridgePath(sigma=0.5)
+ENTROPIC = BRIDGE.default_coupling()
+CONTRADICTIONS = [
+    mbot.IndependentCoupling(),
+    mbot.OTCoupling(mbot.EntropicOT(reg=0.4)),
+    mbot.SinkhornCoupling(reg=0.6, relative=False),
+]
+AGREEING = [
+    mbot.OTCoupling(),
+    mbot.ConditionalOTCoupling(),
+    mbot.OTCoupling(mbot.EntropicOT(reg=0.5)),
+    mbot.SinkhornCoupling(reg=0.5, relative=False),
+    mbot.SinkhornCoupling(reg=0.6),  # of the costs' scale: not known before the data are
+]
+
+
+def trained(path, coupling=None, loader=None, **settings):
+    g = torch.Generator().manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 2, generator=g), torch.arange(32) % 2)
+    loader = loader or flows.CoupledLoader(data, None, coupling, batch_size=16)
+    torch.manual_seed(0)
+    model = flows.models.ResidualMLP(2, num_classes=2, width=8, depth=1)
+    return flows.Trainer(model, loader, steps=3, path=path, progress=False, **settings)
+
+
+def test_a_bridge_gets_its_entropic_pairs_wherever_it_is_used():
+    assert FlowMatching(path=BRIDGE).coupling == ENTROPIC
+    trainer = trained(BRIDGE)
+    assert trainer.loader.coupling == trainer.matching.coupling == ENTROPIC
+    trainer.fit()
+    by_hand = trained(BRIDGE, ENTROPIC)
+    by_hand.fit()
+    for a, b in zip(trainer.model.parameters(), by_hand.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("coupling", CONTRADICTIONS, ids=repr)
+def test_a_coupling_that_contradicts_the_bridge_is_refused_everywhere(coupling):
+    says = r"entropic pairs of reg = 2 sigma² = 0\.5; .*reg"
+    for build in (lambda: FlowMatching(coupling, BRIDGE), lambda: trained(BRIDGE, coupling)):
+        with pytest.raises(ValueError, match=says):
+            build()
+
+
+@pytest.mark.parametrize("coupling", AGREEING, ids=repr)
+def test_couplings_that_go_with_the_bridge_are_kept(coupling):
+    assert FlowMatching(coupling, BRIDGE).coupling == coupling
+    assert trained(BRIDGE, coupling).loader.coupling == coupling
+
+
+def test_a_loader_without_a_coupling_follows_the_path_of_each_trainer():
+    loader = trained(None).loader
+    assert loader.coupling == mbot.IndependentCoupling()
+    first = next(iter(loader))
+    assert trained(BRIDGE, loader=loader).loader.coupling == ENTROPIC
+    loader.set_epoch(0)
+    assert not torch.equal(next(iter(loader)).x0, first.x0)
+    trained(LinearPath(), loader=loader)
+    loader.set_epoch(0)
+    assert torch.equal(next(iter(loader)).x0, first.x0)
+
+
+def test_coupling_and_placing_are_the_two_halves_of_a_sample():
+    x0, x1 = pair()
+    y = torch.arange(16)
+    for fm in (FlowMatching(mbot.WeightedCoupling(reg=2.0), LinearPath(sigma=0.1)), FlowMatching(path=BRIDGE)):
+        whole = fm.sample(x0, x1, y, generator=torch.Generator().manual_seed(0))
+        g = torch.Generator().manual_seed(0)
+        halves = fm.along(fm.couple(x0, x1, y, generator=g), g)
+        for name in ("t", "xt", "ut", "y", "weight"):
+            a, b = getattr(whole, name), getattr(halves, name)
+            assert a is b is None or torch.equal(a, b)

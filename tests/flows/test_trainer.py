@@ -256,8 +256,8 @@ def test_accumulation_is_the_larger_batch():
         data = TensorDataset(torch.ones(20, 2))
         loader = flows.CoupledLoader(data, torch.zeros(20, 2), None, batch_size, shuffle=False)
         sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        t = flows.Trainer(model, loader, steps=3, optimizer=sgd, accumulate=accumulate, progress=False, ema=None)
-        t.path = Still()
+        settings = {"optimizer": sgd, "accumulate": accumulate, "progress": False, "ema": None}
+        t = flows.Trainer(model, loader, steps=3, path=Still(), **settings)
         t.fit()
         return weights(t)
 
