@@ -234,6 +234,7 @@ class SemidiscreteCoupling(Coupling):
         target = _cells(x, points, learned.values.to(points), codes, wanted)
         source = torch.arange(len(x), device=x.device)
         cost = (x - points[target]).square().sum(1).double().mean()
+        checks.finite(cost, "the mean squared distance of the pairs")
         return Pairs(source, target, info={"chi2": learned.chi2, "transport_cost": float(cost)})
 
     def _classes_of(
@@ -269,6 +270,8 @@ class SemidiscreteCoupling(Coupling):
         # The spread of <x, y> over y, for noise of this size: what potentials are measured in.
         norm, spread = fresh(256).square().sum(1).mean().sqrt(), points.var(0, correction=0).mean().sqrt()
         scale = float(norm * spread)
+        if not math.isfinite(256 * max(scale, float(points.abs().amax() ** 2 * points.shape[1]))):
+            raise ValueError(f"the squared distances of these points do not fit into {points.dtype}: rescale them")
         size = _class_sizes(points, codes)
         expected = self.batch_size * size / count  # noises of its class that a batch holds
         average, averaged = last.clone(), 0

@@ -72,7 +72,7 @@ class WeightedCoupling(Coupling):
         source, target = in_order(x0, x1, generator)
         info: dict[str, Any] = {}
         if self.correction is not None:
-            kernel = -pairwise(x0, x1, self.cost).double() / self.reg
+            kernel = -checks.finite(pairwise(x0, x1, self.cost), "the costs of the pairs").double() / self.reg
             phi, psi = centred(kernel, self.iterations)
             info["tilt_before"] = _tilt(kernel)
             info["tilt"] = _tilt(kernel + phi[:, None] + psi)
@@ -83,7 +83,7 @@ class WeightedCoupling(Coupling):
                 cost = paired(x0, x1, self.cost)
             else:
                 cost = self.cost(x0[:, None], x1[:, None])[:, 0, 0]
-            log_weight = -cost.double() / self.reg
+            log_weight = -checks.finite(cost, "the costs of the pairs").double() / self.reg
         weight = log_weight.softmax(0) * len(log_weight)
         info["effective_sample_size"] = float(effective_sample_size(weight))
         return Pairs(source, target, weight.to(x1.dtype if x1.dtype.itemsize >= 4 else torch.float32), info)

@@ -27,18 +27,24 @@ _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
 def _cap(weight, soft, mass, t):  # type: ignore[no-untyped-def]
     """The t at which ``sum min(weight, t soft)`` is ``mass``: Newton's method on a concave piecewise linear function.
 
-    From any start it is below the root after one step and then climbs, one bend or more a step.
+    From any start where the function has a slope it is below the root after one step, and then climbs, one bend or
+    more a step. Where every row is full there is no slope: it starts below the root then, with no row full.
     """
     previous = -np.inf
-    for _ in range(len(weight) + 2):
-        full, open_mass = 0.0, 0.0
+    for _ in range(len(weight) + 3):
+        full, open_mass, slope = 0.0, 0.0, 0.0
         for i in range(len(weight)):
             capped = weight[i] <= t * soft[i]
             full += weight[i] if capped else 0.0
             open_mass += 0.0 if capped else soft[i]
-        if open_mass <= 0.0:  # every row is full: any larger t will do
+            slope += soft[i]
+        if open_mass > 0.0:
+            t = (mass - full) / open_mass
+        elif full > mass and previous == -np.inf:
+            t = mass / slope
+            continue
+        else:  # the mass is the whole weight: any larger t will do
             return t
-        t = (mass - full) / open_mass
         if t <= previous:
             return t
         previous = t
@@ -95,7 +101,7 @@ def _solve(plan, a, b, kind, parameter, factor, budget, tol, begin, stop, u_all,
                 scale = u[i]
                 for j in range(m):
                     cols[j] += scale * kernel[i, j]
-            col_cap, moved = _update(cols, b[p], v, kind, parameter, 1.0, col_cap)
+            col_cap, moved = _update(cols, b[p], v, kind, parameter, factor[p], col_cap)
             iterations[p] = turn + 1
             if moved < 0.0:
                 error[p] = -1.0
@@ -123,7 +129,7 @@ def iterate(
         b: ``(B, m)`` weights of the columns.
         kind: `BALANCED`, `KL_RELAXED` or `CAPPED`.
         parameter: the rate of `KL_RELAXED`, the mass of `CAPPED`.
-        factor: ``(B,)``, of the rows' scalings under `KL_RELAXED`: ``exp((rate - 1) phi0)``.
+        factor: ``(B,)``, of the scalings under `KL_RELAXED`.
         budget: iterations.
         tol: share of the mass.
 

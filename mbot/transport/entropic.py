@@ -77,7 +77,7 @@ class EntropicOT(Transport):
             max_iter=self.max_iter, tol=self.tol,
         )  # fmt: skip
         # The dual value: its error is of second order in the potentials'.
-        value = (a * found.phi).sum(-1) + (b * found.psi).sum(-1) - found.plan.sum((-2, -1)) + a.sum(-1) * b.sum(-1)
+        value = (a * found.phi).sum(-1) + (b * found.psi).sum(-1) - found.rows.sum(-1) + a.sum(-1) * b.sum(-1)
         return plan_of("EntropicOT", cost, found, self.reg * value, self.reg, self.max_iter)
 
 

@@ -107,7 +107,7 @@ class PartialOT(Transport):
             cost.reshape(-1, *cost.shape[-2:]), a, b, reg=self.reg, row_step=step, col_step=step, weighted=False,
             max_iter=self.max_iter, tol=self.tol,
         )  # fmt: skip
-        objective = (found.plan.sum(-1) * found.phi).sum(-1) + (found.plan.sum(-2) * found.psi).sum(-1)
+        objective = (found.rows * found.phi).sum(-1) + (found.cols * found.psi).sum(-1)
         return plan_of("PartialOT", cost, found, self.reg * objective, self.reg, self.max_iter)
 
 

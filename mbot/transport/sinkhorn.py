@@ -22,10 +22,15 @@ import torch
 from torch import Tensor
 
 from mbot.transport.steps import KLRelaxed, Step
+from mbot.transport.support import large_entries, usable_pairs
 
 _RANGE = {torch.float32: 20.0, torch.float64: 200.0}  # |log scaling| at which P is renewed, far from overflow
 _REACH = 12.0  # largest change of a potential in a Newton step
+_TRIALS = 8  # lengths of a Newton step
 _EVERY = 10  # iterations between checks
+_WIDE = 2e3  # costs spread over more regularisations than this need float64, and a look at the largest
+_ROUNDING = 1e-3  # largest relative error of a plan's entries, from the rounding of its potentials
+_PATIENCE = 400  # iterations that problems with forbidden pairs get before these are looked at
 _DIRECT = 40  # costs spread over fewer regularisations than this need no epsilon-scaling
 _SCALING = 0.25  # ratio of successive regularisations on the way down to reg
 _ROUNDS = 4  # rounds at most at each of them
@@ -37,7 +42,10 @@ _BUDGET = 400  # iterations in it, and two a row, before Newton steps are the qu
 
 @dataclass
 class Solution:
-    """What the loop returns, for ``B`` problems: plans, float64 potentials in units of ``reg``, how it ended."""
+    """What the loop returns, for ``B`` problems: plans, float64 potentials in units of ``reg``, how it ended.
+
+    ``rows`` and ``cols`` are the plans' marginals in float64; ``error`` and ``converged`` are measured on them.
+    """
 
     plan: Tensor
     phi: Tensor
@@ -45,23 +53,31 @@ class Solution:
     error: Tensor
     iterations: Tensor
     converged: Tensor
+    rows: Tensor
+    cols: Tensor
 
     @classmethod
     def empty(cls, like: Tensor) -> Solution:
         """Room for the problems of ``like`` ``(B, n, m)``."""
-        (problems, n, m), device = like.shape, like.device
+        problems, n, m = like.shape
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(problems, *size, dtype=dtype, device=like.device)
+
         return cls(
             plan=torch.zeros_like(like),
-            phi=torch.zeros(problems, n, dtype=torch.float64, device=device),
-            psi=torch.zeros(problems, m, dtype=torch.float64, device=device),
-            error=torch.full((problems,), torch.inf, dtype=torch.float64, device=device),
-            iterations=torch.zeros(problems, dtype=torch.int64, device=device),
-            converged=torch.zeros(problems, dtype=torch.bool, device=device),
+            phi=zeros(n),
+            psi=zeros(m),
+            error=zeros().fill_(torch.inf),
+            iterations=zeros(dtype=torch.int64),
+            converged=zeros(dtype=torch.bool),
+            rows=zeros(n),
+            cols=zeros(m),
         )
 
     def put(self, rows: Tensor, other: Solution) -> None:
         """Write the solution of some problems; iterations add up."""
-        for name in ("plan", "phi", "psi", "error", "converged"):
+        for name in ("plan", "phi", "psi", "error", "converged", "rows", "cols"):
             getattr(self, name)[rows] = getattr(other, name).to(getattr(self, name).dtype)
         self.iterations[rows] += other.iterations
 
@@ -78,7 +94,10 @@ def sinkhorn(
     max_iter: int,
     tol: float,
 ) -> Solution:
-    """Run the loop.
+    """Solve, and check the plans against what they claim.
+
+    Entries that are large against all others are tried as forbidden pairs first (`mbot.transport.support`). Where
+    forbidden pairs keep the iterations from converging, pairs that no plan can use are forbidden as well.
 
     Args:
         cost: ``(B, n, m)``, float32 or float64; ``+inf`` forbids a pair.
@@ -90,16 +109,116 @@ def sinkhorn(
         weighted: whether the entropy is relative to ``a ⊗ b`` (True) or to the counting measure.
         max_iter: iterations (each updates rows and columns once).
         tol: stop when an update would move less than this share of the mass.
+
+    Raises:
+        ValueError: forbidden pairs leave no plan with the marginals.
     """
     tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
+    if not bool((a > 0).all() & (b > 0).all()):
+        cost = torch.where((a > 0)[:, :, None] & (b > 0)[:, None, :], cost, torch.inf)
+    low, high = _range(cost)
+
+    def run(cost: Tensor, rows: Tensor | slice, budget: int) -> Solution:
+        return _checked(cost, a[rows], b[rows], low[rows], reg, row_step, col_step, weighted, budget, tol)
+
+    wide = high - low > _WIDE * reg
+    if not bool((wide | (high == torch.inf)).any()):
+        return run(cost, slice(None), max_iter)
+    wanted = row_step.least(a)
+    floor = reg * row_step.negligible
+    excess = cost.double() - low[:, None, None]
+    limit = torch.full_like(low, torch.inf)
+    limit[wide] = large_entries(excess[wide], a[wide], b[wide], floor, wanted[wide])
+    allowed = (excess < torch.inf) & (excess <= limit[:, None, None])
+    must_hold = (wanted > 0) & ~allowed.all((1, 2))
+    patience = min(max_iter, _PATIENCE) if bool(must_hold.any()) else max_iter
+    found = run(torch.where(allowed, cost, torch.inf), slice(None), patience)
+    left = (~found.converged).nonzero()[:, 0]  # with time to spare
+    if patience == max_iter or not len(left):
+        return found
+    while True:
+        usable, missing = usable_pairs(allowed[left], a[left], b[left], wanted[left])
+        short = left[missing > 1e-9]
+        if not len(short):
+            break
+        if bool((limit[short] == torch.inf).any()):
+            raise ValueError(
+                "forbidden pairs (cost +inf) leave no plan: there is no way for a share "
+                f"{float(missing.max()):.3g} of the mass. Allow more pairs, or use UnbalancedOT or less mass"
+            )
+        limit[short] = large_entries(excess[short], a[short], b[short], floor, wanted[short], limit[short])
+        allowed[short] = (excess[short] < torch.inf) & (excess[short] <= limit[short, None, None])
+    allowed[left] &= usable
+    found.put(left, run(torch.where(allowed[left], cost[left], torch.inf), left, max_iter))
+    return found
+
+
+def _range(cost: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest cost of each problem, ``(B,)`` float64; ``+inf`` if a pair is forbidden, 0 if all are."""
+    low, high = cost.amin((1, 2)).double(), cost.amax((1, 2)).double()
+    return torch.where(low < torch.inf, low, 0), high
+
+
+def _checked(
+    cost: Tensor, a: Tensor, b: Tensor, low: Tensor, reg: float, row_step: Step, col_step: Step, weighted: bool,
+    max_iter: int, tol: float,
+) -> Solution:  # fmt: skip
+    """The solution for given forbidden pairs; in float64 where the costs spread too far for float32."""
+    dtype, spread = cost.dtype, _range(cost)[1] - low
+    if bool((spread == torch.inf).any()):
+        spread = (torch.where(cost < torch.inf, cost, -torch.inf).amax((1, 2)).double() - low).clamp_min(0)
+    if bool((spread > _WIDE * reg).any()):
+        cost = cost.double()
     log_a, log_b = (w.log() if weighted else torch.where(w > 0, 0.0, -torch.inf) for w in (a, b))
     reference = (log_a[:, :, None] + log_b[:, None, :]).to(cost.dtype)  # -inf: takes no part
-    finite = torch.isfinite(cost)
-    low = torch.where(finite, cost, torch.inf).amin((1, 2)).double()
-    spread = torch.where(finite, cost, -torch.inf).amax((1, 2)).double() - low
+    half = (low / (2 * reg))[:, None]
+    log_a, log_b = row_step.shifted(a.log(), half), col_step.shifted(b.log(), half)
+    factor = row_step.plain(half[:, 0])
+    cost = cost - low[:, None, None].to(cost.dtype)
+    found = _run(cost, reference, a, b, log_a, log_b, factor, spread, reg, row_step, col_step, max_iter, tol)
+    _certify(found, log_a, log_b, row_step, col_step, tol)
+    bare = ((found.rows == 0) & (a > 0)).any(-1) | ((found.cols == 0) & (b > 0)).any(-1)
+    if bool(bare.any()):  # points whose mass is less than the smallest number: products say nothing of their potentials
+        loop = _Loop(reference[bare] - cost[bare] / reg, log_a[bare], log_b[bare], row_step, col_step)
+        loop.phi, loop.psi = found.phi[bare], found.psi[bare]
+        loop.log_update()
+        found.phi[bare] = torch.where(found.rows[bare] == 0, loop.phi, found.phi[bare])
+        found.psi[bare] = torch.where(found.cols[bare] == 0, loop.psi, found.psi[bare])
+    found.phi += half
+    found.psi += half
+    found.plan = found.plan.to(dtype)
+    return found
+
+
+def _certify(found: Solution, a: Tensor, b: Tensor, row_step: Step, col_step: Step, tol: float) -> None:
+    """Measure the error on the plan itself: its marginals, and whether its digits are more than rounding."""
+    found.rows, found.cols = found.plan.sum(-1, dtype=torch.float64), found.plan.sum(-2, dtype=torch.float64)
+    eps = torch.finfo(found.plan.dtype).eps
+    rounding = eps * torch.maximum(*(_extent(p) for p in (found.phi, found.psi)))
+    error = torch.where(rounding < _ROUNDING, 0, rounding)
+    for step, potential, mass, weight in (
+        (row_step, found.phi, found.rows, a),
+        (col_step, found.psi, found.cols, b),
+    ):
+        wanted = step.mass(potential, mass, weight)
+        total = torch.maximum(mass.sum(-1), wanted.sum(-1))
+        error = torch.maximum(error, (mass - wanted).abs().sum(-1) / torch.where(total > 0, total, 1))
+    found.error, found.converged = error, error <= tol * (1 + 1e-6) + 8 * eps
+
+
+def _extent(potential: Tensor) -> Tensor:
+    return potential.amax(-1) - potential.amin(-1)
+
+
+def _run(
+    cost: Tensor, reference: Tensor, a: Tensor, b: Tensor, log_a: Tensor, log_b: Tensor,
+    plain: tuple[int, float, Tensor], spread: Tensor, reg: float, row_step: Step, col_step: Step, max_iter: int,
+    tol: float,
+) -> Solution:  # fmt: skip
+    """The loop, for costs whose least is 0."""
 
     def loop(rows: Tensor) -> _Loop:
-        return _Loop(reference[rows] - cost[rows] / reg, a[rows], b[rows], row_step, col_step)
+        return _Loop(reference[rows] - cost[rows] / reg, log_a[rows], log_b[rows], row_step, col_step)
 
     out = Solution.empty(cost)
     todo = torch.ones_like(out.converged)
@@ -109,7 +228,7 @@ def sinkhorn(
         easy = spread <= _PLAIN * reg
         rows = easy.nonzero()[:, 0]
         if len(rows):
-            failed = _plain(out, rows, cost, reference, low / reg, a, b, row_step.plain(), reg, max_iter, tol)
+            failed = _plain(out, rows, cost, reference, a, b, plain, reg, max_iter, tol)
             todo = ~easy | failed
             slow = easy & ~failed & ~out.converged & (out.iterations < max_iter)
             if bool(slow.any()):  # go on from where the kernel stopped
@@ -119,10 +238,9 @@ def sinkhorn(
                 out.put(slow, _iterate(some, max_iter - int(out.iterations[slow].max()), tol))
     if not bool(todo.any()):
         return out
-    some, least, widest = loop(todo), float(low[todo].amin()), float(spread[todo].amax())
+    some, widest = loop(todo), float(spread[todo].amax())
     if widest <= _RANGE[cost.dtype] * reg:  # the plan at equal potentials neither under- nor overflows
-        some.phi = torch.full_like(some.phi, least / reg)
-        some.plan = (some.kernel + least / reg).exp_()
+        some.plan = some.kernel.exp()
         some.drift = torch.zeros_like(some.drift)
     else:
         some = _from_above(some, reference[todo], cost[todo], reg, widest)
@@ -131,36 +249,33 @@ def sinkhorn(
 
 
 def _plain(
-    out: Solution, rows: Tensor, cost: Tensor, reference: Tensor, start: Tensor, a: Tensor, b: Tensor,
-    step: tuple[int, float], reg: float, max_iter: int, tol: float,
+    out: Solution, rows: Tensor, cost: Tensor, reference: Tensor, a: Tensor, b: Tensor,
+    step: tuple[int, float, Tensor], reg: float, max_iter: int, tol: float,
 ) -> Tensor:  # fmt: skip
     """Run the problems ``rows`` in the compiled kernel; returns which problems it had to give up, ``(B,)``."""
     from mbot.kernels.scaling import iterate
 
-    kind, parameter = step
-    start, n = start[rows], cost.shape[1]
+    n = cost.shape[1]
     whole = len(rows) == len(cost)
     some, log_weight = (cost, reference) if whole else (cost[rows], reference[rows])
     plan = some.double().div_(-reg) if some.dtype != torch.float64 else some / -reg
-    plan.add_(start[:, None, None]).add_(log_weight).exp_()
-    factor = ((parameter - 1) * start).exp() if kind == 1 else torch.ones_like(start)
+    plan.add_(log_weight).exp_()
     u, v, error, iterations = (
         torch.from_numpy(part)
         for part in iterate(
             plan.numpy(),
             a[rows].contiguous().numpy(),
             b[rows].contiguous().numpy(),
-            kind,
-            parameter,
-            factor.numpy(),
+            step[0],
+            step[1],
+            step[2][rows].numpy(),
             min(max_iter, _BUDGET + 2 * n),
             tol,
         )
     )
     good = error >= 0
-    phi = start[:, None] + u.log()
-    converged = good & (error <= tol)
-    out.put(rows, Solution(plan, phi, v.log(), error, torch.where(good, iterations, 0), converged))
+    out.plan[rows], out.phi[rows], out.psi[rows] = plan.to(out.plan.dtype), u.log(), v.log()
+    out.converged[rows], out.iterations[rows] = good & (error <= tol), torch.where(good, iterations, 0)
     failed = torch.zeros(len(cost), dtype=torch.bool)
     failed[rows] = ~good
     return failed
@@ -187,9 +302,10 @@ def _from_above(loop: _Loop, reference: Tensor, cost: Tensor, reg: float, spread
     return loop
 
 
-def _masked(step: Step, soft: Tensor, weight: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
+def _masked(step: Step, soft: Tensor, log_weight: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
     """The step, with another value for points that take no part or that nothing reaches."""
-    return torch.where((weight > 0) & (soft > -torch.inf), step(soft, weight), otherwise)
+    potential = step(soft, log_weight)
+    return torch.where((log_weight > -torch.inf) & (potential < torch.inf), potential, otherwise)
 
 
 class _Loop:
@@ -199,10 +315,10 @@ class _Loop:
     the last renewal, and multiplied by the changes in between: cheaper, and free of the rounding of large potentials.
     """
 
-    def __init__(self, kernel: Tensor, a: Tensor, b: Tensor, row_step: Step, col_step: Step) -> None:
-        self.kernel, self.a, self.b, self.row_step, self.col_step = kernel, a, b, row_step, col_step
-        self.phi, self.psi = torch.zeros_like(a), torch.zeros_like(b)
-        self.plan, self.drift = kernel, torch.full_like(a[:, 0], torch.inf)
+    def __init__(self, kernel: Tensor, log_a: Tensor, log_b: Tensor, row_step: Step, col_step: Step) -> None:
+        self.kernel, self.log_a, self.log_b, self.row_step, self.col_step = kernel, log_a, log_b, row_step, col_step
+        self.phi, self.psi = torch.zeros_like(log_a), torch.zeros_like(log_b)
+        self.plan, self.drift = kernel, torch.full_like(log_a[:, 0], torch.inf)
 
     def _log_plan(self, phi: Tensor | None, psi: Tensor | None) -> Tensor:
         kernel = self.kernel
@@ -212,12 +328,14 @@ class _Loop:
 
     def log_update(self) -> None:
         """One exact update of both potentials."""
-        self.phi = _masked(self.row_step, self._log_plan(None, self.psi).logsumexp(-1).double(), self.a)
-        self.psi = _masked(self.col_step, self._log_plan(self.phi, None).logsumexp(-2).double(), self.b)
+        self.phi = _masked(self.row_step, self._log_plan(None, self.psi).logsumexp(-1).double(), self.log_a)
+        self.psi = _masked(self.col_step, self._log_plan(self.phi, None).logsumexp(-2).double(), self.log_b)
 
     def renew(self) -> None:
         """The plan from the potentials, after an exact update."""
         self.log_update()
+        shift = self.row_step.shift(self.phi, self.log_a, self.psi, self.log_b)
+        self.phi, self.psi = self.phi + shift, self.psi - shift
         self.plan = self._log_plan(self.phi, self.psi).exp_()
         self.drift = torch.zeros_like(self.drift)
 
@@ -228,9 +346,9 @@ class _Loop:
         most = 3 * _RANGE[plan.dtype]  # a longer way is taken in several rounds: exp must not overflow
         for _ in range(count):
             soft = _times(plan, col_scale.exp()).log() - self.phi
-            row_scale = (_masked(self.row_step, soft, self.a, self.phi) - self.phi).clamp(-most, most)
+            row_scale = (_masked(self.row_step, soft, self.log_a, self.phi) - self.phi).clamp(-most, most)
             soft = _times(transposed, row_scale.exp()).log() - self.psi
-            col_scale = (_masked(self.col_step, soft, self.b, self.psi) - self.psi).clamp(-most, most)
+            col_scale = (_masked(self.col_step, soft, self.log_b, self.psi) - self.psi).clamp(-most, most)
         self.plan = _scaled(plan, row_scale, col_scale)
         self._move(row_scale, col_scale)
 
@@ -248,19 +366,23 @@ class _Loop:
     def residual(self) -> tuple[Tensor, Tensor]:
         """Change of ``phi`` that a row update would make, and the share of the mass that it would move."""
         mass = self.plan.sum(-1).double()
-        change = _masked(self.row_step, mass.log() - self.phi, self.a, self.phi) - self.phi
+        change = _masked(self.row_step, mass.log() - self.phi, self.log_a, self.phi) - self.phi
         total = mass.sum(-1)
         return change, (mass * change.expm1().abs()).sum(-1) / torch.where(total > 0, total, 1)
 
     def dual(self) -> Tensor:
         """The dual objective in units of ``reg``, ``(B,)``; every update raises it."""
-        return self.row_step.dual(self.phi, self.a) + self.col_step.dual(self.psi, self.b) - self.plan.sum((-2, -1))
+        return (
+            self.row_step.dual(self.phi, self.log_a)
+            + self.col_step.dual(self.psi, self.log_b)
+            - self.plan.sum((-2, -1))
+        )
 
-    _PARTS = ("kernel", "a", "b", "phi", "psi", "plan", "drift")
+    _PARTS = ("kernel", "log_a", "log_b", "phi", "psi", "plan", "drift")
 
     def part(self, mask: Tensor) -> _Loop:
         """Some of the problems."""
-        some = _Loop(self.kernel[:0], self.a[:0], self.b[:0], self.row_step, self.col_step)
+        some = _Loop(self.kernel[:0], self.log_a[:0], self.log_b[:0], self.row_step, self.col_step)
         for name in self._PARTS:
             setattr(some, name, getattr(self, name)[mask])
         return some
@@ -271,8 +393,8 @@ class _Loop:
         rows, cols = plan.sum(-1), plan.sum(-2)
         to_col = plan.mT / torch.where(cols > 0, cols, 1)[:, :, None]  # -d psi / d phi before the column step
         to_row = plan / torch.where(rows > 0, rows, 1)[:, :, None]
-        inner = _slope(self.col_step, cols.log() - self.psi, self.b, to_col)
-        jacobian = _slope(self.row_step, rows.log() - self.phi, self.a, to_row @ inner)
+        inner = _slope(self.col_step, cols.log() - self.psi, self.log_b, to_col)
+        jacobian = _slope(self.row_step, rows.log() - self.phi, self.log_a, to_row @ inner)
         # A little more than the identity: a plan in blocks makes the system singular, and the direction that shifts
         # the blocks against each other must keep its sign.
         system = (1 + 1e-10) * torch.eye(plan.shape[1], dtype=plan.dtype, device=plan.device) - jacobian
@@ -286,12 +408,12 @@ class _Loop:
         direction = self.newton_direction(change)
         length = (_REACH / direction.abs().amax(-1)).clamp_max(1)[:, None].nan_to_num(0)
         todo = torch.ones_like(error, dtype=torch.bool)
-        for _ in range(3):
+        for _ in range(_TRIALS):
             trial = self.part(todo)
             row_scale = (length * direction)[todo]
             plan = _scaled(trial.plan, row_scale)
             soft = plan.sum(-2).double().log() - trial.psi
-            col_scale = _masked(trial.col_step, soft, trial.b, trial.psi) - trial.psi
+            col_scale = _masked(trial.col_step, soft, trial.log_b, trial.psi) - trial.psi
             trial.plan = _scaled(plan, cols=col_scale)
             trial._move(row_scale, col_scale)
             better = (trial.residual()[1] < 0.8 * error[todo]) | (trial.dual() > objective[todo])
@@ -301,7 +423,7 @@ class _Loop:
             todo[rows] = False
             if not bool(todo.any()):
                 return
-            length = 0.3 * length
+            length = 0.25 * length
 
 
 def _times(plan: Tensor, vector: Tensor) -> Tensor:
@@ -316,9 +438,9 @@ def _scaled(plan: Tensor, rows: Tensor | None = None, cols: Tensor | None = None
     return plan if cols is None else plan * cols.exp()[:, None, :].to(plan.dtype)
 
 
-def _slope(step: Step, soft: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
+def _slope(step: Step, soft: Tensor, log_weight: Tensor, matrix: Tensor) -> Tensor:
     """The step's derivative applied to the rows of ``matrix``, without its sign."""
-    diagonal, left, right = step.slope(soft, weight)
+    diagonal, left, right = step.slope(soft, log_weight)
     return diagonal[:, :, None] * matrix + left[:, :, None] * (right[:, None, :] @ matrix)
 
 

@@ -33,6 +33,7 @@ _RELAX_BELOW = 0.3  # error below which over-relaxation starts
 _RELAX_EVERY = 6  # iterations that a rate is measured over
 _RELAX_SLOW = 0.85  # rate above which more of it is tried
 _RELAX_MOST = 1.95
+_ROUNDING = 1e-3  # largest relative error of a plan's entries, from the rounding of its potentials
 
 
 class Rows:
@@ -309,6 +310,9 @@ def solve(
         history.clear()
     if relax != 1.0:  # leave with exact columns, as a plain iteration does
         psi = col_mass - layout.soft_cols(phi, psi)
+    # Potentials of many regularisations have no digits left that would tell one plan from another.
+    rounding = torch.finfo(phi.dtype).eps * float(torch.maximum(*(p.amax() - p.amin() for p in (phi, psi))))
+    error = error if rounding < _ROUNDING else max(error, rounding)
     return Potentials(phi, psi, error, spent + iteration, error <= tol)
 
 

@@ -49,14 +49,18 @@ class UnbalancedOT(Transport):
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
         a, b = flat_weights(cost, a, b)
-        step = KLRelaxed(self.reg_marginal / (self.reg_marginal + self.reg))
+        # Weights scaled to one total have the same plan, and potentials that do not drift apart where totals differ.
+        ratio = b.sum(-1, keepdim=True) / a.sum(-1, keepdim=True)
+        step = KLRelaxed(self.reg_marginal / self.reg)
         found = sinkhorn(
-            flat, a, b, reg=self.reg, row_step=step, col_step=step, weighted=True,
+            flat, a * ratio.sqrt(), b / ratio.sqrt(), reg=self.reg, row_step=step, col_step=step, weighted=True,
             max_iter=self.max_iter, tol=self.tol,
         )  # fmt: skip
-        rows, cols = found.plan.sum(-1), found.plan.sum(-2)
+        rows, cols = found.rows, found.cols
         entropy = (rows * found.phi).sum(-1) + (cols * found.psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
         objective = self.reg * entropy + self.reg_marginal * (_kl(rows, a) + _kl(cols, b))
+        shift = step.ratio * ratio.log() / 2
+        found.phi, found.psi = found.phi - shift, found.psi + shift
         return plan_of("UnbalancedOT", cost, found, objective, self.reg, self.max_iter)
 
 
