@@ -11,6 +11,7 @@ from setenc.decoders import (
 )
 from setenc.encode import encode
 from setenc.encoder import UMBC
+from setenc.per_element import PerElement
 from setenc.pooling import DeepSetsPooling, GatedAttentionPooling, Pooling, SlotPooling
 from setenc.ragged import Ragged
 from setenc.state import SetState
@@ -23,6 +24,7 @@ __all__ = [  # noqa: RUF022 - plain order, as in the other packages
     "ISAB",
     "MLPDecoder",
     "PMA",
+    "PerElement",
     "Pooling",
     "Ragged",
     "SAB",

@@ -7,6 +7,8 @@ or a ``ValueError`` (wrong shape, size or value) that says what was given and wh
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,38 +16,61 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from setenc.state import SetState
+
 
 def count(value: Any, name: str, *, at_least: int = 1) -> int:
-    """A whole number of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}; got {value}")
-    return value
+    """A whole number of at least ``at_least``; an integer of numpy or torch is one too."""
+    if torch.compiler.is_compiling():
+        return value  # a symbol: its value may not be asked for
+    try:
+        if _is_bool(value):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int; got {value!r}") from None
+    if number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {number}")
+    return number
 
 
 def positive(value: Any, name: str) -> float:
-    """A finite positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A finite positive number; a scalar of numpy or torch is one too."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if _is_bool(value) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not 0 < value < float("inf"):
+    number = float(value)
+    if not 0 < number < float("inf"):
         raise ValueError(f"{name} must be a finite number > 0; got {value!r}")
-    return float(value)
+    return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False, also numpy's."""
+    if not _is_bool(value):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether ``value`` is a bool of Python, numpy or torch: those are no numbers here."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:
     """One of a few words."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-    return str(value)
+    return value
 
 
-def heads(dim: int, num_heads: int) -> None:
-    """A width that splits evenly into heads."""
-    count(dim, "dim")
-    count(num_heads, "num_heads")
+def heads(dim: Any, num_heads: Any) -> tuple[int, int]:
+    """A width that splits evenly into heads, and their number."""
+    dim, num_heads = count(dim, "dim"), count(num_heads, "num_heads")
     if dim % num_heads:
         raise ValueError(f"dim must be a multiple of num_heads; got dim={dim} and num_heads={num_heads}")
+    return dim, num_heads
 
 
 def module(value: Any, name: str) -> nn.Module:
@@ -58,7 +83,10 @@ def module(value: Any, name: str) -> nn.Module:
 
 
 def elements(x: Any, mask: Any, weights: Any, name: str = "x") -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A batch of sets ``(B, n, …)`` with the mask ``(B, n)`` and the weights ``(B, n)`` of its elements."""
+    """A batch of sets ``(B, n, …)`` with the mask ``(B, n)`` and the weights ``(B, n)`` of its elements.
+
+    Elements of weight 0 are masked: like padding they may hold anything.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (B, n, …); got {type(x).__name__}")
     if x.ndim < 2:
@@ -70,7 +98,12 @@ def elements(x: Any, mask: Any, weights: Any, name: str = "x") -> tuple[Tensor, 
         if mask.shape != x.shape[:2]:
             raise ValueError(f"mask must have shape (B, n) = {tuple(x.shape[:2])}; got {tuple(mask.shape)}")
         mask = mask.to(x.device)
-    return x, mask, None if weights is None else element_weights(weights, x, mask)
+    if weights is not None:
+        weights, positive = element_weights(weights, x, mask)
+        if not positive:
+            # Negative weights and NaN stay, and make the state NaN where they were not looked at.
+            mask = weights.detach() != 0 if mask is None else mask & (weights.detach() != 0)
+    return x, mask, weights
 
 
 def batch(x: Any, batch_size: int) -> None:
@@ -80,20 +113,28 @@ def batch(x: Any, batch_size: int) -> None:
         raise ValueError(f"a chunk must hold one part of each of the state's {batch_size} sets; got {sets}")
 
 
-def element_weights(weights: Any, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Weights ``(B, n)``, finite and not negative at real elements; 0 at padding, whatever stood there."""
+def element_weights(weights: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
+    """Weights ``(B, n)``, finite and not negative, 0 at padding; and whether all are known to be positive."""
     if not isinstance(weights, Tensor) or weights.is_complex():
         raise TypeError(f"weights must be a real tensor (B, n); got {type(weights).__name__}")
     if weights.shape != x.shape[:2]:
         raise ValueError(f"weights must have shape (B, n) = {tuple(x.shape[:2])}; got {tuple(weights.shape)}")
     weights = weights.to(x.device)
+    if weights.requires_grad and torch.is_grad_enabled():
+        zero = weights.detach() == 0
+        if bool((zero if mask is None else zero & mask).any()):
+            raise ValueError(
+                "weights that require gradients must be > 0 at real elements: an element of weight 0 is left out, and "
+                "has no derivative here. Mask it out, or detach the weights"
+            )
     if mask is not None:
         weights = weights.masked_fill(~mask, 0)
-    if looks(weights):
-        low, high = (float(v) for v in weights.detach().aminmax()) if weights.numel() else (0.0, 0.0)
-        if not (low >= 0 and high < float("inf")):
-            raise ValueError(f"weights must be finite and not negative; they range from {low:g} to {high:g}")
-    return weights
+    if not may_look(weights):
+        return weights, False
+    low, high = (float(v) for v in weights.detach().aminmax()) if weights.numel() else (0.0, 0.0)
+    if not (low >= 0 and high < float("inf")):
+        raise ValueError(f"weights must be finite and not negative; they range from {low:g} to {high:g}")
+    return weights, low > 0
 
 
 def constant(x: Any, name: str) -> None:
@@ -111,12 +152,38 @@ def same_chunks(first: int, second: int) -> None:
         )
 
 
+def same_state(first: SetState, second: SetState, size: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Both passes over the same elements give the same state, up to rounding in the extractor's ``dtype``.
+
+    ``size`` is the largest feature of a chunk.
+    """
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 1e-2)
+    close = True
+    for a, b in zip(first.parts, second.parts, strict=True):
+        if a.selects:
+            gap = torch.where(a.peak == b.peak, 0, (a.peak - b.peak).abs())
+            near = (gap <= tolerance * (size + a.peak.abs())).all() & (a.count - b.count <= tolerance * a.count).all()
+            near = near & (b.count - a.count <= tolerance * a.count).all()
+        else:
+            near = ((a.mass - b.mass).abs_() <= tolerance * a.mass).all()
+            limit = torch.addcmul(a.total.abs(), a.mass[..., None], size).mul_(tolerance)
+            near = near & ((a.total - b.total).abs_() <= limit).all()
+        close = close and bool(near)
+    if not close:
+        raise ValueError(
+            f"the second pass of encode must see what the first one saw; the state of {what} differs. Either the "
+            "chunks differ (the callable must return the same data each time: no shuffling, no fresh augmentation), "
+            "or the extractor does (it must be the same function of an element in both passes; random numbers must "
+            "come from torch's default generator)"
+        )
+
+
 def packed_weights(weights: Any, values: Tensor) -> Tensor:
     """Weights ``(T,)`` of the elements of a ragged batch."""
     if not isinstance(weights, Tensor) or weights.shape != values.shape[:1]:
         given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"weights of a ragged batch must be packed like its elements, ({len(values)},); got {given}")
-    return element_weights(weights[None], values[None], None)[0]
+    return element_weights(weights[None], values[None], None)[0][0]
 
 
 def no_mask(mask: Any) -> None:
@@ -125,7 +192,7 @@ def no_mask(mask: Any) -> None:
         raise ValueError("a ragged batch has no padding: leave mask away")
 
 
-def looks(x: Tensor) -> bool:
+def may_look(x: Tensor) -> bool:
     """Whether values may be looked at as they stream: on an accelerator that would wait for the device.
 
     What is not finite (or a negative weight) there becomes NaN in the state, never goes away, and `finite` finds it.
@@ -138,9 +205,11 @@ def finite_features(features: Tensor, witness: Tensor | None = None) -> Tensor:
 
     ``witness`` is what became of them, and is not finite if they are not: it is looked at instead where it is smaller.
     """
+    if not may_look(features):
+        return features
     # One pass decides the usual case: a finite sum.
     seen = features if witness is None or witness.numel() > features.numel() else witness
-    if looks(features) and not math.isfinite(seen.detach().sum().item()):
+    if not math.isfinite(seen.detach().sum().item()):
         bad = int((~features.detach().isfinite()).sum())
         if bad:
             raise ValueError(
@@ -170,7 +239,8 @@ def features(x: Any, in_dim: int, sets: Sequence[int] | None = None) -> Tensor:
         wanted = ("B, n" if sets is None else ", ".join(map(str, sets))) + f", {in_dim}"
         raise ValueError(
             f"features must have shape (B, n, in_dim) = ({wanted}); got {tuple(shape)}. The extractor maps each "
-            "element to in_dim features, and the pooling is built with that in_dim"
+            "element to in_dim features, and the pooling is built with that in_dim. A module for batches (N, …) of "
+            "single elements, such as an image network, goes into setenc.PerElement"
         )
     return x
 
@@ -185,9 +255,13 @@ def precision(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def no_batch_norm(extractor: nn.Module) -> None:
-    """Batch normalisation in training mode mixes elements: the result would depend on the chunks."""
-    if any(isinstance(module, _BatchNorm) and module.training for module in extractor.modules()):
-        raise ValueError(
-            "the extractor holds a BatchNorm in training mode, which mixes the elements of a chunk: the encoding would "
-            "depend on how the set is cut. Use LayerNorm, GroupNorm or InstanceNorm inside an element, or .eval() it"
-        )
+    """Batch normalisation by the statistics of a chunk mixes its elements; by running statistics it does not."""
+    for module in extractor.modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            name = next(name for name, each in extractor.named_modules() if each is module)
+            why = "is in training mode" if module.training else "keeps no running statistics"
+            raise ValueError(
+                f"the BatchNorm {name or 'extractor'!r} {why}, and so mixes the elements of a chunk: the encoding "
+                "would depend on how the set is cut. Call .eval() on it after the model's .train() (it then uses its "
+                "running statistics), or use LayerNorm, or GroupNorm inside an element"
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +20,31 @@ class Chunk(NamedTuple):
     weights: Tensor | None
     index: Any = None
 
+    def clone(self) -> Chunk:
+        """A copy that nobody else writes to."""
+        x = Ragged(self.x.values.clone(), self.x.offsets) if isinstance(self.x, Ragged) else self.x.clone()
+        mask, weights = (None if t is None else t.clone() for t in (self.mask, self.weights))
+        return Chunk(x, mask, weights, self.index)
+
 
 class Source:
     """Chunks, from the start each time it is iterated.
 
     ``x`` is the tensor they come from, if there is one. ``chunks_of_set`` ``(B,)`` counts each set's own chunks where
     every set has its own order, of which the first ones are drawn for the gradient; None where all sets share chunks.
+    ``reuses_memory``: a chunk may be overwritten when the next one is asked for.
     """
 
     x: Tensor | None = None
+    mask: Tensor | None = None
+    weights: Tensor | None = None
     chunks_of_set: Tensor | None = None
+    reuses_memory = False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The user's tensors that are read each time, by their names."""
+        found = {"x": self.x, "mask": self.mask, "weights": self.weights}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def __iter__(self) -> Iterator[Chunk]:
         raise NotImplementedError
@@ -46,6 +60,7 @@ def source_of(
     if isinstance(x, Tensor):
         x, mask, weights = checks.elements(x, mask, weights)
         if draws is not None and mask is not None:
+            mask = mask.clone()  # the graph of what is packed holds on to it
             packed = None if weights is None else weights[mask]
             return RaggedSource(Ragged.from_mask(x, mask), packed, size, draws, seed)
         return TensorSource(x, mask, weights, size)
@@ -99,14 +114,15 @@ class RaggedSource(Source):
             yield Chunk(Ragged(self.x.detach()[rows], offsets), None, weights, rows)
 
 
-@dataclass
 class IteratorSource(Source):
     """Chunks from the user's iterators, cut where they are larger than ``size``."""
 
-    make: Callable[[], Iterable[Any]]
-    mask: Tensor | None
-    weights: Tensor | None
-    size: int | None
+    reuses_memory = True
+
+    def __init__(
+        self, make: Callable[[], Iterable[Any]], mask: Tensor | None, weights: Tensor | None, size: int | None
+    ) -> None:
+        self.make, self.mask, self.weights, self.size = make, mask, weights, size
 
     def __iter__(self) -> Iterator[Chunk]:
         begin = 0

@@ -26,8 +26,8 @@ class MAB(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 4, *, norm: bool = False) -> None:
         super().__init__()
-        checks.heads(dim, num_heads)
-        self.num_heads = num_heads
+        dim, self.num_heads = checks.heads(dim, num_heads)
+        checks.flag(norm, "norm")
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.feed = nn.Linear(dim, dim)
@@ -69,14 +69,14 @@ class ISAB(nn.Module):
 
     def __init__(self, dim: int, num_inducing: int, num_heads: int = 4, *, norm: bool = False) -> None:
         super().__init__()
-        checks.count(num_inducing, "num_inducing")
-        self.inducing = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_inducing, dim)))
+        size = (checks.count(num_inducing, "num_inducing"), checks.count(dim, "dim"))
+        self.inducing = nn.Parameter(nn.init.xavier_uniform_(torch.empty(size)))
         self.gather = MAB(dim, num_heads, norm=norm)
         self.spread = MAB(dim, num_heads, norm=norm)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, n, dim)`` to ``(B, n, dim)``."""
-        return self.spread(x, self.gather(self.inducing.expand(len(x), -1, -1), x, mask))
+        return self.spread(x, self.gather(self.inducing.expand(x.shape[0], -1, -1), x, mask))
 
 
 class PMA(nn.Module):
@@ -88,13 +88,13 @@ class PMA(nn.Module):
 
     def __init__(self, dim: int, num_seeds: int = 1, num_heads: int = 4, *, norm: bool = False) -> None:
         super().__init__()
-        checks.count(num_seeds, "num_seeds")
-        self.seeds = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_seeds, dim)))
+        size = (checks.count(num_seeds, "num_seeds"), checks.count(dim, "dim"))
+        self.seeds = nn.Parameter(nn.init.xavier_uniform_(torch.empty(size)))
         self.attend = MAB(dim, num_heads, norm=norm)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, n, dim)`` to ``(B, num_seeds, dim)``."""
-        return self.attend(self.seeds.expand(len(x), -1, -1), x, mask)
+        return self.attend(self.seeds.expand(x.shape[0], -1, -1), x, mask)
 
 
 class SetTransformerDecoder(nn.Module):
@@ -123,7 +123,7 @@ class SetTransformerDecoder(nn.Module):
         norm: bool = False,
     ) -> None:
         super().__init__()
-        checks.count(num_blocks, "num_blocks", at_least=0)
+        num_blocks = checks.count(num_blocks, "num_blocks", at_least=0)
         self.blocks = nn.Sequential(*(SAB(dim, num_heads, norm=norm) for _ in range(num_blocks)))
         self.pool = nn.Identity() if num_outputs is None else PMA(dim, num_outputs, num_heads, norm=norm)
         self.output = nn.Identity() if out_dim is None else nn.Linear(dim, checks.count(out_dim, "out_dim"))
@@ -149,11 +149,12 @@ class MLPDecoder(nn.Sequential):
     def __init__(
         self, dim: int, out_dim: int | None = None, *, hidden_dim: int | None = None, num_layers: int = 3
     ) -> None:
-        checks.count(num_layers, "num_layers")
-        widths = [dim, *[hidden_dim or dim] * (num_layers - 1), out_dim or dim]
+        dim, num_layers = checks.count(dim, "dim"), checks.count(num_layers, "num_layers")
+        hidden = dim if hidden_dim is None else checks.count(hidden_dim, "hidden_dim")
+        last = dim if out_dim is None else checks.count(out_dim, "out_dim")
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(checks.count(before, "dim"), checks.count(after, "out_dim")), nn.ReLU()]
+        for before, after in pairwise([dim, *[hidden] * (num_layers - 1), last]):
+            layers += [nn.Linear(before, after), nn.ReLU()]
         super().__init__(*layers[:-1])
 
 
@@ -175,7 +176,8 @@ class FSPoolDecoder(nn.Module):
     def __init__(self, dim: int, out_dim: int | None = None, *, num_pieces: int = 20) -> None:
         super().__init__()
         checks.count(num_pieces, "num_pieces")
-        self.weight = nn.Parameter(torch.randn(checks.count(dim, "dim"), num_pieces + 1))
+        dim, num_pieces = checks.count(dim, "dim"), checks.count(num_pieces, "num_pieces")
+        self.weight = nn.Parameter(torch.randn(dim, num_pieces + 1))
         self.output = MLPDecoder(dim, out_dim, num_layers=2)
 
     def forward(self, slots: Tensor) -> Tensor:
@@ -221,15 +223,15 @@ class DIEMDecoder(nn.Module):
         prior_strength: float = 0.01,
     ) -> None:
         super().__init__()
-        for value, name in ((dim, "dim"), (num_components, "num_components"), (num_heads, "num_heads")):
-            checks.count(value, name)
+        dim, num_components = checks.count(dim, "dim"), checks.count(num_components, "num_components")
+        self.num_heads = num_heads = checks.count(num_heads, "num_heads")
+        out_dim = dim if out_dim is None else checks.count(out_dim, "out_dim")
         self.num_steps = checks.count(num_steps, "num_steps")
         self.prior_strength = checks.positive(prior_strength, "prior_strength")
-        self.num_heads = num_heads
         self.project = nn.Linear(dim, num_heads * dim)
         self.prior_mean = nn.Parameter(torch.randn(num_heads, num_components, dim))
         self.prior_raw_variance = nn.Parameter(torch.full((num_heads, num_components, dim), math.log(math.e - 1)))
-        self.output = nn.Linear(num_heads * (1 + 2 * dim), out_dim or dim)
+        self.output = nn.Linear(num_heads * (1 + 2 * dim), out_dim)
 
     def forward(self, slots: Tensor) -> Tensor:
         """``(B, K, dim)`` to ``(B, num_components, out_dim or dim)``."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from setenc import checks
 from setenc.pooling import Pooling
 from setenc.pooling.base import set_sizes
+from setenc.probe import probe
 from setenc.ragged import Ragged, is_ragged
 from setenc.state import SetState
 
@@ -26,11 +27,17 @@ class UMBC(nn.Module):
     Means of elements do not tell how many there are. Where that matters give ``size_feature=True``: a learned vector
     times ``log(1 + N)``, N the number of elements (or the sum of their weights), is added to every slot.
 
+    The extractor must treat every element by itself. The first chunk is used to test that (see ``probe``). BatchNorm
+    is allowed where it uses its running statistics: call ``.eval()`` on it after the model's ``.train()``.
+
     Args:
         extractor: maps elements ``(B, n, …)`` to features ``(B, n, in_dim)``, each by itself; None is the identity.
+            `PerElement` makes one from a module for batches ``(N, …)``, such as an image network.
         pooling: a `Pooling` over these features.
         decoder: any module on slots ``(B, K, dim)``; None is the identity.
         size_feature: tell the decoder the size of the set.
+        probe: test once in training and once in eval mode, on the first elements seen, that the extractor does not
+            mix elements; False trusts it.
 
     >>> enc = UMBC(torch.nn.Linear(2, 16), setenc.SlotPooling(16, 32, 4), setenc.MLPDecoder(32, 5)).eval()
     >>> x = torch.randn(3, 100, 2)
@@ -48,6 +55,7 @@ class UMBC(nn.Module):
         decoder: nn.Module | None,
         *,
         size_feature: bool = False,
+        probe: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(pooling, Pooling):
@@ -55,7 +63,11 @@ class UMBC(nn.Module):
         self.extractor = checks.module(extractor, "extractor")
         self.pooling = pooling
         self.decoder = checks.module(decoder, "decoder")
-        self.size_vector = nn.Parameter(torch.randn(pooling.out_dim) / 10) if size_feature else None
+        self.size_vector = (
+            nn.Parameter(torch.randn(pooling.out_dim) / 10) if checks.flag(size_feature, "size_feature") else None
+        )
+        # Modes, training or not, in which the extractor has still to be tested.
+        self._to_probe = {True, False} if checks.flag(probe, "probe") and extractor is not None else set()
 
     def forward(
         self, x: Any, mask: Tensor | None = None, weights: Tensor | None = None, *,
@@ -77,8 +89,11 @@ class UMBC(nn.Module):
             return self.readout(state(self))
         if is_ragged(x):
             x = Ragged.of(x)
-            return self.readout(self.update(self.init_state(len(x)), x, mask, weights))
+            start = self.init_state(len(x))
+            return self.readout(self.reached(start.merge(self.contribution(start, x, mask, weights))))
         x, mask, weights = checks.elements(x, mask, weights)
+        if x.shape[1] == 0:
+            return self.readout(self.reached(self.init_state(x.shape[0])))
         pooled = self.pooling(self._features(x, mask), mask, weights)
         return self._decode(pooled, set_sizes(x, mask, weights))
 
@@ -105,7 +120,8 @@ class UMBC(nn.Module):
             checks.batch(chunk, state.batch_size)
             return state.merge(self.contribution(state, chunk, mask, weights))
         checks.batch(chunk, state.batch_size)
-        return self._absorb(state, chunk, mask, weights)
+        _, features, mask, weights = self.featurise(chunk, mask, weights)
+        return state if features is None else self.pooling.absorb(state, features, mask, weights)
 
     def contribution(
         self,
@@ -116,21 +132,51 @@ class UMBC(nn.Module):
         peak: Tensor | None = None,
     ) -> SetState:
         """The state of a chunk alone; see `Pooling.contribution`."""
+        return self.pool(state, *self.featurise(chunk, mask, weights), peak)
+
+    def featurise(
+        self, chunk: Tensor | Ragged, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> tuple[Tensor | Ragged, Tensor | None, Tensor | None, Tensor | None]:
+        """The first half of `contribution`: the chunk, its features (None without elements), mask and weights."""
         if isinstance(chunk, Ragged):
             checks.no_mask(mask)
             if len(chunk.values) == 0:
-                return state.empty()
-            features = self._features(chunk.values[None], None)[0]
-            return self.pooling.ragged_contribution(state, features, chunk, weights, peak)
-        return self._absorb(state, chunk, mask, weights, peak=peak, alone=True)
-
-    def _absorb(
-        self, state: SetState, chunk: Tensor, mask: Tensor | None, weights: Tensor | None, **options: Any
-    ) -> SetState:
+                return chunk, None, None, None
+            if weights is not None:
+                weights = checks.packed_weights(weights, chunk.values)
+                mask = (weights != 0)[None]
+            return chunk, self._features(chunk.values[None], mask)[0], None, weights
         chunk, mask, weights = checks.elements(chunk, mask, weights)
-        if chunk.shape[1] == 0:
-            return state.empty() if options else state
-        return self.pooling.absorb(state, self._features(chunk, mask), mask, weights, **options)
+        return chunk, self._features(chunk, mask) if chunk.shape[1] else None, mask, weights
+
+    def pool(
+        self,
+        state: SetState,
+        chunk: Tensor | Ragged,
+        features: Tensor | None,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        peak: Any = None,
+    ) -> SetState:
+        """The second half of `contribution`: the state of these features alone."""
+        if features is None:
+            return state.empty()
+        if isinstance(chunk, Ragged):
+            return self.pooling.ragged_contribution(state, features, chunk, weights, peak)
+        return self.pooling.absorb(state, features, mask, weights, peak=peak, alone=True)
+
+    def reached(self, state: SetState) -> SetState:
+        """The same state, in the graph of the extractor's and the pooling's parameters even if it saw no element.
+
+        DistributedDataParallel waits for a gradient of every parameter on every rank, be it 0.
+        """
+        part = state.parts[0]
+        if not torch.is_grad_enabled() or part.total.requires_grad or part.peak.requires_grad:
+            return state
+        parameters = [p for m in (self.extractor, self.pooling) for p in m.parameters() if p.requires_grad]
+        name = "peak" if part.selects else "total"
+        changed = part.replace(**{name: _Reached.apply(getattr(part, name), *parameters)})
+        return state.with_parts((changed, *state.parts[1:]))
 
     def readout(self, state: SetState) -> Any:
         """The decoder's output for what the state has seen so far, at any time; the state stays as it is."""
@@ -146,13 +192,47 @@ class UMBC(nn.Module):
     def _features(self, x: Tensor, mask: Tensor | None) -> Tensor:
         checks.no_batch_norm(self.extractor)
         if mask is not None:
-            x = x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), 0)
+            x = _filled(x, mask)
         if x.dtype != self.pooling._like.dtype:
             parameter = next(self.extractor.parameters(), None)
             x = x if parameter is None else checks.precision(x, parameter.dtype, "x")
-        return checks.features(self.extractor(x), self.pooling.in_dim, x.shape[:2])
+        try:
+            mode = self.extractor.training
+            if mode in self._to_probe and not torch.compiler.is_compiling() and probe(self.extractor, x):
+                self._to_probe.discard(mode)
+            features = self.extractor(x)
+        except Exception as error:
+            error.add_note(
+                f"setenc: the extractor was given a chunk of sets (B, n, …) = {tuple(x.shape)}. A module that takes a "
+                "batch (N, …) of single elements, such as an image network, goes into setenc.PerElement."
+            )
+            raise
+        return checks.features(features, self.pooling.in_dim, x.shape[:2])
 
     def _decode(self, pooled: Tensor, size: Tensor) -> Any:
         if self.size_vector is not None:
             pooled = pooled + size.log1p().to(pooled.dtype)[:, None, None] * self.size_vector
         return self.decoder(pooled)
+
+
+def _filled(x: Tensor, mask: Tensor) -> Tensor:
+    """A real element in place of padding: what an extractor makes of it is finite, and so are its derivatives."""
+    elements, real = x.detach().flatten(0, 1), mask.flatten()
+    if real.shape[0] == 0:
+        return x
+    first = elements.index_select(0, real.int().argmax(keepdim=True))[0]
+    fill = torch.where(real.any(), first, torch.zeros_like(first))
+    return torch.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, fill)
+
+
+class _Reached(torch.autograd.Function):
+    """The first argument; the others get gradients of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return (gradient, *(torch.zeros_like(p) for p in ctx.saved_tensors))

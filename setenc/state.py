@@ -14,14 +14,15 @@ Max pooling is the same object without values (``V = 0``): its result is ``peak`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from setenc.ranks import first_rank_at, sum_over_ranks
 
 
 @dataclass(eq=False)
@@ -60,6 +61,39 @@ class SetState:
         """Whether ``peak`` is the result (max pooling), and so carries gradients."""
         return self.total.shape[-1] == 0
 
+    @property
+    def selects(self) -> bool:
+        """Whether elements are selected (a maximum) rather than summed up."""
+        return self.is_maximum
+
+    @property
+    def parts(self) -> tuple[SetState, ...]:
+        """The states that this one is made of: itself, unless a pooling joins several."""
+        return (self,)
+
+    def with_parts(self, parts: Sequence[SetState]) -> SetState:
+        """The state made of other ``parts``."""
+        return parts[0]
+
+    def replace(self, **changes: Tensor) -> SetState:
+        """A state with other tensors."""
+        return replace(self, **changes)
+
+    def reference(self) -> Any:
+        """What `Pooling.contribution` takes as ``peak``, so that its results add up to this state."""
+        return None if self.selects else self.peak
+
+    def relative_to(self, other: SetState) -> SetState:
+        """This state in units of the peak of ``other``."""
+        if self.selects:
+            return self
+        scale = _scale(self.peak, other.peak)
+        return self.replace(total=self.total * scale[..., None], mass=self.mass * scale, peak=other.peak)
+
+    def chosen(self, other: SetState) -> Tensor:
+        """Entries ``(B, H, K)`` that a merge selects: the index among those of both, its own first."""
+        return (other.peak > self.peak).long()
+
     def mean(self) -> Tensor:
         """Weighted means of the values ``(B, H, K, V)``; 0 for a set without elements."""
         mass = self.mass[..., None]
@@ -82,7 +116,7 @@ class SetState:
 
         Raises:
             TypeError: ``other`` is no state.
-            ValueError: other shapes, other dtypes or other slots.
+            ValueError: other shapes, dtypes, devices or slots.
         """
         self._check_mergeable(other)
         peak = larger(self.peak, other.peak)
@@ -132,13 +166,13 @@ class SetState:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group)
         scale = _scale(self.peak, peak)
         parts = (self.total * scale[..., None], self.mass * scale)
-        total, mass = _sum_over_ranks(torch.cat([part.flatten() for part in parts]), group).split(
+        total, mass = sum_over_ranks(torch.cat([part.flatten() for part in parts]), group).split(
             [part.numel() for part in parts]
         )
         count = self.count.detach().clone()
         dist.all_reduce(count, dist.ReduceOp.SUM, group)
         if self.is_maximum:
-            peak = _first_rank_at(peak, self.peak, group)
+            peak = first_rank_at(peak, self.peak, group)
         return SetState(total.view_as(self.total), mass.view_as(self.mass), peak, count, self.slots)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SetState:
@@ -168,10 +202,10 @@ class SetState:
             raise TypeError(f"a SetState merges with a SetState; got {type(other).__name__}")
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            if (mine.shape, mine.dtype, mine.device) != (theirs.shape, theirs.dtype, theirs.device):
                 raise ValueError(
-                    f"states must have equal shapes and dtypes to merge; {field.name} is {tuple(mine.shape)} "
-                    f"{mine.dtype} and {tuple(theirs.shape)} {theirs.dtype}"
+                    f"states must have equal shapes, dtypes and devices to merge; {field.name} is {tuple(mine.shape)} "
+                    f"{mine.dtype} on {mine.device} and {tuple(theirs.shape)} {theirs.dtype} on {theirs.device}"
                 )
         if self.slots is not other.slots and not torch.equal(self.slots, other.slots):
             raise ValueError(
@@ -192,33 +226,3 @@ def _scale(peak: Tensor, new: Tensor) -> Tensor:
     """``exp(peak - new)``, 1 where both are -inf. A constant in backward: results do not depend on the peak."""
     peak, new = peak.detach(), new.detach()
     return torch.where(new == -torch.inf, 0, peak - new).exp_()
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        values = values.detach().clone()
-        dist.all_reduce(values, dist.ReduceOp.SUM, group)
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient, dist.ReduceOp.SUM, ctx.group)
-        return gradient, None
-
-
-def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    # A rank without elements takes part in the backward of the others.
-    return _SumOverRanks.apply(values if values.requires_grad else values.detach().requires_grad_(), group)
-
-
-def _first_rank_at(peak: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The common ``peak``, with its gradient on the first rank that holds it."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    first = torch.where(mine.detach() == peak, rank, size)
-    dist.all_reduce(first, dist.ReduceOp.MIN, group)
-    held = torch.where((first == rank) & (peak > -torch.inf), mine, 0)
-    return torch.where(peak > -torch.inf, _sum_over_ranks(held, group), peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -124,7 +125,7 @@ class Pooling(nn.Module):
             generator: for random slots; None is torch's default.
             group: process group whose ranks work on the same sets: all get the slots of its first rank.
         """
-        checks.count(batch_size, "batch_size", at_least=0)
+        batch_size = checks.count(batch_size, "batch_size", at_least=0)
         shape = (batch_size, self.num_heads, self.num_slots)
         like, dtype = self._like, self._dtype
         return SetState(
@@ -184,15 +185,14 @@ class Pooling(nn.Module):
             return state.empty() if alone else state
         offset = _log_weights(mask, weights, state.total.dtype)
         parts = None if alone else (state.total, state.mass, state.peak)
-        block = size
-        if features.device.type == "cpu" and not torch.is_grad_enabled():
+        pieces: Iterable[tuple[Tensor, Tensor | None]] = [(features, offset)]
+        if checks.may_look(features) and not torch.is_grad_enabled():
             block = max(_CACHED // (sets * self.num_heads * self.num_slots or 1), 256)
-        for start in range(0, size, block):
-            some, logs = features, offset
             if block < size:
-                some = features[:, start : start + block]
-                logs = None if offset is None else offset[..., start : start + block]
-            parts = self._part(some, state.slots, logs, peak, parts)
+                logs = [None] * -(-size // block) if offset is None else offset.split(block, -1)
+                pieces = zip(features.split(block, 1), logs, strict=True)
+        for some, log_weights in pieces:
+            parts = self._part(some, state.slots, log_weights, peak, parts)
             checks.finite_features(some, parts[0] if self.value_dim else parts[2])
         if alone or mask is not None or weights is not None:
             count = set_sizes(features, mask, weights)
@@ -211,7 +211,7 @@ class Pooling(nn.Module):
     ) -> Tensor:
         """Pooled slots ``(B, K, out_dim)`` of whole sets; arguments as in `update` and `init_state`."""
         checks.elements(features, mask, weights, "features")
-        state = self.init_state(len(features), generator=generator)
+        state = self.init_state(features.shape[0], generator=generator)
         return self.readout(self.contribution(state, features, mask, weights))
 
     def prepare(self, features: Tensor, mask: Tensor | None) -> Tensor:
@@ -284,4 +284,4 @@ def set_sizes(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
         return weights.sum(1, dtype=dtype)
     if mask is not None:
         return mask.sum(1, dtype=dtype)
-    return torch.full(x.shape[:1], float(x.shape[1]), dtype=dtype, device=x.device)
+    return torch.full(x.shape[:1], x.shape[1], dtype=dtype, device=x.device)

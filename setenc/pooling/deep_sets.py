@@ -29,10 +29,11 @@ class DeepSetsPooling(Pooling):
 
     def __init__(self, in_dim: int, dim: int, reduce: str = "mean", *, norm: bool = False) -> None:
         self.reduce = checks.choice(reduce, "reduce", ("mean", "sum", "max"))
-        heads = checks.count(dim, "dim") if reduce == "max" else 1
-        super().__init__(in_dim, dim, num_slots=1, num_heads=heads, value_dim=0 if reduce == "max" else dim)
-        self.value = nn.Linear(in_dim, dim)
-        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        dim, maximum = checks.count(dim, "dim"), self.reduce == "max"
+        heads, values = (dim, 0) if maximum else (1, dim)
+        super().__init__(in_dim, dim, num_slots=1, num_heads=heads, value_dim=values)
+        self.value = nn.Linear(self.in_dim, dim)
+        self.norm = nn.LayerNorm(dim) if checks.flag(norm, "norm") else nn.Identity()
 
     def _part(
         self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None

@@ -24,9 +24,10 @@ class GatedAttentionPooling(Pooling):
     """
 
     def __init__(self, in_dim: int, dim: int, *, hidden_dim: int | None = None) -> None:
+        dim = checks.count(dim, "dim")
         super().__init__(in_dim, dim, num_slots=1, num_heads=1, value_dim=dim)
         self.hidden_dim = dim if hidden_dim is None else checks.count(hidden_dim, "hidden_dim")
-        self.value = nn.Linear(in_dim, dim)
+        self.value = nn.Linear(self.in_dim, dim)
         self.gate = nn.Linear(dim, 2 * self.hidden_dim)
         self.logit = nn.Linear(self.hidden_dim, 1, bias=False)
 

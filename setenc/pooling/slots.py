@@ -79,24 +79,25 @@ class SlotPooling(Pooling):
         slot_norm: bool = False,
         output_norm: bool = True,
     ) -> None:
-        checks.heads(dim, num_heads)
+        dim, num_heads = checks.heads(dim, num_heads)
+        in_dim, num_slots = checks.count(in_dim, "in_dim"), checks.count(num_slots, "num_slots")
         self.head_dim = dim // num_heads
         self.folded = num_heads * num_slots * in_dim <= _FOLD * dim * (in_dim + num_slots)
         value_dim = in_dim if self.folded else self.head_dim
         super().__init__(in_dim, dim, num_slots=num_slots, num_heads=num_heads, value_dim=value_dim)
         self.activation = checks.choice(activation, "activation", tuple(ACTIVATIONS))
         self.random_slots = checks.choice(slots, "slots", ("random", "learned")) == "random"
-        self.residual = residual
+        self.residual = checks.flag(residual, "residual")
         size = (num_slots, dim if slot_dim is None else checks.count(slot_dim, "slot_dim"))
         if self.random_slots:
             self.slot_mean = nn.Parameter(torch.empty(size).uniform_(-0.2, 0.2))
             self.slot_raw_std = nn.Parameter(torch.empty(size).uniform_(-5, -4))
         else:
             self.slot_mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(size)))
-        self.slot_norm = nn.LayerNorm(size[1]) if slot_norm else nn.Identity()
+        self.slot_norm = nn.LayerNorm(size[1]) if checks.flag(slot_norm, "slot_norm") else nn.Identity()
         self.query = nn.Linear(size[1], dim)
         self.key_value = nn.Linear(in_dim, 2 * dim)
-        self.output_norm = nn.LayerNorm(dim) if output_norm else nn.Identity()
+        self.output_norm = nn.LayerNorm(dim) if checks.flag(output_norm, "output_norm") else nn.Identity()
 
     @property
     def _like(self) -> Tensor:
@@ -134,20 +135,20 @@ class SlotPooling(Pooling):
         if self.folded:
             keys = features.to(slots.dtype)
             values = keys[:, None]
-            queries = slots[:, self.head_dim + 1 :].expand(len(features), -1, -1)
+            queries = slots[:, self.head_dim + 1 :].expand(features.shape[0], -1, -1)
             shift = slots[:, self.head_dim, None]
         else:
             keys, values = (t.to(slots.dtype) for t in self._project(features))
             keys = keys.flatten(0, 1)
             slots = slots.view(self.num_heads, self.num_slots, -1)
-            slots = slots if len(features) == 1 else slots.repeat(len(features), 1, 1)
+            slots = slots if features.shape[0] == 1 else slots.repeat(features.shape[0], 1, 1)
             queries, shift = slots.split([self.head_dim, 1], -1)
         with full_precision(features.device):
             scale = self.head_dim**-0.5
             # A softmax over the set does not see the shifts, and adding them takes a pass over the logits.
             seen = 0.0 if self.activation == "softmax" else scale
             logits = torch.baddbmm(shift, queries, keys.mT, beta=seen, alpha=scale)
-            logits = logits.view(len(features), self.num_heads, self.num_slots, features.shape[1])
+            logits = logits.view(features.shape[0], self.num_heads, self.num_slots, features.shape[1])
             return ACTIVATIONS[self.activation](logits), values
 
     def _project(self, features: Tensor) -> tuple[Tensor, ...]:
@@ -186,7 +187,9 @@ class SlotPooling(Pooling):
             offset = _log_weights(mask, weights, self._dtype)
             features = self.prepare(features, mask)
             return self._fused(features, offset, self._slots(generator, None))
-        state = whole = self.init_state(len(features), generator=generator)
+        state = whole = self.init_state(features.shape[0], generator=generator)
+        if torch.compiler.is_compiling():  # an exported graph takes any number of elements, and so makes no blocks
+            return self.readout(self.contribution(state, features, mask, weights))
         for start in range(0, features.shape[1], _BLOCK):
             block = [t if t is None else t[:, start : start + _BLOCK] for t in (features, mask, weights)]
             if torch.is_grad_enabled() and features.shape[1] > _BLOCK:
@@ -198,7 +201,9 @@ class SlotPooling(Pooling):
 
     def _fused(self, features: Tensor, offset: Tensor | None, slots: Tensor) -> Tensor:
         keys, values = self._project(features)
-        queries = slots[:, : self.head_dim].view(self.num_heads, self.num_slots, -1).expand(len(features), -1, -1, -1)
+        queries = (
+            slots[:, : self.head_dim].view(self.num_heads, self.num_slots, -1).expand(features.shape[0], -1, -1, -1)
+        )
         bias = self._map(1)[1][:, None]
         if offset is None:
             # A softmax over the set does not see the shifts.

@@ -27,7 +27,7 @@ def encoder(make):
 
 def gradients(enc, x, *, seed, average=False, **options):
     enc.zero_grad()
-    x = x.clone().requires_grad_()
+    x = x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x
     torch.manual_seed(seed)
     loss = setenc.encode(enc, x, **options).sin().sum()
     loss.backward()
@@ -42,7 +42,7 @@ def gradients(enc, x, *, seed, average=False, **options):
     return (
         loss.detach(),
         {name: g.clone() for name, g in found.items()},
-        torch.zeros_like(x) if x.grad is None else x.grad,
+        getattr(x, "grad", None),
     )
 
 
@@ -72,9 +72,12 @@ def worker(rank, world, file):
             split = gradients(enc, parts[rank], seed=rank, average=True, **options)
             same(split, whole)
             mine = whole[2].tensor_split([7] if world == 2 else [7, 7], 1)[rank]
-            torch.testing.assert_close(split[2], world * mine, rtol=1e-10, atol=1e-11)
-            if mode == "exact" or world == 2:  # DistributedDataParallel wants gradients on every rank
-                same(gradients(parallel(enc), parts[rank], seed=rank, **options), whole)
+            ours = torch.zeros_like(mine) if split[2] is None else split[2]
+            torch.testing.assert_close(ours, world * mine, rtol=1e-10, atol=1e-11)
+            same(gradients(parallel(enc), parts[rank], seed=rank, **options), whole)
+            empty = [parts[rank][:, :0], lambda: iter([parts[rank][:, :0]]), [s[:0] for s in parts[rank]]][rank]  # noqa: B023
+            nobody = gradients(parallel(enc), empty, seed=rank, **options)
+            same(nobody, gradients(enc, x[:, :0], seed=0))
         # Ranks with sets of their own: plain data parallelism, scales applied before the reduction.
         for mode in ("full", "exact", "sampled"):
             alone = [gradients(enc, x[:, r:], seed=9, chunk_size=3, gradient=mode) for r in range(world)]
@@ -82,6 +85,7 @@ def worker(rank, world, file):
             ours = gradients(parallel(enc), x[:, rank:], seed=9, chunk_size=3, gradient=mode)
             same(ours, (alone[rank][0], mean))
     states(rank, parts, x)
+    errors(rank, world, parts)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # everything passed; threads of gloo may abort the interpreter's own way out
@@ -97,6 +101,46 @@ def states(rank, parts, x):
     assert mine.count.tolist() == [13, 13]
     with pytest.raises(ValueError, match="ranks must share their slots"):
         pooling.init_state(2).all_reduce()
+
+
+def errors(rank, world, parts):
+    """An error of one rank, or a difference between the ranks, is an error on every rank: nobody waits for ever."""
+    everything = dist.group.WORLD
+    last = world - 1
+    for make in POOLINGS[:2]:
+        enc = encoder(make)
+        x = parts[rank][:, :5] if rank == 0 else parts[0][:, 5:]
+        wrong = {
+            "nothing": (lambda: iter(()), "the chunks must be at least one"),
+            "features": (x[..., :1], "mat1 and mat2 shapes cannot be multiplied|shape"),
+            "not finite": (x * torch.nan, "must be finite"),
+            "breaks off": (lambda: (1 / 0 for _ in range(2)), "division by zero"),
+            "weights": (lambda: iter([(x, None, -torch.ones(2, 2))]), "must have shape|not negative"),
+        }
+        for data, words in wrong.values():
+            for mode in ("full", "exact", "sampled", "none"):
+                mine = rank == last
+                error = Exception if mine else RuntimeError
+                with pytest.raises(error, match=words if mine else f"encode failed on rank {last} of the group"):
+                    setenc.encode(enc, data if mine else x, chunk_size=2, gradient=mode, group=everything)
+        with pytest.raises(ValueError, match="all ranks must have the same batch size; it ranges from 1 to 2"):
+            setenc.encode(enc, x[: 1 if rank == last else 2], group=everything)
+        with pytest.raises(ValueError, match="all ranks must have the same gradient"):
+            setenc.encode(enc, x, gradient="exact" if rank == last else "full", group=everything)
+        with pytest.raises(ValueError, match="all ranks must have the same training mode"):
+            setenc.encode(encoder(make).train(rank == last), x, group=everything)
+        # In backward too.
+        calls = []
+
+        def chunks(x=x, calls=calls):
+            calls.append(None)
+            again = rank == last and len(calls) > 1
+            return iter((x + 1 if again else x).split(2, 1))
+
+        out = setenc.encode(enc, chunks, gradient="exact", group=everything)
+        words = "the state of the set differs" if rank == last else f"failed on rank {last}"
+        with pytest.raises((ValueError, RuntimeError), match=words):
+            out.sum().backward()
 
 
 @pytest.mark.parametrize("world", [2, 3])

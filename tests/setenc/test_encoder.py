@@ -69,24 +69,6 @@ def test_only_the_size_feature_tells_a_set_from_twice_that_set():
     torch.testing.assert_close(seeing(list(twice)), seeing(twice))
 
 
-def test_batch_norm_mixes_elements_in_training_only():
-    class PerElement(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.norm = nn.Linear(2, 8), nn.BatchNorm1d(8)
-
-        def forward(self, x):
-            return self.norm(self.linear(x).mT).mT
-
-    enc = encoder(PerElement())
-    x = torch.randn(3, 7, 2, dtype=torch.float64)
-    torch.testing.assert_close(stream(enc, x.split(3, 1)), enc(x))
-    enc.train()
-    for call in (lambda: enc(x), lambda: stream(enc, [x]), lambda: enc(list(x))):
-        with pytest.raises(ValueError, match="BatchNorm in training mode"):
-            call()
-
-
 def test_parts_are_checked():
     with pytest.raises(TypeError, match="pooling must be a setenc Pooling"):
         setenc.UMBC(None, nn.Linear(2, 2), None)
