@@ -37,7 +37,7 @@ class UMBC(nn.Module):
         decoder: any module on slots ``(B, K, dim)``; None is the identity.
         size_feature: tell the decoder the size of the set.
         probe: test once in training and once in eval mode, on the first elements seen, that the extractor does not
-            mix elements; False trusts it.
+            mix elements (a GPU is waited for); False trusts it.
 
     >>> enc = UMBC(torch.nn.Linear(2, 16), setenc.SlotPooling(16, 32, 4), setenc.MLPDecoder(32, 5)).eval()
     >>> x = torch.randn(3, 100, 2)

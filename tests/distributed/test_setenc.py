@@ -75,7 +75,7 @@ def worker(rank, world, file):
             ours = torch.zeros_like(mine) if split[2] is None else split[2]
             torch.testing.assert_close(ours, world * mine, rtol=1e-10, atol=1e-11)
             same(gradients(parallel(enc), parts[rank], seed=rank, **options), whole)
-            empty = [parts[rank][:, :0], lambda: iter([parts[rank][:, :0]]), [s[:0] for s in parts[rank]]][rank]  # noqa: B023
+            empty = [parts[rank][:, :0], lambda: iter([parts[rank][:, :0]]), [s[:0] for s in parts[rank]]][rank]
             nobody = gradients(parallel(enc), empty, seed=rank, **options)
             same(nobody, gradients(enc, x[:, :0], seed=0))
         # Ranks with sets of their own: plain data parallelism, scales applied before the reduction.
@@ -115,7 +115,7 @@ def errors(rank, world, parts):
             "features": (x[..., :1], "mat1 and mat2 shapes cannot be multiplied|shape"),
             "not finite": (x * torch.nan, "must be finite"),
             "breaks off": (lambda: (1 / 0 for _ in range(2)), "division by zero"),
-            "weights": (lambda: iter([(x, None, -torch.ones(2, 2))]), "must have shape|not negative"),
+            "weights": (lambda x=x: iter([(x, None, -torch.ones(2, 2))]), "must have shape|not negative"),
         }
         for data, words in wrong.values():
             for mode in ("full", "exact", "sampled", "none"):

@@ -59,6 +59,7 @@ def test_a_stream_never_waits_for_the_device(pooling):
     enc = encoder(pooling).cuda()
     x, mask, weights = (t.cuda() for t in sets())
     state = enc.init_state(3)
+    enc.update(state, x)  # the extractor is tested once, on the first chunk, and that waits
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
