@@ -1,21 +1,26 @@
 """Ground costs between points: every pair of two clouds, or the matched pairs of a sparse plan.
 
 The squared Euclidean cost is ``|x - y|^2`` (no factor 1/2). Half-precision points are computed with in float32;
-autocast and TF32 products are switched off inside, and large-dimensional squared distances are taken about the clouds'
-common centre, so that an offset of the data does not cancel digits.
+autocast and TF32 products are switched off inside.
+
+Squared distances are expanded, ``|x|^2 + |y|^2 - 2 <x, y>`` about the clouds' common centre. That cancels where points
+lie closer to each other than to the centre (groups far apart, an outlier). So the rounding of the expansion is compared
+with the smallest cost of each row, and where it is too large the costs are computed in float64, and by differences
+where float64 cancels too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mbot import checks
 from mbot.eager import outside_graphs
-from mbot.numerics import full_float32, product
+from mbot.numerics import full_float32, no_autocast, product
 
 Cost = str | Callable[[Tensor, Tensor], Tensor]
 """The name of a cost, or a callable ``(…, n, d), (…, m, d) -> (…, n, m)``."""
@@ -23,23 +28,128 @@ Cost = str | Callable[[Tensor, Tensor], Tensor]
 # Up to this many features the differences are summed directly, which is exact at coinciding points and as fast as a
 # matrix product for so few columns.
 _DIRECT_FEATURES = 4
+# Relative error that the smallest costs may have.
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
+_CELLS = 1 << 22  # entries of the largest float64 matrix (32 MB) that is made on the careful way
 
 
-def _squared(x: Tensor, y: Tensor) -> Tensor:
-    if x.shape[-1] <= _DIRECT_FEATURES:
-        return sum(  # type: ignore[return-value]
-            (x[..., :, None, k] - y[..., None, :, k]).square() for k in range(x.shape[-1])
-        )
-    centre = (y.detach().mean(-2, keepdim=True) + x.detach().mean(-2, keepdim=True)) / 2
+class _Squared(torch.autograd.Function):
+    """The squared distances that are already known, with their derivatives of any order."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, squared: Tensor) -> Tensor:
+        return squared
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        with no_autocast(x):
+            sides = [
+                (2 * (part.sum(-1, keepdim=True) * own - product(part, other))).sum_to_size(own.shape)
+                if needed
+                else None
+                for own, other, part, needed in zip(
+                    (x, y), (y, x), (grad, grad.mT), ctx.needs_input_grad[:2], strict=True
+                )
+            ]
+        return (*sides, None)
+
+
+def _known(x: Tensor, y: Tensor, squared: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return _Squared.apply(x, y, squared)
+    return squared
+
+
+def _norms(points: Tensor) -> Tensor:
+    """Squared norms; a norm is one pass over the points, a sum of squares writes the squares first."""
+    return torch.linalg.vector_norm(points, dim=-1).square_()
+
+
+def _expanded(x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor) -> Tensor:
+    """``|x - y|^2`` by the expansion, a new tensor; rounding may leave negative numbers."""
+    if x.ndim == y.ndim == 2:
+        return torch.addmm(norms_y, x, y.mT, alpha=-2).add_(norms_x[:, None])
+    # The factor where there are fewer numbers: memory costs more than the arithmetic.
+    inner = (x @ y.mT).mul_(-2) if y.shape[-2] < x.shape[-1] else (-2 * x) @ y.mT
+    return inner.add_(norms_x[..., :, None]).add_(norms_y[..., None, :])
+
+
+def _certain(squared: Tensor, norms: Tensor) -> bool:
+    """Whether the expansion's rounding is small against the smallest cost of the rows.
+
+    It is about ``eps |x|^2`` for all targets that are not much farther from the centre than x; costs of farther ones
+    are as large as their norms, and precise. A power mean over the rows: a close pair by chance does no harm.
+    """
+    share = torch.linalg.vector_norm(norms / squared.amin(-1), 4, dim=-1)
+    limit = _TOLERANCE[squared.dtype] / torch.finfo(squared.dtype).eps * squared.shape[-2] ** 0.25
+    return not share.numel() or float(share.amax() if share.ndim else share) <= limit
+
+
+def _squared(x: Tensor, y: Tensor, *, rounded: bool = False) -> Tensor | None:
+    """Squared distances, None where they would not be precise; ``rounded``: the points carry rounding of their own."""
+    if x.shape[-1] <= _DIRECT_FEATURES and not rounded:
+        squared = sum((x[..., :, None, k] - y[..., None, :, k]).square() for k in range(x.shape[-1]))
+        return squared if math.isfinite(squared.detach().sum()) else None  # type: ignore[union-attr, return-value]
+    centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
     x, y = x - centre, y - centre
-    # In place, and the factor where there are fewer numbers: memory costs more than the arithmetic.
-    inner = product(x, y.mT).mul_(-2) if y.shape[-2] < x.shape[-1] else product(-2 * x, y.mT)
-    # A norm is one pass over the points; a sum of squares writes the squares first.
-    norms_x, norms_y = (torch.linalg.vector_norm(points, dim=-1).square() for points in (x, y))
-    return inner.add_(norms_x[..., :, None]).add_(norms_y[..., None, :]).clamp_min_(0)
+    with torch.no_grad():
+        norms = _norms(x)
+        squared = _expanded(x, y, norms, _norms(y))
+        # Points of norm 1 are rounded by eps, which the centre does not see.
+        if not _certain(squared, torch.ones_like(norms) if rounded else norms):
+            return None
+    return _known(x, y, squared)
 
 
-def _root(squared: Tensor) -> Tensor:
+def _careful(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """The cost in float64, some rows at a time, and by differences where that cancels; in the dtype of the points."""
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    tolerance = 1e-2 * _TOLERANCE[x.dtype]
+    prepare, finish = _OF_SQUARES[cost]
+    prepared = prepare(y.double())
+    parts = []
+    for rows in x.split(max(1, _CELLS // (batch.numel() * y.shape[-2])), -2):
+        left = prepare(rows.double())
+        # Medians keep single outliers out of the centre.
+        centre = torch.lerp(
+            left.detach().median(-2, keepdim=True)[0], prepared.detach().median(-2, keepdim=True)[0], 0.5
+        )
+        left, right = left - centre, prepared - centre
+        with torch.no_grad():
+            norms_x, norms_y = _norms(left), _norms(right)
+            squared = _expanded(left, right, norms_x, norms_y)
+            size = norms_x[..., :, None] + norms_y[..., None, :]
+            _difference(squared, squared * tolerance < torch.finfo(torch.float64).eps * size, left, right)
+        parts.append(finish(_known(left, right, squared)).to(x.dtype))
+    result = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+    return finite_costs(result, cost)
+
+
+def _difference(squared: Tensor, where: Tensor, x: Tensor, y: Tensor) -> None:
+    """Overwrite some squared distances by sums of squared differences."""
+    batch = squared.shape[:-2]
+    x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
+    for pairs in where.nonzero().split(max(1, _CELLS // x.shape[-1])):
+        *at, i, j = pairs.T
+        squared[*at, i, j] = (x[*at, i] - y[*at, j]).square_().sum(-1)
+
+
+def finite_costs(costs: Tensor, cost: str) -> Tensor:
+    """The costs, if none of them is too large for their dtype."""
+    if not math.isfinite(costs.detach().sum()) and not bool(costs.detach().isfinite().all()):
+        raise ValueError(
+            f"the {cost!r} costs of these points do not fit into {costs.dtype}: rescale the points"
+            + ("" if costs.dtype == torch.float64 else " or pass them in float64")
+        )
+    return costs
+
+
+def root(squared: Tensor) -> Tensor:
     """Square root whose gradient at zero is zero, not NaN."""
     positive = squared > 0
     return torch.where(positive, torch.where(positive, squared, 1).sqrt(), 0)
@@ -48,32 +158,58 @@ def _root(squared: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Points ``(…, d)`` scaled to norm 1; a point of norm 0 has no direction and is refused."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    if bool((norm == 0).any()):
+    least, most = torch.stack(norm.detach().aminmax()).tolist()
+    if x.dtype == torch.float32 and not 1e-15 < least <= most < math.inf:  # squares under- or overflow
+        return unit(x.double()).float()
+    if least == 0:
         raise ValueError(f"the cosine cost needs non-zero vectors; {int((norm == 0).sum())} have norm 0")
     return x / norm
 
 
-@dataclass(frozen=True)
-class _GroundCost:
-    pairwise: Callable[[Tensor, Tensor], Tensor]  # (…, n, d), (…, m, d) -> (…, n, m)
-    paired: Callable[[Tensor, Tensor], Tensor]  # (…, d), (…, d) -> (…)
+def expansion_holds(x: Tensor, y: Tensor, cost: str, most: int = 1024) -> bool:
+    """Whether sums over all pairs of two clouds ``(n, d)``, ``(m, d)`` may expand a named cost in the points' dtype.
+
+    Judged by the costs between at most ``most`` points a side.
+    """
+    if cost == "dot":
+        return True
+    with torch.no_grad():
+        sample_x, sample_y = (points[:: -(-len(points) // most)] for points in (x, y))
+        costs = pairwise(sample_x, sample_y, cost)
+        if cost == "cosine":
+            return _certain(2 * costs, torch.ones_like(costs[:, 0]))
+        squared = costs.square() if cost == "euclidean" else costs
+        centre = torch.lerp(x.mean(0), y.mean(0), 0.5)
+        size = _norms(x - centre).mean() + _norms(y - centre).mean()
+        limit = _TOLERANCE[x.dtype] / torch.finfo(x.dtype).eps
+        return _certain(squared, _norms(sample_x - centre)) and float(size) <= limit * float(squared.amin(1).mean())
 
 
-_COSTS: dict[str, _GroundCost] = {
-    "sqeuclidean": _GroundCost(_squared, lambda x, y: (x - y).square().sum(-1)),
-    "euclidean": _GroundCost(lambda x, y: _root(_squared(x, y)), lambda x, y: _root((x - y).square().sum(-1))),
+class _OfSquares(NamedTuple):
+    prepare: Callable[[Tensor], Tensor]  # of the points
+    finish: Callable[[Tensor], Tensor]  # of the squared distances
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+_OF_SQUARES = {
+    "sqeuclidean": _OfSquares(_same, _same),
+    "euclidean": _OfSquares(_same, root),
     # Half the squared distance on the sphere: 1 - <x, y> would cancel between directions that are close.
-    "cosine": _GroundCost(
-        lambda x, y: _squared(unit(x), unit(y)) / 2,
-        lambda x, y: (unit(x) - unit(y)).square().sum(-1) / 2,
-    ),
-    "dot": _GroundCost(lambda x, y: -product(x, y.mT), lambda x, y: -(x * y).sum(-1)),
+    "cosine": _OfSquares(unit, lambda squared: squared / 2),
 }
+_NAMES = (*_OF_SQUARES, "dot")
 
 
-def _named(cost: str) -> _GroundCost:
-    checks.choice(cost, "cost", tuple(_COSTS))
-    return _COSTS[cost]
+def _between(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """A named cost of all pairs."""
+    if cost == "dot":
+        return finite_costs(product(-x, y.mT) if x.shape[-1] < y.shape[-2] else -product(x, y.mT), cost)
+    prepare, finish = _OF_SQUARES[cost]
+    squared = _squared(prepare(x), prepare(y), rounded=cost == "cosine")
+    return _careful(x, y, cost) if squared is None else finish(squared)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -84,7 +220,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def check_cost(cost: Cost) -> Cost:
     """Return ``cost`` if it names a ground cost or is callable; raise otherwise."""
     if isinstance(cost, str):
-        _named(cost)
+        checks.choice(cost, "cost", _NAMES)
     elif not callable(cost):
         raise TypeError(f"cost must be a name or a callable (x, y) -> (…, n, m); got {cost!r}")
     return cost
@@ -121,10 +257,10 @@ def pairwise_cost(x: Tensor, y: Tensor, cost: Cost = "sqeuclidean", *, feature_n
 def pairwise(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
     """`pairwise_cost` of checked points ``(…, n, d)``."""
     check_cost(cost)
-    with torch.autocast(x.device.type, enabled=False), full_float32():
+    with no_autocast(x), full_float32():
         x, y = at_least_float32(x), at_least_float32(y)
         if isinstance(cost, str):
-            return _named(cost).pairwise(x, y)
+            return _between(x, y, cost)
         result = cost(x, y)
     shape = (*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-2])
     if not isinstance(result, Tensor) or tuple(result.shape) != shape:
@@ -134,6 +270,12 @@ def pairwise(x: Tensor, y: Tensor, cost: Cost) -> Tensor:
 
 
 def paired(x: Tensor, y: Tensor, cost: str) -> Tensor:
-    """Named cost of matched points: ``(…, d), (…, d) -> (…)``."""
-    with torch.autocast(x.device.type, enabled=False), full_float32():
-        return _named(cost).paired(at_least_float32(x), at_least_float32(y))
+    """Named cost of matched points: ``(…, d), (…, d) -> (…)``, in float64."""
+    with no_autocast(x):
+        x, y = at_least_float32(x), at_least_float32(y)
+        if cost == "dot":
+            return -(x * y).sum(-1, dtype=torch.float64)
+        prepare, finish = _OF_SQUARES[cost]
+        if cost == "cosine":
+            x, y = x.double(), y.double()
+        return finish(torch.linalg.vector_norm(prepare(x) - prepare(y), dim=-1, dtype=torch.float64).square())

@@ -318,10 +318,9 @@ def _plan_total(plan: Plan, weight: Tensor, x: Tensor, y: Tensor, block: _Block,
         row = i[:, None] * n + plan.row[at]
         col = j[:, None] * m + plan.col[at]
         mass = weight[at][:, None] * plan.mass[at]
-        group = torch.zeros(1, dtype=torch.int64, device=x.device).expand(row.numel())
         costs = block.costs[index][at]
         return matched_values(
-            flat_x, flat_y, row.flatten(), col.flatten(), mass.flatten(), costs.flatten(), group, 1, str(block.cost)
+            flat_x, flat_y, row.flatten(), col.flatten(), mass.flatten(), costs.flatten(), 1, str(block.cost)
         )[0]
     scaled = plan.mass * weight[..., None, None]
     if aligned:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +65,12 @@ def _raise_by_backend() -> Callable[[], None]:
             module.fp32_precision = "none" if value == inherited else value
 
     return restore
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast switched off inside, on the device of ``x``."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _Product(torch.autograd.Function):

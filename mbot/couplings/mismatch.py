@@ -12,8 +12,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.conditions import Labels, class_codes, vectors
-from mbot.cost import pairwise, unit
-from mbot.numerics import product
+from mbot.cost import pairwise
 
 COSTS = ("cosine", "sqeuclidean")
 
@@ -203,9 +202,8 @@ def mismatch_cost(y0: Tensor, y1: Tensor, cost: str) -> Tensor:
     """Condition costs ``(n, m)`` between rows ``(n, c)`` and ``(m, c)``, exactly 0 for equal conditions."""
     if cost == "unequal":
         return (y0 != y1.mT).float()
-    between = pairwise(y0, y1, "sqeuclidean") if cost == "sqeuclidean" else 1 - product(unit(y0), unit(y1).mT)
     same0, same1 = _same_rows(y0, y1)
-    return between.clamp_min_(0).masked_fill_(same0[:, None] == same1, 0)
+    return pairwise(y0, y1, cost).masked_fill_(same0[:, None] == same1, 0)
 
 
 def _same_rows(y0: Tensor, y1: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbot.cost import unit
+from mbot.cost import expansion_holds, unit
 from mbot.kernels.device import triton_module
 
 COSTS = ("sqeuclidean", "dot", "cosine")
@@ -33,11 +33,14 @@ class Fused:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, cost: Any) -> Fused | None:
-        """The clouds ``(n, d)``, ``(m, d)``, or None where the kernels do not apply (no CUDA, no Triton, float64)."""
+        """The clouds ``(n, d)``, ``(m, d)``, or None where the kernels do not apply.
+
+        They need CUDA, Triton, and float32 points that are not too far apart for the expansion of the cost.
+        """
         if not (x.is_cuda and isinstance(cost, str) and cost in COSTS and x.dtype != torch.float64):
             return None
         kernels = triton_kernels()
-        return None if kernels is None else cls.prepared(x, y, cost, kernels)
+        return cls.prepared(x, y, cost, kernels) if kernels is not None and expansion_holds(x, y, cost) else None
 
     @classmethod
     def prepared(cls, x: Tensor, y: Tensor, cost: str, kernels: Any) -> Fused:

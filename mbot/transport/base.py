@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Transport(ABC):
             differentiable in ``x`` and ``y``: the plan is held constant, which by the envelope theorem gives the
             gradient of the value.
         """
-        x, y = checks.clouds(x, y)
+        x, y = checks.clouds(weighted_points(x, a), weighted_points(y, b))
         matrix = pairwise(x, y, cost) if not isinstance(cost, str) else None
         with torch.no_grad():
             costs = pairwise(x, y, cost) if matrix is None else matrix.detach()
@@ -98,6 +99,24 @@ def _no_plans(cost: Tensor) -> Plan:
     return Plan(index.to(cost.dtype), (cost.shape[-2], cost.shape[-1]), index, index, potentials=potentials)
 
 
+def weighted_points(points: Any, weight: Any) -> Any:
+    """Points ``(…, n, d)`` with those of weight 0 moved onto one that has weight: where they lie changes nothing.
+
+    Padding may be anything, NaN included. Points whose weights require gradients stay, as the gradients depend on them.
+    """
+    if not (isinstance(points, Tensor) and isinstance(weight, Tensor)) or weight.requires_grad:
+        return points
+    if points.ndim < 2 or weight.ndim < 1 or points.shape[-2] != weight.shape[-1] or not bool((weight == 0).any()):
+        return points  # wrong shapes are for the checks
+    try:
+        batch = torch.broadcast_shapes(points.shape[:-2], weight.shape[:-1])
+    except RuntimeError:
+        return points
+    points = points.expand(*batch, *points.shape[-2:])
+    index = (weight != 0).int().argmax(-1, keepdim=True).expand(*batch, 1)[..., None]
+    return torch.where((weight == 0)[..., None], torch.take_along_dim(points.detach(), index, -2), points)
+
+
 def _sparse_values(plan: Plan, x: Tensor, y: Tensor, costs: Tensor, cost: str) -> Tensor:
     """``<C, P>`` of each problem from its matched pairs, so that backward never touches an n × m matrix."""
     assert plan.row is not None
@@ -112,6 +131,6 @@ def _sparse_values(plan: Plan, x: Tensor, y: Tensor, costs: Tensor, cost: str) -
     values = matched_values(
         x, y,
         (problem * n + row).flatten(), (problem * m + col).flatten(),
-        mass.flatten(), torch.where(mass > 0, matched, 0).flatten(), problem.flatten(), problems, cost,
+        mass.flatten(), torch.where(mass > 0, matched, 0).flatten(), problems, cost,
     )  # fmt: skip
     return values.reshape(batch)

@@ -11,7 +11,7 @@ from mbot import checks, convergence
 from mbot.cost import Cost
 from mbot.eager import outside_graphs
 from mbot.plan import Plan
-from mbot.transport.base import Transport
+from mbot.transport.base import Transport, weighted_points
 from mbot.transport.points import entropic_values, too_large
 from mbot.transport.sinkhorn import Solution, sinkhorn
 from mbot.transport.steps import Balanced
@@ -59,7 +59,7 @@ class EntropicOT(Transport):
     ) -> Tensor:
         """See `Transport`; large clouds make no cost matrix."""
         if isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim > 1 and y.ndim > 1 and too_large(x, y, cost):
-            x, y = checks.clouds(x, y)
+            x, y = checks.clouds(weighted_points(x, a), weighted_points(y, b))
             return entropic_values(x, y, a, b, str(cost), self.reg, self.max_iter, self.tol)
         return super().__call__(x, y, a, b, cost)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mbot import checks, convergence
-from mbot.cost import Cost, at_least_float32, pairwise, unit
-from mbot.numerics import full_float32
+from mbot.cost import Cost, at_least_float32, expansion_holds, pairwise, unit
+from mbot.numerics import full_float32, no_autocast
 from mbot.transport.streaming import Streamed, solve
 
 _CELLS = 1 << 24  # entries of the largest tile
@@ -44,21 +44,27 @@ def entropic_values(
             weight = torch.full((size,), 1 / size, dtype=torch.float64, device=x.device).expand(*batch, size)
         weights.append(weight.reshape(-1, size))
     left, right = weights[0], checks.equal_totals(*weights)
-    with torch.autocast(x.device.type, enabled=False), full_float32():
-        x, y, shift = at_least_float32(x), at_least_float32(y), torch.zeros_like(left[:, 0])
-        if cost == "cosine":  # 1 plus the dot cost of unit vectors
-            x, y, cost, shift = unit(x), unit(y), "dot", left.sum(1)
+    with no_autocast(x), full_float32():
+        x, y = at_least_float32(x), at_least_float32(y)
         x, y = (
             points.expand(*batch, *points.shape[-2:]).flatten(0, -3) if batch else points[None] for points in (x, y)
         )
         with convergence.one_warning():
             values = [_value(*problem, cost, reg, max_iter, tol) for problem in zip(x, y, left, right, strict=True)]
-        return (torch.stack(values) + shift.to(x.dtype)).reshape(batch)
+        return torch.stack(values).reshape(batch)
 
 
 def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, max_iter: int, tol: float) -> Tensor:
     if not bool((a > 0).all() & (b > 0).all()):
         x, y, a, b = x[a > 0], y[b > 0], a[a > 0], b[b > 0]  # points of weight 0 take no part
+    dtype, factor = x.dtype, 1.0
+    if not expansion_holds(x, y, cost, _PROBE):
+        x, y = x.double(), y.double()
+    if cost == "cosine":  # half the squared distance of unit vectors
+        x, y, cost, factor, reg = unit(x), unit(y), "sqeuclidean", 0.5, 2 * reg
+    elif cost == "sqeuclidean":
+        centre = torch.lerp(x.detach().mean(0), y.detach().mean(0), 0.5)
+        x, y = x - centre, y - centre
     with torch.no_grad():
         sample = pairwise(x[:: -(-len(x) // _PROBE)], y[:: -(-len(y) // _PROBE)], cost)
         spread = float(sample.amax() - sample.amin())
@@ -68,13 +74,13 @@ def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, ma
         found = solve(
             layout, reg, spread, max_iter=max_iter, tol=tol, start=None, device=x.device, log_a=a.log(), log_b=b.log()
         )
-        advice = f"Raise max_iter (now {max_iter}), raise reg (now {reg:g}, in cost units), or loosen tol."
+        advice = f"Raise max_iter (now {max_iter}), raise reg (now {factor * reg:g}, in cost units), or loosen tol."
         failed = not found.converged
         convergence.count_unconverged("EntropicOT", failed, 1, found.error if failed else 0.0, advice)
         total = a.sum()
         dual = (a * (found.phi - a.log())).sum() + (b * (found.psi - b.log())).sum() - total + total * b.sum()
         value = (reg * dual).to(x.dtype)
-    return _Value.apply(x, y, value, layout, found.phi, found.psi)
+    return (factor * _Value.apply(x, y, value, layout, found.phi, found.psi)).to(dtype)
 
 
 class _Value(torch.autograd.Function):

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.cost import Cost, at_least_float32
+from mbot.cost import Cost, at_least_float32, pairwise
 from mbot.eager import outside_graphs
-from mbot.numerics import product, running_sum
+from mbot.numerics import no_autocast, product, running_sum
 from mbot.plan import Plan
 from mbot.random import draw
-from mbot.transport.base import Transport
+from mbot.transport.base import Transport, weighted_points
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SlicedOT(Transport):
         Returns:
             ``(…,)`` values, differentiable in ``x`` and ``y``.
         """
-        x, y = checks.clouds(x, y)
+        x, y = checks.clouds(weighted_points(x, a), weighted_points(y, b))
         u, v = self._sorted(x, y, a, b, cost, generator)
         return self._distance(u, v)
 
@@ -93,12 +93,9 @@ class SlicedOT(Transport):
         """
         u, v = self._sorted(xs, ys, a, b, "sqeuclidean", generator)
         if self.p == 2 and u.cumulative is None and v.cumulative is None and u.values.shape[1:] == v.values.shape[1:]:
-            # |u - v|^2 over directions and ranks at once: one matrix product of centred embeddings
+            # |u - v|^2 over directions and ranks at once
             left, right = u.values.flatten(1), v.values.flatten(1)
-            centre = right.detach().mean(0)
-            left, right = left - centre, right - centre
-            squared = left.square().sum(1)[:, None] + right.square().sum(1) - 2 * product(left, right.T)
-            return squared.clamp_min(0) / left.shape[1]
+            return pairwise(left, right, "sqeuclidean") / left.shape[1]
         return torch.stack([self._distance(u[i : i + 1], v) for i in range(len(xs))])
 
     def _sorted(
@@ -106,7 +103,7 @@ class SlicedOT(Transport):
     ) -> tuple[_Projected, _Projected]:
         if cost != "sqeuclidean":
             raise ValueError(f"SlicedOT's cost is |x - y|^p with p={self.p}; leave cost at its default, got {cost!r}")
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x, y = at_least_float32(x), at_least_float32(y)
             directions = draw(
                 torch.randn, self.num_projections, x.shape[-1], generator=generator, device=x.device, dtype=x.dtype
