@@ -115,10 +115,7 @@ def _careful(x: Tensor, y: Tensor, cost: str) -> Tensor:
     parts = []
     for rows in x.split(max(1, _CELLS // (batch.numel() * y.shape[-2])), -2):
         left = prepare(rows.double())
-        # Medians keep single outliers out of the centre.
-        centre = torch.lerp(
-            left.detach().median(-2, keepdim=True)[0], prepared.detach().median(-2, keepdim=True)[0], 0.5
-        )
+        centre = torch.lerp(_median(left), _median(prepared), 0.5)
         left, right = left - centre, prepared - centre
         with torch.no_grad():
             norms_x, norms_y = _norms(left), _norms(right)
@@ -128,6 +125,12 @@ def _careful(x: Tensor, y: Tensor, cost: str) -> Tensor:
         parts.append(finish(_known(left, right, squared)).to(x.dtype))
     result = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     return finite_costs(result, cost)
+
+
+def _median(points: Tensor) -> Tensor:
+    """Upper median of each feature, ``(…, 1, d)``: a centre that single outliers do not move."""
+    middle = points.shape[-2] // 2
+    return points.detach().sort(-2).values[..., middle : middle + 1, :]
 
 
 def _difference(squared: Tensor, where: Tensor, x: Tensor, y: Tensor) -> None:
