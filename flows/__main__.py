@@ -188,7 +188,8 @@ def diagnose(arguments: list[str]) -> None:
     generator = torch.Generator().manual_seed(config.seed)
     x1, y = task.draw(config.num, generator)
     x0 = torch.randn(x1.shape, generator=generator)
-    print(examine(build.build_coupling(config, task), x0, x1, y, generator=generator))
+    coupling = build.fitted(build.build_coupling(config, task), (x1, y), generator)
+    print(examine(coupling, x0, x1, y, generator=generator))
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:

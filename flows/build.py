@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 import mbot
-from flows import checkpoint, datasets, paths
+from flows import checkpoint, datasets, paths, registry
 from flows.config import ConfigError, DiagnoseConfig, Model, TrainConfig, plain, read_file, typed
 from flows.guidance import GuidedModel
 from flows.integrate import integrate
@@ -21,14 +22,7 @@ from flows.models import PRESETS, ResidualMLP, UNet
 from flows.seeds import derive_seed, generator_at
 from flows.trainer import Trainer
 
-_PLANAR = ("eight-gaussians", "moons", "checkerboard")
 _FITTING: tuple[Model, ...] = ("digits", "mnist", "cifar10-otcfm")  # U-Nets from small to large images
-_PATHS = {
-    "linear": paths.LinearPath,
-    "schrodinger-bridge": paths.SchrodingerBridgePath,
-    "target": paths.TargetPath,
-    "variance-preserving": paths.VariancePreservingPath,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,23 +75,18 @@ def load_task(config: TrainConfig | DiagnoseConfig) -> Task:
         FileNotFoundError, ValueError: the files are missing or damaged.
     """
     name, root, flip = config.data, config.data_root, getattr(config, "flip", False)
-    if root is None and name not in ("digits", *_PLANAR):
+    make = registry.data_sets()[name]
+    offered: dict[str, Any] = {
+        "n": 20_000, "generator": generator_at(config.seed, "data"), "root": root, "path": root,
+        "size": config.image_size, "flip": flip, "download": config.download, "labels": config.conditional,
+        "y": "y" if config.conditional else None,
+    }  # fmt: skip
+    taken = {key: offered[key] for key in inspect.signature(make).parameters if key in offered}
+    if root is None and {"root", "path"} & set(taken):
         raise ConfigError(f"--data {name} is read from files: say where they are with --data-root")
-    dataset: Any
-    if name in _PLANAR:
-        generator = generator_at(config.seed, "data")
-        made = getattr(datasets, name.replace("-", "_"))(20_000, generator=generator)
-        dataset = TensorDataset(*made) if isinstance(made, tuple) else TensorDataset(made)
-    elif name == "digits":
-        dataset = datasets.digits()
-    elif name == "cifar10":
-        dataset = datasets.cifar10(root or "", flip=flip, download=config.download)
-    elif name == "folder":
-        dataset = datasets.ImageFolder(root or "", config.image_size, flip=flip, labels=config.conditional)
-    elif name == "arrays":
-        dataset = datasets.load_arrays(root or "", y="y" if config.conditional else None)
-    else:
-        dataset = datasets.mnist(root or "", name=name, download=config.download)
+    made = make(**taken)
+    dataset: Any = TensorDataset(*made) if isinstance(made, tuple) else made
+    dataset = TensorDataset(made) if isinstance(made, Tensor) else dataset
     if isinstance(dataset, datasets.ImageData):
         dataset.flip = flip
         if not config.conditional:
@@ -118,25 +107,50 @@ def load_task(config: TrainConfig | DiagnoseConfig) -> Task:
 
 
 def build_coupling(config: TrainConfig | DiagnoseConfig, task: Task) -> mbot.Coupling:
-    """The coupling of a configuration."""
-    if config.coupling == "auto" and isinstance(config, TrainConfig) and config.path == "schrodinger-bridge":
-        return build_path(config).default_coupling()
-    if config.coupling == "fm":
-        return mbot.IndependentCoupling()
-    if config.coupling == "wcfm":
-        features = torch.Size(task.shape).numel()
-        return mbot.WeightedCoupling(reg=config.reg or 0.09 * features**0.5)
-    if config.coupling == "ot" or not (task.num_classes or task.condition_dim):
-        return mbot.OTCoupling()
-    if task.num_classes:
-        return mbot.ConditionalOTCoupling("discrete")
-    return mbot.ConditionalOTCoupling("continuous", target_ratio=config.target_ratio)
+    """The coupling of a configuration, not fitted to its data yet."""
+    conditions = bool(task.num_classes or task.condition_dim)
+    name = config.coupling
+    if name == "auto":
+        own = build_path(config).default_coupling() if isinstance(config, TrainConfig) else mbot.IndependentCoupling()
+        if own != mbot.IndependentCoupling():
+            return own
+        name = "c2ot"
+    name = "ot" if name == "c2ot" and not conditions else name
+    settings: dict[str, Any] = {} if config.reg is None else {"reg": config.reg}
+    if name == "wcfm":
+        settings.setdefault("reg", 0.09 * torch.Size(task.shape).numel() ** 0.5)
+    if name == "c2ot":
+        settings["condition"] = "discrete" if task.num_classes else "continuous"
+        settings |= {} if task.num_classes else {"target_ratio": config.target_ratio}
+    settings |= registry.settings_of("coupling", config.settings)
+    return registry.make(registry.couplings()[name], f"--coupling {name}", settings)
 
 
 def build_path(config: TrainConfig) -> paths.Path:
     """The path of a configuration."""
-    kind: Any = _PATHS[config.path]
-    return kind() if config.sigma is None else kind(sigma=config.sigma)
+    settings = {} if config.sigma is None else {"sigma": config.sigma}
+    settings |= registry.settings_of("path", config.settings)
+    return registry.make(registry.path_classes()[config.path], f"--path {config.path}", settings)
+
+
+def build_loader(config: TrainConfig, task: Task, device: torch.device | str | None = None) -> CoupledLoader:
+    """The loader of a configuration, with a coupling that is fitted to the data where it asks for that."""
+
+    def loader(coupling: mbot.Coupling | None) -> CoupledLoader:
+        return CoupledLoader(
+            task.dataset, None, coupling, config.batch_size, config.ot_batch_size, config.num_workers,
+            seed=config.seed, device=device, coupling_scope=config.coupling_scope, timeout=config.timeout,
+        )  # fmt: skip
+
+    coupling = build_coupling(config, task)
+    if coupling.needs_data_set:
+        coupling = fitted(coupling, loader(None).batches.load_whole(), generator_at(config.seed, "fit"))
+    return loader(coupling)
+
+
+def fitted(coupling: Any, data: tuple[Tensor, Any], generator: torch.Generator) -> Any:
+    """A coupling that learned what it has to learn of samples and conditions; others as they are."""
+    return coupling.fit(*data, generator=generator) if hasattr(coupling, "fit") else coupling
 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
@@ -176,18 +190,7 @@ def device_of(name: str) -> torch.device:
 def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview: Any = None) -> Trainer:
     """The trainer of a configuration."""
     model = build_model(config, task).to(device)
-    loader = CoupledLoader(
-        task.dataset,
-        None,
-        build_coupling(config, task),
-        config.batch_size,
-        config.ot_batch_size,
-        config.num_workers,
-        seed=config.seed,
-        device=device,
-        coupling_scope=config.coupling_scope,
-        timeout=config.timeout,
-    )
+    loader = build_loader(config, task, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps)
     length = config.steps if config.decay == "linear" else None
     return Trainer(

@@ -10,14 +10,23 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-Data = Literal[
-    "digits", "mnist", "fashion-mnist", "cifar10", "folder", "arrays", "eight-gaussians", "moons", "checkerboard"
-]
-Coupling = Literal["auto", "fm", "ot", "c2ot", "wcfm"]
-Method = Literal["euler", "midpoint", "heun", "rk4", "dopri5"]
-Model = Literal["auto", "mlp", "digits", "mnist", "cifar10-otcfm", "cifar10-c2ot", "imagenet32-c2ot"]
+from flows import registry
+from flows.integrate import METHODS
+
+if TYPE_CHECKING:
+    Data: TypeAlias = str
+    Coupling: TypeAlias = str
+    PathName: TypeAlias = str
+    Model: TypeAlias = str
+    Method: TypeAlias = str
+else:
+    Data = Literal[tuple(registry.data_sets())]
+    Coupling = Literal[("auto", *registry.couplings())]
+    PathName = Literal[tuple(registry.path_classes())]
+    Model = Literal[("auto", *registry.model_names())]
+    Method = Literal[METHODS]
 
 
 class ConfigError(ValueError):
@@ -52,13 +61,15 @@ class TrainConfig:
     conditional: bool = True
     """Train with the data's labels or condition vectors, where it has some."""
     coupling: Coupling = "auto"
-    """Independent pairs, OT, conditional OT, weighted pairs. Without conditions c2ot is ot. auto: c2ot; for the
-    Schrödinger bridge its entropic pairs."""
+    """How noise and data are paired: independently (fm), by OT, by conditional OT (c2ot; ot without conditions), with
+    weights (wcfm), ... auto: the path's own pairs where it asks for some, else c2ot."""
     target_ratio: float | None = None
     """Of c2ot with continuous conditions: the ratio r that its weight is chosen for (paper: 0.01)."""
     reg: float | None = None
-    """Temperature of wcfm; by default 0.09 sqrt(d), the paper's choice on CIFAR-10."""
-    path: Literal["linear", "schrodinger-bridge", "target", "variance-preserving"] = "linear"
+    """Of couplings with regularisation; of wcfm it is by default 0.09 sqrt(d), the paper's choice on CIFAR-10."""
+    settings: tuple[str, ...] = ()
+    """Further settings of coupling and path: coupling.num_batches=4, coupling.transport=PartialOT(mass=0.9)."""
+    path: PathName = "linear"
     """How pairs are connected."""
     sigma: float | None = None
     """Noise of the path; by default the path's own."""
@@ -145,11 +156,13 @@ class DiagnoseConfig:
     conditional: bool = True
     """Use the data's conditions."""
     coupling: Coupling = "auto"
-    """Independent pairs, OT, conditional OT (auto), or weighted pairs."""
+    """As for train."""
     target_ratio: float | None = None
     """Of c2ot with continuous conditions."""
     reg: float | None = None
-    """Temperature of wcfm."""
+    """Of couplings with regularisation."""
+    settings: tuple[str, ...] = ()
+    """Further settings of the coupling, such as coupling.num_batches=4."""
     num: int = 1000
     """Samples in the batch that is coupled."""
     seed: int = 0
@@ -294,6 +307,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return (
             None if value in (None, "none") else _convert(value, next(o for o in options if o is not type(None)), name)
         )
+    if origin is tuple and options[-1] is Ellipsis:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{name} must be a list; got {value!r}")
+        return tuple(_convert(v, options[0], name) for v in value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) != len(options):
             raise ConfigError(f"{name} must be {len(options)} values; got {value!r}")

@@ -101,7 +101,7 @@ class OTBatches:
     def use_coupling(self, coupling: Coupling) -> None:
         """Pair with this coupling from now on."""
         self.coupling = coupling
-        self.whole = self._load_whole()
+        self.whole = self.load_whole() if coupling.needs_data_set else None  # that chooses among all points
 
     @property
     def per_epoch(self) -> int:
@@ -176,10 +176,8 @@ class OTBatches:
             pairs = self.coupling(x0, x1, y1=y, generator=generator)
         return CoupledBatch.of(pairs, x0, x1, y, index)
 
-    def _load_whole(self) -> tuple[Tensor, Any] | None:
-        """The data set as one batch, for a coupling that chooses among all its points."""
-        if not self.coupling.needs_data_set:
-            return None
+    def load_whole(self) -> tuple[Tensor, Any]:
+        """The data set as one batch."""
         return self._samples(torch.arange(self.size), derive_seed(self.seed, "fetch"))
 
     def _couple_whole(self, number: int, n: int, device: torch.device) -> CoupledBatch:

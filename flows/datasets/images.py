@@ -107,6 +107,11 @@ def mnist(root: str | Path, *, train: bool = True, name: str = "mnist", download
     )
 
 
+def fashion_mnist(root: str | Path, *, train: bool = True, download: bool = False) -> ImageData:
+    """Fashion-MNIST: `mnist` of that name."""
+    return mnist(root, train=train, name="fashion-mnist", download=download)
+
+
 def cifar10(root: str | Path, *, train: bool = True, flip: bool = False, download: bool = False) -> ImageData:
     """CIFAR-10 from its python or binary batches, unpacked or in the archive.
 

@@ -185,7 +185,7 @@ def test_yaml_and_json_files(tmp_path):
         ("stepz = 3", "unknown keys: stepz. Known: out, config, preset"),
         ('steps = "many"', "steps in .* must be of type int; got 'many'"),
         ("steps = true", "must be of type int"),
-        ('coupling = "best"', "coupling in .* must be one of 'auto', 'fm', 'ot', 'c2ot', 'wcfm'; got 'best'"),
+        ('coupling = "best"', "coupling in .* must be one of 'auto', 'bomb', 'c2ot', 'fm', 'ot', .*; got 'best'"),
         ("betas = [1]", "betas in .* must be 2 values"),
         ("steps = ", "cannot read"),
     ],
@@ -376,6 +376,13 @@ def test_vector_conditions_come_from_array_files(tmp_path):
         (["--coupling", "wcfm", "--reg", "5"], mbot.WeightedCoupling(reg=5.0)),
         (["--path", "schrodinger-bridge", "--sigma", "0.5"], flows.SchrodingerBridgePath(sigma=0.5).default_coupling()),
         (["--path", "schrodinger-bridge", "--coupling", "c2ot"], mbot.ConditionalOTCoupling()),
+        (["--coupling", "sinkhorn", "--reg", "0.2"], mbot.SinkhornCoupling(reg=0.2)),
+        (["--coupling", "bomb", "--settings", "coupling.num_batches=4"], mbot.BoMbCoupling(num_batches=4)),
+        (["--coupling", "semidiscrete", "--settings", "coupling.steps=7"], mbot.SemidiscreteCoupling(steps=7)),
+        (
+            ["--coupling", "ot", "--settings", "coupling.transport=PartialOT(mass=0.9)", "coupling.cost=euclidean"],
+            mbot.OTCoupling(mbot.PartialOT(mass=0.9), "euclidean"),
+        ),
     ],
 )
 def test_couplings_by_name(arguments, coupling):
