@@ -12,8 +12,10 @@ the ground cost, and only through the pairs that count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +24,20 @@ from mbot import checks
 from mbot.convergence import one_warning
 from mbot.cost import Cost, check_cost
 from mbot.eager import outside_graphs
-from mbot.grid import Grid
+from mbot.grid import Batches, Grid, Inner, Scheme, Side
 from mbot.minibatch import draw_batches
 from mbot.plan import Plan
 from mbot.transport import EntropicOT, ExactOT, Transport
 
-Inner = Transport | Callable[[Tensor, Tensor], Tensor]
-Batches = Tensor | Sequence[Tensor]
-
 
 class MiniBatchLoss(nn.Module):
-    """What the mini-batch losses share: drawing, solving the grid of inner problems, and low-memory backward."""
+    """What the mini-batch losses share: drawing, solving the grid of inner problems, and low-memory backward.
 
-    _solver: Callable[..., Grid] = staticmethod(Grid.solve)  # `mbot.distributed.spread` sets another
+    Attributes:
+        solver: solves the grid of a scheme between two sides; see `solved_by`.
+    """
+
+    solver: Callable[[Scheme, Side, Side], Grid] = staticmethod(Scheme.solve)
 
     def __init__(
         self,
@@ -64,6 +67,17 @@ class MiniBatchLoss(nn.Module):
         """Settings, for printing."""
         return f"{self.transport}, num_batches={self.num_batches}, batch_size={self.batch_size}, cost={self.cost!r}"
 
+    def solved_by(self, solver: Callable[[Scheme, Side, Side], Grid]) -> Self:
+        """The same loss whose grids ``solver`` solves, on other processes say; see `mbot.grid.Scheme.solve`."""
+        other = copy.copy(self)
+        other.solver = solver
+        return other
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the inner problems are made."""
+        return Scheme(self.transport, self.cost, aligned=False, generator=self.generator)
+
     def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Weights ``(k, k')`` of the inner problems, and what the outer problem adds to the value."""
         raise NotImplementedError
@@ -86,36 +100,35 @@ class MiniBatchLoss(nn.Module):
         drawn in proportion to their weights and count equally inside a batch; without, batches are uniform subsets,
         points keep their renormalised weights inside, and a batch counts by its total weight.
         """
+        return self._value(*self._draw(x, y, a, b, self.num_batches, self.batch_size))
+
+    def _draw(
+        self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, num: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[Side, Side]:
+        """Mini-batches of two clouds, ``num`` on either side, of ``size`` points."""
         x, y = checks.samples(x, y, "x", "y")
-        return self._value(self._draw(x, y, a, b))
+        left = self._side(x, checks.weights(a, len(x), x[None, None], "a"), num[0], size[0], "x")
+        return left, self._side(y, checks.weights(b, len(y), y[None, None], "b"), num[1], size[1], "y")
 
-    def _draw(self, x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None) -> Grid:
-        sides = []
-        for side, (points, weight, name) in enumerate(((x, a, "x"), (y, b, "y"))):
-            weight = checks.weights(weight, len(points), points[None, None], "ab"[side])
-            if weight is not None:
-                weight = weight.reshape(-1) / weight.sum()
-            index = draw_batches(
-                len(points), self.num_batches[side], self.batch_size[side], replacement=self.replacement,
-                disjoint=self.disjoint, weight=weight, generator=self.generator, device=points.device, name=name,
-            )  # fmt: skip
-            inside = share = None
-            if weight is not None and not self.replacement:
-                inside = weight[index]
-                live = int(weight.count_nonzero())
-                share = inside.sum(1) * (live / index.shape[1])  # expectation 1 over uniform subsets
-                inside = inside / inside.sum(1, keepdim=True)
-            sides.append((points[index], index, inside, share))
-        (xs, rows, a_in, u), (ys, cols, b_in, v) = sides
-        return self._grid(xs, ys, a_in, b_in, u, v, rows, cols)
+    def _side(self, points: Tensor, weight: Tensor | None, num: int, size: int, name: str) -> Side:
+        """Mini-batches of a cloud ``(n, d)``."""
+        if weight is not None:
+            weight = weight.reshape(-1) / weight.sum()
+        index = draw_batches(
+            len(points), num, size, replacement=self.replacement, disjoint=self.disjoint, weight=weight,
+            generator=self.generator, device=points.device, name=name,
+        )  # fmt: skip
+        if weight is None or self.replacement:
+            return Side(points[index], f"{name}s", index)
+        inside = weight[index]
+        live = int(weight.count_nonzero())
+        factor = inside.sum(1) * (live / index.shape[1])  # expectation 1 over uniform subsets
+        return Side(points[index], f"{name}s", index, inside / inside.sum(1, keepdim=True), factor)
 
-    def _grid(self, xs: Batches, ys: Batches, a: Any = None, b: Any = None, u: Any = None, v: Any = None,
-              rows: Any = None, cols: Any = None) -> Grid:  # fmt: skip
-        return self._solver(
-            self.transport, xs, ys, a, b, u, v, rows, cols, cost=self.cost, generator=self.generator, aligned=False
-        )
+    def _value(self, x: Side, y: Side) -> Tensor:
+        return self._outer(self.solver(self.scheme, x, y))
 
-    def _value(self, grid: Grid) -> Tensor:
+    def _outer(self, grid: Grid) -> Tensor:
         weight, penalty = self._pair_weights(grid)
         return grid.total(weight) + penalty
 
@@ -128,18 +141,23 @@ class MiniBatchLoss(nn.Module):
             xs: ``(k, m, d…)``, or a sequence of ``(m_i, d…)`` batches; batches of unequal sizes count by their sizes.
             ys: ``(k', m', d…)``, or such a sequence.
         """
-        return self._value(self._grid(xs, ys))
+        return self._value(Side(xs, "xs"), Side(ys, "ys"))
 
     @outside_graphs
     @one_warning()
     def from_cost(self, cost: Tensor) -> Tensor:
         """The loss of given ground costs ``(k, k', m, m')``: a scalar, differentiable in the costs."""
         if not isinstance(self.transport, Transport):
-            raise TypeError("from_cost needs an mbot transport; a callable (x, y) -> value has no cost matrix")
+            raise TypeError("from_cost needs an mbot transport with plans; SlicedOT and callables have no cost matrix")
         cost = checks.cost_matrix(cost)
         if cost.ndim != 4 or cost.numel() == 0:
             raise ValueError(f"cost must have shape (k, k', m, m') with k, k' >= 1; got {tuple(cost.shape)}")
-        return self._value(Grid.of_values(self.transport.value(cost)))
+        if not self.scheme.aligned:
+            return self._outer(Grid.of_values(self.transport.value(cost), aligned=False))
+        if cost.shape[0] != cost.shape[1]:
+            raise ValueError(f"pairing='aligned' needs as many batches on both sides; got {tuple(cost.shape[:2])}")
+        pairs = cost.diagonal().movedim(-1, 0)
+        return self._outer(Grid.of_values(self.transport.value(pairs)[:, None], aligned=True))
 
     @outside_graphs
     @one_warning()
@@ -148,10 +166,12 @@ class MiniBatchLoss(nn.Module):
 
         Its marginals are uniform only on average; points that no batch drew have no mass.
         """
-        x, y = checks.samples(x, y, "x", "y")
         with torch.no_grad():
-            grid = self._draw(x, y, a, b)
-            return grid.scatter(self._pair_weights(grid)[0], len(x), len(y))
+            left, right = self._draw(x, y, a, b, self.num_batches, self.batch_size)
+            assert left.index is not None
+            assert right.index is not None
+            grid = self.solver(self.scheme, left, right)
+            return grid.scatter(self._pair_weights(grid)[0], left.index, right.index, len(x), len(y))
 
     @outside_graphs
     @one_warning()
@@ -236,19 +256,13 @@ class MiniBatchOT(MiniBatchLoss):
         """Settings, for printing."""
         return f"{super().extra_repr()}, pairing={self.pairing!r}, debiased={self.debiased}"
 
-    def _grid(self, xs: Batches, ys: Batches, a: Any = None, b: Any = None, u: Any = None, v: Any = None,
-              rows: Any = None, cols: Any = None) -> Grid:  # fmt: skip
-        return self._solver(
-            self.transport, xs, ys, a, b, u, v, rows, cols, cost=self.cost, generator=self.generator,
-            aligned=self.pairing == "aligned",
-        )  # fmt: skip
+    @property
+    def scheme(self) -> Scheme:
+        """How the inner problems are made."""
+        return replace(super().scheme, aligned=self.pairing == "aligned")
 
     def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
         weight = grid.independent()
-        if self.pairing == "aligned" and grid.pairs is None:
-            if weight.shape[0] != weight.shape[1]:
-                raise ValueError(f"pairing='aligned' needs as many batches on both sides; got {tuple(weight.shape)}")
-            weight = torch.diag_embed(weight.diagonal()) * len(weight)
         return weight, weight.new_zeros(())
 
     @outside_graphs
@@ -258,13 +272,9 @@ class MiniBatchOT(MiniBatchLoss):
         value = super().forward(x, y, a, b)
         if not self.debiased:
             return value
-        k, m = self.num_batches, self.batch_size
-        try:
-            for side, (points, weight) in enumerate(((x, a), (y, b))):
-                self.num_batches, self.batch_size = (k[side],) * 2, (m[side],) * 2
-                value = value - super().forward(points, points, weight, weight) / 2
-        finally:
-            self.num_batches, self.batch_size = k, m
+        for side, (points, weight) in enumerate(((x, a), (y, b))):
+            num, size = (self.num_batches[side],) * 2, (self.batch_size[side],) * 2
+            value = value - self._value(*self._draw(points, points, weight, weight, num, size)) / 2
         return value
 
     @outside_graphs

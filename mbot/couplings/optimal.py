@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from mbot.cost import Cost, check_cost, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.drawing import every_target, kept_targets, refilled, with_replacement
 from mbot.diagnostics import plan_entropy
-from mbot.transport import ExactOT, PartialOT, SlicedOT, Transport
+from mbot.transport import ExactOT, Transport, ValueTransport
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class OTCoupling(Coupling):
         check_cost(self.cost)
         if self.refill is not None:
             checks.choice(self.refill, "refill", ("sampled", "independent"))
-            if not isinstance(self.transport, PartialOT):
+            if not self.transport.leaves_mass:
                 raise ValueError(
                     f"refill applies to partial transport, which leaves samples unpaired; got {self.transport!r}"
                 )
@@ -93,17 +92,14 @@ class OTCoupling(Coupling):
     ) -> Pairs:
         cost = pairwise(x0, x1, self.cost)
         n, m = cost.shape
-        transport = self.transport
-        partial = isinstance(transport, PartialOT)
-        if isinstance(transport, PartialOT) and transport.mass > 0 and transport.reg == 0 and n == m:
-            transport = dataclasses.replace(transport, mass=max(1, round(transport.mass * n)) / n)
+        transport = self.transport.for_pairs(n, m)
         plan = transport.plan(cost)
         if bool(plan.total_mass() <= 0):
             raise ValueError(f"{transport!r} moves no mass between these batches: no pair can be drawn")
         info: dict[str, Any] = {"plan_entropy": float(plan_entropy(plan))}
         if self.replacement:
             source, target = with_replacement(plan, m, generator)
-        elif partial and plan.matching() is None:
+        elif transport.leaves_mass and plan.matching() is None:
             source, target = kept_targets(plan, generator)
             info["kept"] = len(target)
             if self.refill == "independent":
@@ -119,8 +115,8 @@ class OTCoupling(Coupling):
 
 
 def check_transport(transport: Transport) -> None:
-    """A transport that has plans."""
+    """A transport that has plans, or a TypeError."""
+    if isinstance(transport, ValueTransport):
+        raise TypeError(f"transport must have plans to pair by; {transport!r} has values only")
     if not isinstance(transport, Transport):
         raise TypeError(f"transport must be an mbot transport such as ExactOT(); got {transport!r}")
-    if isinstance(transport, SlicedOT):
-        raise TypeError(f"transport must have plans to pair by; {transport!r} has values only")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.distributed.ranks import Ranks, gathered, summed
-from mbot.grid import Grid, _batches, _weights
+from mbot.grid import Grid, Scheme, Side, batch_weights
 from mbot.losses import MiniBatchLoss
-from mbot.transport import SlicedOT
+from mbot.plan import Plan
+from mbot.transport import ValueTransport
 
 
 def spread(loss: MiniBatchLoss, group: dist.ProcessGroup | None = None) -> MiniBatchLoss:
@@ -39,68 +39,62 @@ def spread(loss: MiniBatchLoss, group: dist.ProcessGroup | None = None) -> MiniB
     """
     if not isinstance(loss, MiniBatchLoss):
         raise TypeError(f"loss must be an mbot.MiniBatchOT or mbot.BoMbOT; got {type(loss).__name__}")
-    if isinstance(loss.transport, SlicedOT) and loss.generator is None:
+    if isinstance(loss.transport, ValueTransport) and loss.generator is None:
         raise ValueError(
-            "SlicedOT draws directions: give the loss a generator=, of the same seed on every rank, so that all agree"
+            f"{loss.transport!r} draws: give the loss a generator=, of the same seed on every rank, so that all agree"
         )
-    spreading = copy.copy(loss)
-    spreading._solver = partial(_solve_spread, Ranks(group))
-    return spreading
+    return loss.solved_by(partial(_solve_spread, Ranks(group)))
 
 
-@dataclass
+@dataclass(frozen=True)
 class SpreadGrid(Grid):
     """All values and weights of a grid, and the blocks of it that were solved here."""
 
-    ranks: Ranks = None  # type: ignore[assignment]
-    part: Grid | None = None  # none with fewer problems than ranks
-    nothing: Tensor = None  # type: ignore[assignment]  # 0, with a graph that gives the points gradients of 0
-    block: tuple[slice, slice] = (slice(0), slice(0))  # where its values stand among all
+    ranks: Ranks
+    part: Grid | None  # none with fewer problems than ranks
+    nothing: Tensor  # 0, with a graph that gives the points gradients of 0
+    where: tuple[slice, slice]  # where the part's values are among all
 
     def total(self, weight: Tensor) -> Tensor:
         """See `Grid.total`: of all ranks."""
         # Backward's exchange takes every rank, those too whose part has no gradients.
-        mine = self.nothing if self.part is None else self.part.total(weight[self.block])
+        mine = self.nothing if self.part is None else self.part.total(weight[self.where])
         if not mine.requires_grad:
             mine = mine.detach().requires_grad_(torch.is_grad_enabled())
         return summed(mine, self.ranks)
 
-    def scatter(self, weight: Tensor, n: int, m: int) -> Any:
+    def scatter(self, weight: Tensor, rows: Tensor, cols: Tensor, n: int, m: int) -> Plan:
         """Not spread."""
         raise ValueError("the plan is not spread over ranks: call plan of the loss that was given to spread")
 
 
-def _solve_spread(ranks: Ranks, transport: Any, xs: Any, ys: Any, a: Any, b: Any, u: Any, v: Any, rows: Any, cols: Any,
-                  *, cost: Any, generator: torch.Generator | None, aligned: bool) -> SpreadGrid:  # fmt: skip
-    """`Grid.solve` of the batches of all ranks; batches with ``rows`` were drawn from clouds that every rank holds."""
-    drawn = rows is not None
-    found = ranks.everyones(partial(_checked, xs, ys, aligned, (rows.cpu(), cols.cpu()) if drawn else None))
+def _solve_spread(ranks: Ranks, scheme: Scheme, x: Side, y: Side) -> SpreadGrid:
+    """`Scheme.solve` of the mini-batches of all ranks; those with an index come from clouds that all ranks have."""
+    drawn, aligned = x.index is not None, scheme.aligned
+    found = ranks.everyones(partial(_checked, x, y, aligned))
     sizes_x, sizes_y = _all_sizes(found, drawn)
-    if isinstance(transport, SlicedOT) and (len(set(sizes_x)) > 1 or len(set(sizes_y)) > 1):
-        raise ValueError("a spread loss over SlicedOT needs mini-batches of one size a side")
-    left, right = list(_batches(xs, "xs")), list(_batches(ys, "ys"))
+    draws = isinstance(scheme.transport, ValueTransport)
+    if draws and (len(set(sizes_x)) > 1 or len(set(sizes_y)) > 1):
+        raise ValueError(f"a spread loss over {scheme.transport!r} needs mini-batches of one size a side")
+    left, right = list(x.points), list(y.points)
     at, across = _block_of(ranks, found, drawn, aligned)
-    inside = [None if w is None else w[part] for w, part in ((a, at), (b, at if aligned else across))]
     if drawn:
         left, right = left[at], right[at if aligned else across]
     elif not aligned:
         right = _gather_batches(ranks, right, [one.sizes_y for one in found], any(one.gradient for one in found))
-    solve = partial(Grid.solve, cost=cost, generator=generator, aligned=aligned, u=None, v=None, rows=None, cols=None)
     part = None
     if left and right:
-        part = solve(transport, left, right, *inside)
-    elif isinstance(transport, SlicedOT):  # draw as the others do, so that the generators stay together
-        solve(transport, xs[:1], ys[:1], None, None)
-    exact = torch.promote_types(xs[0].dtype, torch.float32)
-    values = xs[0].new_zeros((len(sizes_x), 1 if aligned else len(sizes_y)), dtype=exact)
+        inside = x.weights_inside(at), y.weights_inside(at if aligned else across)
+        part = scheme.solve(Side(left, x.name, inside=inside[0]), Side(right, y.name, inside=inside[1]))
+    elif draws:  # as the others do, so that the generators stay together
+        scheme.solve(Side(x.points[:1], x.name), Side(y.points[:1], y.name))
+    exact = torch.promote_types(x.points[0].dtype, torch.float32)
+    values = x.points[0].new_zeros((len(sizes_x), 1 if aligned else len(sizes_y)), dtype=exact)
     if part is not None:
         values[at, across] = part.values
-    share_x, share_y = (torch.tensor(sizes).double() / sum(sizes) for sizes in (sizes_x, sizes_y))
-    u, v, pairs = _weights(share_x, share_y, u, v, values, aligned)
-    return SpreadGrid(
-        ranks.sum(values), u, v, [], pairs, rows, cols, ranks=ranks, part=part, block=(at, across),
-        nothing=0 * (xs[0].to(exact).sum() + ys[0].to(exact).sum()),
-    )  # fmt: skip
+    weights = batch_weights(sizes_x, sizes_y, x.factor, y.factor, values, aligned)
+    nothing = 0 * (x.points[0].to(exact).sum() + y.points[0].to(exact).sum())
+    return SpreadGrid(ranks.sum(values), *weights, [], ranks, part, nothing, (at, across))
 
 
 class _Batches(NamedTuple):
@@ -113,17 +107,18 @@ class _Batches(NamedTuple):
     drawn: tuple[Tensor, Tensor] | None
 
 
-def _checked(xs: Any, ys: Any, aligned: bool, drawn: tuple[Tensor, Tensor] | None) -> _Batches:
-    left, right = list(_batches(xs, "xs")), list(_batches(ys, "ys"))
+def _checked(x: Side, y: Side, aligned: bool) -> _Batches:
+    left, right = list(x.batches()), list(y.batches())
     if aligned and len(left) != len(right):
         raise ValueError(
             f"pairing='aligned' needs as many batches of xs as of ys on each rank; got {len(left)} and {len(right)}"
         )
-    for x, y in [(x, right[0]) for x in left] + [(left[0], y) for y in right]:
-        checks.samples(x, y, "xs", "ys")
+    for one, other in [(batch, right[0]) for batch in left] + [(left[0], batch) for batch in right]:
+        checks.samples(one, other, x.name, y.name)
     gradient = torch.is_grad_enabled() and any(batch.requires_grad for batch in right)
     kind = (left[0].dtype, tuple(left[0].shape[1:]))
-    return _Batches(kind, [len(x) for x in left], [len(y) for y in right], gradient, drawn)
+    drawn = None if x.index is None or y.index is None else (x.index.cpu(), y.index.cpu())
+    return _Batches(kind, x.sizes, y.sizes, gradient, drawn)
 
 
 def _all_sizes(found: list[_Batches], drawn: bool) -> tuple[list[int], list[int]]:

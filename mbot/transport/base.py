@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,12 @@ class Transport(ABC):
 
     ``transport.plan(cost)`` gives plans, ``transport(x, y)`` transport costs that differentiate in the points.
     A subclass implements ``_solve`` and is done.
+
+    Attributes:
+        leaves_mass: whether its settings say how much mass stays where it is.
     """
+
+    leaves_mass: ClassVar[bool] = False
 
     @outside_graphs
     def plan(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
@@ -85,11 +90,46 @@ class Transport(ABC):
             return _sparse_values(plan, x, y, costs, str(cost)) + plan.penalty
         return plan.cost(pairwise(x, y, cost) if matrix is None else matrix) + plan.penalty
 
+    def for_pairs(self, n: int, m: int) -> Transport:
+        """The transport that pairs of ``n`` and ``m`` samples are drawn from: itself, if nothing has to be rounded."""
+        return self
+
     @outside_graphs
     def value(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """Value of the objective for given costs ``(…, n, m)``: ``(…,)``, differentiable in the costs; see `plan`."""
         plan = self.plan(cost, a, b)
         return plan.cost(cost) + plan.penalty
+
+
+@dataclass(frozen=True)
+class ValueTransport(ABC):
+    """A transport between point clouds that has values and no plans, such as `SlicedOT`; with its settings.
+
+    Its randomness comes from the generator that a call is given: as much for any clouds of equal features.
+    """
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        cost: Cost = "sqeuclidean",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Values ``(…,)`` between clouds ``(…, n, d)`` and ``(…, m, d)`` with weights, differentiable in the points."""
+
+    @abstractmethod
+    def grid(
+        self,
+        xs: Tensor,
+        ys: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """All ``(k, k')`` values between ``k`` clouds ``(k, n, d)`` and ``k'`` clouds ``(k', m, d)``."""
 
 
 def _no_plans(cost: Tensor) -> Plan:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class PartialOT(Transport):
     (tensor(0., dtype=torch.float64), tensor(0.3333, dtype=torch.float64), tensor(4., dtype=torch.float64))
     """
 
+    leaves_mass: ClassVar[bool] = True
+
     mass: float
     reg: float = 0.0
     max_iter: int = 10_000
@@ -74,6 +77,12 @@ class PartialOT(Transport):
             max_iter=checks.count(self.max_iter, "max_iter"),
             tol=checks.positive(self.tol, "tol"),
         )
+
+    def for_pairs(self, n: int, m: int) -> PartialOT:
+        """Of equal batches, an exact plan that moves a whole number of pairs: the nearest, at least one."""
+        if self.mass == 0 or self.reg > 0 or n != m:
+            return self
+        return replace(self, mass=max(1, round(self.mass * n)) / n)
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         n, m = cost.shape[-2:]

@@ -15,13 +15,12 @@ from mbot import checks
 from mbot.cost import Cost, at_least_float32, pairwise
 from mbot.eager import outside_graphs
 from mbot.numerics import no_autocast, product, running_sum
-from mbot.plan import Plan
 from mbot.random import draw
-from mbot.transport.base import Transport, weighted_points
+from mbot.transport.base import ValueTransport, weighted_points
 
 
 @dataclass(frozen=True)
-class SlicedOT(Transport):
+class SlicedOT(ValueTransport):
     """``SW_p^p(x, y) = mean over directions of W_p^p`` of the projections (no root); values only, from points.
 
     Equal sizes compare sorted projections; unequal sizes and weights compare quantile functions. Directions are drawn
@@ -47,9 +46,6 @@ class SlicedOT(Transport):
         )
         if self.p < 1:
             raise ValueError(f"p must be at least 1; got {self.p}")
-
-    def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
-        raise TypeError("SlicedOT has no plan and no cost matrix: call it on points, transport(x, y)")
 
     @outside_graphs
     def __call__(

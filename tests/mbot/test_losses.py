@@ -1,5 +1,7 @@
 """Mini-batch losses: the papers' toys, limits, orderings, laws of large numbers, gradients, low memory."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations, product
 
 import numpy as np
@@ -282,6 +284,57 @@ def test_the_debiased_loss_changes_sign_on_the_circle():
     assert values[0] == pytest.approx(0, abs=1e-12)
     assert values[2] == pytest.approx(0, abs=1e-12)  # the same set of points
     assert values[1] != pytest.approx(0, abs=1e-4)
+
+
+def test_forward_changes_no_setting_not_even_meanwhile():
+    """So calls may overlap: here the inner transport calls the loss itself, and threads share one."""
+    seen, x, y = [], torch.randn(12, 2), torch.randn(12, 2)
+
+    def transport(p, q):
+        seen.append((debiased.num_batches, debiased.batch_size))
+        if len(seen) < 9:
+            debiased(x, y)
+        return (p.mean(-2) - q.mean(-2)).square().sum(-1)
+
+    debiased = MiniBatchOT(transport, num_batches=(2, 3), batch_size=(4, 5), debiased=True)
+    debiased(x, y)
+    assert set(seen) == {((2, 3), (4, 5))}
+    shared = MiniBatchOT(ExactOT(), num_batches=(2, 3), batch_size=(12, 12), debiased=True)  # batches of all points
+    expected = float(shared(x, y))
+    with ThreadPoolExecutor(4) as threads:
+        for value in threads.map(lambda _: float(shared(x, y)), range(40)):
+            assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_solver_of_the_grid():
+    """The seam that `mbot.distributed.spread` uses: a scheme and two sides in, a grid out."""
+    xs, ys = batches()
+    plain = MiniBatchOT(ExactOT(), num_batches=3, batch_size=4, pairing="aligned")
+    schemes = []
+
+    def doubled(scheme, x, y):
+        schemes.append((scheme, x, y))
+        return scheme.solve(dataclasses.replace(x, points=2 * x.points), dataclasses.replace(y, points=2 * y.points))
+
+    other = plain.solved_by(doubled)
+    torch.testing.assert_close(other.from_batches(xs, ys), 4 * plain.from_batches(xs, ys))
+    torch.testing.assert_close(plain.from_batches(xs, ys), other.from_batches(xs, ys) / 4)  # stays as it is
+    (scheme, x, y), *_ = schemes
+    assert scheme.aligned
+    assert scheme.transport == ExactOT()
+    assert x.index is None
+    assert y.sizes == [4, 4, 4]
+    other(torch.randn(9, 2), torch.randn(9, 2))
+    assert schemes[-1][1].index.shape == (3, 4)
+
+
+def test_from_cost_solves_the_aligned_problems_alone():
+    cost = torch.rand(3, 3, 4, 4, dtype=torch.float64)
+    aligned = MiniBatchOT(ExactOT(), num_batches=3, batch_size=4, pairing="aligned")
+    expected = aligned.from_cost(cost)
+    cost[0, 1] = torch.inf  # this problem has no plan, and does not count
+    torch.testing.assert_close(aligned.from_cost(cost), expected)
+    torch.testing.assert_close(expected, ExactOT().value(cost.diagonal().movedim(-1, 0)).mean())
 
 
 def test_debiased_from_batches_needs_second_batches():
