@@ -1,6 +1,6 @@
 """Flow matching: a coupling, a path and a model; training, sampling and measuring."""
 
-from flows import datasets, metrics, models
+from flows import datasets, metrics, models, testing
 from flows.checkpoint import CheckpointError
 from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
 from flows.guidance import GuidedModel, drop_conditions, null_condition
@@ -48,5 +48,6 @@ __all__ = [
     "plot_diagnosis",
     "regression_loss",
     "straighten",
+    "testing",
     "warmup_schedule",
 ]

@@ -1,13 +1,14 @@
 """What every path promises, whatever its curve. A path joins by being in ``flows.__all__`` and having a line here."""
 
 import inspect
-import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import flows
 import mbot
+from flows.testing import check_path
 
 PATHS = {
     "LinearPath": [flows.LinearPath(), flows.LinearPath(sigma=0.3)],
@@ -32,86 +33,169 @@ def test_every_path_has_a_case():
 
 
 @every_path
-@pytest.mark.parametrize("shape", [(3,), (1, 4, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_shapes_and_dtypes(path, shape, dtype, device):
-    x0, x1, noise = (x.to(device) for x in ends(shape=shape, dtype=dtype))
-    xt, ut = path.sample(x0, x1, torch.rand(6, device=device), noise)
-    assert xt.shape == ut.shape == x0.shape
-    assert xt.dtype == ut.dtype == dtype
-    assert xt.device.type == device.type
+def test_it_keeps_the_contract(path, device):
+    check_path(path, device=device)
 
 
 @every_path
-@pytest.mark.parametrize("time", [0.02, 0.3, 0.5, 0.77, 0.98])
-def test_the_velocity_is_the_derivative_of_the_point(path, time):
-    """Central differences of the path in t, with everything else held."""
+def test_where_it_ends(path):
     x0, x1, noise = ends()
-    t = torch.full((6,), time, dtype=torch.float64)
-    h = 1e-6
-    ahead, behind = (path.sample(x0, x1, t + s * h, noise)[0] for s in (1, -1))
-    torch.testing.assert_close(path.sample(x0, x1, t, noise)[1], (ahead - behind) / (2 * h), rtol=1e-5, atol=1e-6)
-
-
-@every_path
-def test_it_leads_from_the_noise_to_the_sample(path):
-    x0, x1, noise = ends()
-    zero = torch.zeros_like(noise)
-    start, end = (path.sample(x0, x1, torch.full((6,), t, dtype=torch.float64), zero)[0] for t in (0.0, 1.0))
-    torch.testing.assert_close(start, x0)
+    one = torch.ones(6, dtype=torch.float64)
     rest = path.sigma * x0 if isinstance(path, flows.TargetPath) else 0
-    torch.testing.assert_close(end, x1 + rest)
+    torch.testing.assert_close(path.sample(x0, x1, one, torch.zeros_like(noise))[0], x1 + rest)
 
 
 @every_path
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_finite_at_both_ends(path, dtype):
-    x0, x1, noise = ends(dtype=dtype)
-    for t in (0.0, 1e-30, 1e-7, 1 - 1e-7, 1.0):
-        for value in path.sample(x0, x1, torch.full((6,), t), noise):
-            assert bool(value.isfinite().all())
-
-
-@every_path
-def test_rows_are_separate(path):
-    x0, x1, noise = ends()
-    t = torch.rand(6, dtype=torch.float64)
-    xt, ut = path.sample(x0, x1, t, noise)
-    for i in range(6):
-        row = slice(i, i + 1)
-        one = path.sample(x0[row], x1[row], t[row], noise[row])
-        torch.testing.assert_close(one, (xt[row], ut[row]))
-
-
-@every_path
-def test_noise_is_asked_for_exactly_where_it_is_used(path):
-    x0, x1, noise = ends()
-    t = torch.full((6,), 0.4, dtype=torch.float64)
-    if path.needs_noise:
-        with pytest.raises(ValueError, match=f"noise is needed by {type(path).__name__}"):
-            path.sample(x0, x1, t)
-        assert not torch.equal(path.sample(x0, x1, t, noise)[0], path.sample(x0, x1, t, -noise)[0])
-    else:
-        assert torch.equal(path.sample(x0, x1, t)[0], path.sample(x0, x1, t, noise)[0])
-
-
-@every_path
-def test_settings_pickle_compare_and_print(path):
-    again = pickle.loads(pickle.dumps(path))
-    assert again == path
-    assert repr(again) == repr(path)
-    with pytest.raises(AttributeError):
-        path.sigma = 2.0
-
-
-@every_path
-def test_it_trains_with_its_own_coupling(path):
+def test_a_model_trains_on_it(path):
     fm = flows.FlowMatching(path=path)
     assert fm.coupling == path.default_coupling()
     model = flows.models.ResidualMLP(3, width=8, depth=1)
     loss = fm.loss(model, torch.randn(8, 3), torch.randn(8, 3))
     loss.backward()
     assert bool(loss.isfinite())
+
+
+@dataclass(frozen=True)
+class Straight(flows.Path):
+    """A path that is right; each path below breaks one promise of it."""
+
+    def sample(self, x0, x1, t, noise=None):
+        at = t.reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+        return x0 + at * (x1 - x0), x1 - x0
+
+
+@dataclass(frozen=True)
+class Backwards(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        point, velocity = super().sample(x0, x1, t)
+        return point, -velocity
+
+
+@dataclass(frozen=True)
+class WrongEnd(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        return super().sample(x0, 2 * x1, t)
+
+
+@dataclass(frozen=True)
+class WrongStart(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        return super().sample(2 * x0, x1, t)
+
+
+@dataclass(frozen=True)
+class Mixing(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        point, velocity = super().sample(x0, x1, t)
+        return point + (t * (1 - t)).mean().to(x0.dtype), velocity
+
+
+@dataclass(frozen=True)
+class InPlace(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        result = super().sample(x0.clone(), x1, t)
+        x0.mul_(1.5)
+        return result
+
+
+@dataclass(frozen=True)
+class Infinite(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        point, velocity = super().sample(x0, x1, t)
+        return point, velocity + torch.where(t == 0, torch.inf, 0.0).reshape(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+
+
+@dataclass(frozen=True)
+class Doubling(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        return tuple(value.double() for value in super().sample(x0, x1, t))
+
+
+@dataclass(frozen=True)
+class Flat(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        return tuple(value.flatten(1) for value in super().sample(x0, x1, t))
+
+
+@dataclass(frozen=True)
+class Failing(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        if x0.ndim > 2:
+            raise IndexError("no images")
+        return super().sample(x0, x1, t)
+
+
+@dataclass(frozen=True)
+class Random(Straight):
+    def sample(self, x0, x1, t, noise=None):
+        point, velocity = super().sample(x0, x1, t)
+        return point + 0.1 * torch.randn_like(point), velocity
+
+
+@dataclass(frozen=True)
+class Noisy(Straight):
+    """Takes noise and does not say so."""
+
+    def sample(self, x0, x1, t, noise=None):
+        point, velocity = super().sample(x0, x1, t)
+        return point + 0.1 * (0 if noise is None else noise), velocity
+
+
+@dataclass(frozen=True)
+class Careless(Noisy):
+    """Says that it needs noise and does without."""
+
+    @property
+    def needs_noise(self):
+        return True
+
+
+@dataclass(frozen=True)
+class Boastful(Straight):
+    """Says that it needs noise and takes none."""
+
+    @property
+    def needs_noise(self):
+        return True
+
+
+@dataclass(frozen=True)
+class Forgetful(Straight):
+    scale: float = 1.0
+
+    def __reduce__(self):
+        return (Forgetful, (2.0,))
+
+
+BROKEN = {
+    Backwards: r"the velocity is not the derivative of the point: got .*wanted .*at t = \[0.02.*x0 = \[.*x1 = \[",
+    WrongEnd: r"does not end at x1: .*at t = \[1.0\]",
+    WrongStart: r"does not start at x0: .*at t = \[0.0\]",
+    Mixing: "the point of a row depends on the others",
+    InPlace: "sample changed x0 in place",
+    Infinite: r"the velocity is not finite, at t = \[0.0\]",
+    Doubling: r"the point is torch.float64 .*\(torch.float32",
+    Flat: r"the point is torch.float32 of shape \(5, 16\)",
+    Failing: r"sample raised IndexError\('no images'\), at .*shape \(5, 1, 4, 4\)",
+    Random: "a second call gives another point",
+    Noisy: "needs_noise is False, but noise changes the result",
+    Careless: "it needs noise and does without",
+    Boastful: "needs_noise is True, but noise does not change the result",
+    Forgetful: "is not equal to its pickled copy",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN, ids=lambda kind: kind.__name__)
+def test_a_broken_promise_is_told_with_its_input(kind):
+    check_path(Straight())
+    with pytest.raises(AssertionError, match=BROKEN[kind]) as broken:
+        check_path(kind())
+    assert kind.__name__ in str(broken.value)
+
+
+def test_what_is_no_path():
+    with pytest.raises(AssertionError, match=r"derived from flows\.Path; got function"):
+        check_path(lambda x0, x1, t: x0)
 
 
 @pytest.mark.parametrize("path", [flows.SchrodingerBridgePath, flows.TargetPath, flows.VariancePreservingPath])
