@@ -142,6 +142,12 @@ def weights(weight: Any, size: int, like: Tensor, name: str) -> Tensor | None:
         ) from None
 
 
+def constant_weights(weight: Any, name: str, where: str) -> None:
+    """Weights without gradients, where these are not to be had."""
+    if torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(f"{where} has no gradients in the weights; pass {name}.detach()")
+
+
 def equal_totals(a: Tensor, b: Tensor) -> Tensor:
     """``b`` rescaled (in float64) to ``a``'s total, after a check that the two totals agree up to float32 rounding."""
     total_a, total_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)

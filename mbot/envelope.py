@@ -81,10 +81,18 @@ class _MatchedValues(torch.autograd.Function):
         weight = mass * grad.repeat_interleave(len(mass) // max(ctx.groups, 1))
         needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # for second derivatives, which the costs above are constants for
-            total = (weight * _matched_costs(x[row], y[col], ctx.cost)).sum()
-            points = [p for p, wanted in zip((x, y), needed, strict=True) if wanted]
-            grads = iter(torch.autograd.grad(total, points, create_graph=True))
-            return (*(next(grads) if wanted else None for wanted in needed), *[None] * 6)
+            left, right = x[row], y[col]
+            total = (weight * _matched_costs(left, right, ctx.cost)).sum()
+            # In the matched points, which the incoming gradient does not depend on.
+            grads = [
+                torch.autograd.grad(total, ends, create_graph=True)[0] if wanted else None
+                for ends, wanted in zip((left, right), needed, strict=True)
+            ]
+            sides = (
+                None if part is None else torch.zeros_like(p).index_add(0, index, part)
+                for p, index, part in zip((x, y), (row, col), grads, strict=True)
+            )
+            return (*sides, *[None] * 6)
         if ctx.cost == "sqeuclidean":
             weight = 2 * weight
         elif ctx.cost == "euclidean":
@@ -115,3 +123,57 @@ def _weighted_differences(x: Tensor, y: Tensor, row: Tensor, col: Tensor, weight
         return -summed
     total = x.new_zeros(len(x)).index_add_(0, row, weight)
     return total[:, None] * x - summed
+
+
+def first_order(
+    value: Tensor, a: Tensor | None = None, b: Tensor | None = None, slope_a: Tensor | None = None,
+    slope_b: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Values ``(…,)`` with given derivatives in weights; to differentiate their gradients again is an error.
+
+    Args:
+        value: values whose plan is held constant, which is right for first derivatives alone.
+        a: ``(…, n)`` weights that require gradients, or None.
+        b: ``(…, m)`` likewise.
+        slope_a: ``(…, n)`` derivative of each value in ``a``.
+        slope_b: ``(…, m)`` in ``b``.
+    """
+    if not torch.is_grad_enabled():
+        return value
+    return _FirstOrder.apply(value, a, b, slope_a, slope_b)
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Forward: the value. Backward: its derivatives, which lead to `_Refused` if they are differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, a: Tensor | None, b: Tensor | None, slope_a: Tensor | None,
+                slope_b: Tensor | None) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(value, a, b, slope_a, slope_b)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, *weights, slope_a, slope_b = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grad = _Refused.apply(grad, value, *weights)
+        slopes = (
+            (grad[..., None] * slope).sum_to_size(weight.shape).to(weight.dtype) if needed else None
+            for weight, slope, needed in zip(weights, (slope_a, slope_b), ctx.needs_input_grad[1:3], strict=True)
+        )
+        return (grad, *slopes, None, None)
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            "second derivatives of this transport are not available: its plan and potentials are held constant in the "
+            "first. They are right for exact transport (ExactOT, and PartialOT with reg=0) in points and costs"
+        )

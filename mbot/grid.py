@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.cost import Cost, pairwise
-from mbot.envelope import matched_values
+from mbot.envelope import first_order, matched_values
 from mbot.plan import Plan
 from mbot.transport import Transport, ValueTransport
 
@@ -234,9 +234,9 @@ class PlanBlock:
             ]
         mass = plan.mass * weight[..., None, None]
         if self.aligned:
-            return (mass * pairwise(self.x, self.y, self.cost)).sum()
+            return first_order((mass * pairwise(self.x, self.y, self.cost)).sum())
         mass = mass.transpose(1, 2).reshape(len(x), -1)
-        return torch.where(mass > 0, mass * pairwise(x, y, self.cost), 0).sum()
+        return first_order(torch.where(mass > 0, mass * pairwise(x, y, self.cost), 0).sum())
 
     def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""

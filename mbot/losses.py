@@ -24,6 +24,7 @@ from mbot import checks
 from mbot.convergence import one_warning
 from mbot.cost import Cost, check_cost
 from mbot.eager import outside_graphs
+from mbot.envelope import first_order
 from mbot.grid import Batches, Grid, Inner, Scheme, Side
 from mbot.minibatch import draw_batches
 from mbot.plan import Plan
@@ -107,6 +108,8 @@ class MiniBatchLoss(nn.Module):
     ) -> tuple[Side, Side]:
         """Mini-batches of two clouds, ``num`` on either side, of ``size`` points."""
         x, y = checks.samples(x, y, "x", "y")
+        for weight, name in ((a, "a"), (b, "b")):
+            checks.constant_weights(weight, name, "a loss that draws mini-batches by the weights")
         left = self._side(x, checks.weights(a, len(x), x[None, None], "a"), num[0], size[0], "x")
         return left, self._side(y, checks.weights(b, len(y), y[None, None], "b"), num[1], size[1], "y")
 
@@ -351,6 +354,10 @@ class BoMbOT(MiniBatchLoss):
     def extra_repr(self) -> str:
         """Settings, for printing."""
         return f"{super().extra_repr()}, reg={self.reg}"
+
+    def _outer(self, grid: Grid) -> Tensor:
+        value = super()._outer(grid)
+        return first_order(value) if self.reg > 0 else value
 
     def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
         u, v = grid.u / grid.u.sum(), grid.v / grid.v.sum()

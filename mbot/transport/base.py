@@ -12,7 +12,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.cost import Cost, pairwise
 from mbot.eager import outside_graphs
-from mbot.envelope import matched_values
+from mbot.envelope import first_order, matched_values
 from mbot.numerics import full_float32
 from mbot.plan import Plan
 
@@ -78,8 +78,9 @@ class Transport(ABC):
 
         Returns:
             ``(…,)`` values of the objective in cost units (regularised transports include their penalty terms),
-            differentiable in ``x`` and ``y``: the plan is held constant, which by the envelope theorem gives the
-            gradient of the value.
+            differentiable in the points and the weights: the plan is held constant, which by the envelope theorem
+            gives the gradient of the value. Second derivatives in the points are right for exact transport; all
+            others are an error.
         """
         x, y = checks.clouds(weighted_points(x, a), weighted_points(y, b))
         matrix = pairwise(x, y, cost) if not isinstance(cost, str) else None
@@ -87,8 +88,8 @@ class Transport(ABC):
             costs = pairwise(x, y, cost) if matrix is None else matrix.detach()
             plan = self.plan(costs, a, b)
         if matrix is None and plan.is_sparse:
-            return _sparse_values(plan, x, y, costs, str(cost)) + plan.penalty
-        return plan.cost(pairwise(x, y, cost) if matrix is None else matrix) + plan.penalty
+            return self._differentiable(_sparse_values(plan, x, y, costs, str(cost)), plan, costs, a, b)
+        return self._differentiable(plan.cost(pairwise(x, y, cost) if matrix is None else matrix), plan, costs, a, b)
 
     def for_pairs(self, n: int, m: int) -> Transport:
         """The transport that pairs of ``n`` and ``m`` samples are drawn from: itself, if nothing has to be rounded."""
@@ -96,9 +97,44 @@ class Transport(ABC):
 
     @outside_graphs
     def value(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-        """Value of the objective for given costs ``(…, n, m)``: ``(…,)``, differentiable in the costs; see `plan`."""
+        """Value of the objective for given costs ``(…, n, m)``: ``(…,)``, differentiable in costs and weights.
+
+        See `plan`; second derivatives are right (0 in the costs) for exact transport, and an error for all others.
+        """
         plan = self.plan(cost, a, b)
-        return plan.cost(cost) + plan.penalty
+        return self._differentiable(plan.cost(cost), plan, cost.detach(), a, b)
+
+    def _differentiable(self, moved: Tensor, plan: Plan, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        """The value from ``<C, P>``, with its derivatives in weights that require gradients."""
+        value = moved + plan.penalty
+        if not torch.is_grad_enabled():
+            return value
+        given = [weight if weight is not None and weight.requires_grad else None for weight in (a, b)]
+        if given == [None, None]:
+            return value if plan.is_sparse or not value.requires_grad else first_order(value)
+        with torch.no_grad():
+            checked = (checks.weights(weight, size, cost, "") for weight, size in zip((a, b), plan.size, strict=True))
+            full = [
+                cost.new_full((*plan.batch_shape, size), 1 / size, dtype=torch.float64) if weight is None else weight
+                for weight, size in zip(checked, plan.size, strict=True)
+            ]
+            slopes = self.weight_slopes(plan, cost, *full)
+        return first_order(value, given[0], given[1], *slopes)
+
+    def weight_slopes(self, plan: Plan, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives ``(…, n)``, ``(…, m)`` of the value in the weights ``a`` and ``b``.
+
+        The total stays: potentials are free up to a constant, and these have mean 0.
+        """
+        f, g = potentials_of(self, plan)
+        return f - f.mean(-1, keepdim=True), g - g.mean(-1, keepdim=True)
+
+
+def potentials_of(transport: Transport, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The plan's potentials, in float64."""
+    if plan.potentials is None:
+        raise TypeError(f"{transport!r} gives no potentials, which derivatives in the weights are made of; detach them")
+    return plan.potentials[0].double(), plan.potentials[1].double()
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ class EntropicOT(Transport):
             return entropic_values(x, y, a, b, str(cost), self.reg, self.max_iter, self.tol)
         return super().__call__(x, y, a, b, cost)
 
+    def weight_slopes(self, plan: Plan, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Transport`."""
+        f, g = entropic_potentials(plan, cost, a, b, self.reg, 1.0)
+        return f - f.mean(-1, keepdim=True), g - g.mean(-1, keepdim=True)
+
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
         a, b = flat_weights(cost, a, b)
@@ -79,6 +84,19 @@ class EntropicOT(Transport):
         # The dual value: its error is of second order in the potentials'.
         value = (a * found.phi).sum(-1) + (b * found.psi).sum(-1) - found.rows.sum(-1) + a.sum(-1) * b.sum(-1)
         return plan_of("EntropicOT", cost, found, self.reg * value, self.reg, self.max_iter)
+
+
+def entropic_potentials(plan: Plan, cost: Tensor, a: Tensor, b: Tensor, reg: float, rate: float) -> list[Tensor]:
+    """Potentials in float64, those of points of weight 0 completed by an update of ``rate`` from the other side's."""
+    assert plan.potentials is not None
+    f, g = (potential.double() for potential in plan.potentials)
+    sides = []
+    for own, other, weight, weights, matrix in ((f, g, a, b, cost), (g, f, b, a, cost.mT)):
+        if bool((weight == 0).any()):
+            soft = ((other / reg + weights.log())[..., None, :] - matrix.double() / reg).logsumexp(-1)
+            own = torch.where(weight > 0, own, -rate * reg * soft)
+        sides.append(own)
+    return sides
 
 
 def flat_weights(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:

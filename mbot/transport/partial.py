@@ -15,7 +15,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.kernels import device_matching
 from mbot.plan import Plan
-from mbot.transport.base import Transport
+from mbot.transport.base import Transport, potentials_of
 from mbot.transport.entropic import flat_weights, plan_of
 from mbot.transport.exact import (
     ExactOT,
@@ -83,6 +83,18 @@ class PartialOT(Transport):
         if self.mass == 0 or self.reg > 0 or n != m:
             return self
         return replace(self, mass=max(1, round(self.mass * n)) / n)
+
+    def weight_slopes(self, plan: Plan, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Transport`: more weight lowers the value where all of it moves, and changes nothing elsewhere."""
+        if self.mass == 0:
+            return torch.zeros_like(a), torch.zeros_like(b)
+        if self.reg > 0 and bool((a == 0).any() | (b == 0).any()):
+            raise ValueError("the entropic partial value has no derivative in a weight that is 0; detach the weights")
+        f, g = potentials_of(self, plan)
+        return tuple(  # type: ignore[return-value]
+            potential - potential.masked_fill(weight == 0, -torch.inf).amax(-1, keepdim=True)
+            for potential, weight in ((f, a), (g, b))
+        )
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         n, m = cost.shape[-2:]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mbot import checks, convergence
 from mbot.cost import Cost, at_least_float32, expansion_holds, pairwise, unit
+from mbot.envelope import first_order
 from mbot.numerics import full_float32, no_autocast
 from mbot.transport.streaming import Streamed, solve
 
@@ -39,6 +40,7 @@ def entropic_values(
     weights = []
     for weight, points, name in ((a, x, "a"), (b, y, "b")):
         size = points.shape[-2]
+        checks.constant_weights(weight, name, "EntropicOT between clouds too large for a cost matrix")
         weight = checks.weights(weight, size, like, name)
         if weight is None:
             weight = torch.full((size,), 1 / size, dtype=torch.float64, device=x.device).expand(*batch, size)
@@ -80,7 +82,7 @@ def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, ma
         total = a.sum()
         dual = (a * (found.phi - a.log())).sum() + (b * (found.psi - b.log())).sum() - total + total * b.sum()
         value = (reg * dual).to(x.dtype)
-    return (factor * _Value.apply(x, y, value, layout, found.phi, found.psi)).to(dtype)
+    return (factor * first_order(_Value.apply(x, y, value, layout, found.phi, found.psi))).to(dtype)
 
 
 class _Value(torch.autograd.Function):

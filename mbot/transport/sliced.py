@@ -68,7 +68,7 @@ class SlicedOT(ValueTransport):
             generator: source of the directions.
 
         Returns:
-            ``(…,)`` values, differentiable in ``x`` and ``y``.
+            ``(…,)`` values, differentiable in points and weights.
         """
         x, y = checks.clouds(weighted_points(x, a), weighted_points(y, b))
         u, v = self._sorted(x, y, a, b, cost, generator)
@@ -144,8 +144,9 @@ class _Projected:
 
 def _project(points: Tensor, weight: Tensor | None, directions: Tensor, name: str) -> _Projected:
     values, order = product(directions, points.mT).sort(-1)
-    weight = checks.weights(weight, points.shape[-2], points[..., :1].mT, name)
-    if weight is None:
+    checked = checks.weights(weight, points.shape[-2], points[..., :1].mT, name)
+    if weight is None or checked is None:
         return _Projected(values, None)
+    weight = weight.double().expand_as(checked)  # with its gradients
     weight = (weight / weight.sum(-1, keepdim=True)).to(points.dtype)
     return _Projected(values, running_sum(weight[..., None, :].expand_as(values).gather(-1, order), -1))

@@ -9,7 +9,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.plan import Plan
 from mbot.transport.base import Transport
-from mbot.transport.entropic import flat_weights, plan_of
+from mbot.transport.entropic import entropic_potentials, flat_weights, plan_of
 from mbot.transport.sinkhorn import sinkhorn
 from mbot.transport.steps import KLRelaxed
 
@@ -45,6 +45,17 @@ class UnbalancedOT(Transport):
             max_iter=checks.count(self.max_iter, "max_iter"),
             tol=checks.positive(self.tol, "tol"),
         )
+
+    def weight_slopes(self, plan: Plan, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Transport`; totals are free here. A point keeps the share ``exp(-f / reg_marginal)`` of its weight."""
+        rate = self.reg_marginal / (self.reg_marginal + self.reg)
+        slopes = []
+        for potential, total in zip(
+            entropic_potentials(plan, cost, a, b, self.reg, rate), (b.sum(-1), a.sum(-1)), strict=True
+        ):
+            share = (-potential / self.reg_marginal).exp()
+            slopes.append(self.reg_marginal * (1 - share) + self.reg * (total[..., None] - share))
+        return slopes[0], slopes[1]
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
