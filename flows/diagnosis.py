@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flows.metrics import PriorSkew, prior_skew
-from mbot import ConvergenceWarning, Coupling, Pairs, checks, conditions
+from mbot import Coupling, Pairs, checks, conditions, convergence
 from mbot.random import draw
 
 _SMALLEST = 16  # samples below which nothing can be said about skew or smaller batches
@@ -145,18 +144,20 @@ def diagnose(
         n = m = batch_size
 
     seconds, weights = [], []
-    for turn in range(rounds):
-        order = torch.arange(n, device=x0.device)
-        if turn:  # the first as they come
-            order = draw(torch.randperm, n, generator=generator, device=x0.device)
-        start = time.perf_counter()
-        found = coupling(x0[order], x1, y1=y, generator=generator)
-        if x1.is_cuda:
-            torch.cuda.synchronize(x1.device)
-        seconds.append(time.perf_counter() - start)
-        weights.append(_totals(found, order, n, m))
-        if turn == 0:
-            pairs = found
+    with convergence.deferred() as kept:
+        for number in range(rounds):
+            order = torch.arange(n, device=x0.device)
+            if number:  # the first as they come
+                order = draw(torch.randperm, n, generator=generator, device=x0.device)
+            start = time.perf_counter()
+            found = coupling(x0[order], x1, y1=y, generator=generator)
+            if x1.is_cuda:
+                torch.cuda.synchronize(x1.device)
+            seconds.append(time.perf_counter() - start)
+            weights.append(_totals(found, order, n, m))
+            if number == 0:
+                pairs = found
+    convergence.tell(kept, set())
 
     start_x, end_x = pairs.apply(x0, x1)
     weight = torch.ones(len(pairs), dtype=torch.float64) if pairs.weight is None else pairs.weight.double().cpu()
@@ -206,8 +207,7 @@ def _larger(
     if size < 2 or whole < max(_SMALLEST, 2 * size) or coupling.needs_data_set:
         return None, size, whole
     total, weight = 0.0, 0.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the call on the user's batch warns
+    with convergence.deferred():  # the call on the user's batch warns
         for begin in range(0, whole - size + 1, size)[:_PARTS]:
             rows = slice(begin, begin + size)
             pairs = coupling(x0[rows], x1[rows], y1=conditions.select(y, rows), generator=generator)

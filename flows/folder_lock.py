@@ -7,12 +7,12 @@ import fcntl
 import os
 import socket
 import threading
-import warnings
 from pathlib import Path
 
 import torch.distributed as dist
 
 from flows.checkpoint import CheckpointError
+from mbot import convergence
 from mbot.distributed.ranks import Ranks
 
 _NAME = ".lock"
@@ -80,9 +80,9 @@ class FolderLock:
                     raise self._in_use(holder) from None
                 if error.errno not in _UNSUPPORTED:
                     raise
-                warnings.warn(
+                convergence.warn(
                     f"{self.folder} is on a file system without locks ({error}): nothing keeps a second trainer out",
-                    stacklevel=2,
+                    UserWarning,
                 )
                 return
             self._file, _held[name] = file, os.getpid()

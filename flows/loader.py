@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count, pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flows.matching import CoupledBatch
 from flows.ot_batches import Fetched, OTBatches, Source
-from mbot import Coupling, checks
+from mbot import Coupling, checks, convergence
 
 
 class CoupledLoader:
@@ -114,6 +115,7 @@ class CoupledLoader:
         self._served: tuple[int, list[CoupledBatch]] | None = None
         self._stream: Iterator[CoupledBatch] | None = None
         self._next_number = -1
+        self._told: set[str] = set()
 
     @property
     def coupling(self) -> Coupling:
@@ -201,6 +203,7 @@ class CoupledLoader:
                 raise WorkerDied(error) from error
             raise
         self._next_number = number + 1
+        convergence.tell(batch.info.get("warnings", []), self._told)
         return batch
 
     def _cut(self, batch: CoupledBatch, number: int) -> list[CoupledBatch]:
@@ -251,6 +254,13 @@ def _leave_interrupts_to_the_owner(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
+    """A coupled OT batch, with the warnings of its solvers among its facts: they are told where batches are taken."""
+    with convergence.deferred() as kept:
+        batch = batches.couple(fetched, device)
+    return replace(batch, info={**batch.info, "warnings": kept}) if kept else batch
+
+
 class _Work(Dataset[Any]):
     """Item ``g`` is OT batch ``g``, coupled or only fetched: what a worker process computes."""
 
@@ -259,7 +269,7 @@ class _Work(Dataset[Any]):
 
     def __getitem__(self, number: int) -> CoupledBatch | Fetched:
         fetched = self.batches.fetch(number)
-        return self.batches.couple(fetched, torch.device("cpu")) if self.couple else fetched
+        return _couple(self.batches, fetched, torch.device("cpu")) if self.couple else fetched
 
 
 class _From(Sampler[int]):
@@ -306,7 +316,7 @@ def _run(
             yield from fetched
         while pool is not None:
             while len(ahead) < prefetch:
-                ahead.append(pool.submit(batches.couple, next(fetched), device))
+                ahead.append(pool.submit(_couple, batches, next(fetched), device))
             yield ahead.popleft().result()
     finally:
         if pool is not None:

@@ -20,12 +20,20 @@ _NOT_THE_CALLER = {"mbot", "flows", "torch", "contextlib"}
 _pending: ContextVar[dict[tuple[str, str], tuple[int, int, float]] | None] = ContextVar("pending", default=None)
 
 
+# Within `deferred`: warnings that are kept.
+_kept: ContextVar[list[tuple[str, type[Warning]]] | None] = ContextVar("kept", default=None)
+
+
 class ConvergenceWarning(UserWarning):
     """An iterative solver stopped before its tolerance: how many problems, how far, and the setting to change."""
 
 
 def warn(message: str, category: type[Warning] = ConvergenceWarning) -> None:
     """A warning at the innermost line that is not in this library (or in torch, which may have called it)."""
+    kept = _kept.get()
+    if kept is not None:
+        kept.append((message, category))
+        return
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
         frame = frame.f_back
@@ -72,3 +80,23 @@ def one_warning() -> Iterator[None]:
         _pending.reset(token)
     for (solver, advice), (failed, problems, worst) in pending.items():
         count_unconverged(solver, failed, problems, worst, advice)
+
+
+@contextmanager
+def deferred() -> Iterator[list[tuple[str, type[Warning]]]]:
+    """Within: warnings are kept, for `tell` to write where the user's line is: not in a thread or a worker process."""
+    kept: list[tuple[str, type[Warning]]] = []
+    token = _kept.set(kept)
+    try:
+        yield kept
+    finally:
+        _kept.reset(token)
+
+
+def tell(kept: list[tuple[str, type[Warning]]], seen: set[str]) -> None:
+    """Write kept warnings, one a solver; ``seen`` remembers those that were written."""
+    for message, category in kept:
+        solver = message.partition(":")[0]
+        if solver not in seen:
+            seen.add(solver)
+            warn(message, category)

@@ -39,6 +39,14 @@ class Model(nn.Module):
 X, Y = torch.randn(2, 20, 2, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 1.0])[:, None, None]
 XS, YS = [X[:6], X[6:11], X[11:17]], [Y[:6], Y[6:13]]
 POINTS = torch.utils.data.TensorDataset(X)
+FIELD = flows.models.ResidualMLP(2, width=4, depth=1)
+
+
+def loader(workers):
+    """Batches of two OT problems that do not converge."""
+    return flows.CoupledLoader(POINTS, None, mbot.OTCoupling(SLOW), 5, 10, workers)
+
+
 CALLS = {
     "plan": (lambda: SLOW.plan(mbot.pairwise_cost(X, Y)), here()),
     "points": (lambda: SLOW(X, Y), here()),
@@ -58,6 +66,10 @@ CALLS = {
     "data set": (lambda: mbot.SemidiscreteCoupling(steps=1).fit(X), here()),
     "C2OT": (lambda: mbot.ConditionalOTCoupling("continuous", target_ratio=0.99)(X, Y, y1=Y), here()),
     "sampler": (lambda: mbot.compat.OTPlanSampler("unbalanced", reg=1e-3, reg_m=1e-3).sample_plan(X, 99 + Y), here()),
+    "diagnosis": (lambda: flows.diagnose(mbot.OTCoupling(SLOW), X, Y), here()),
+    "loader": (lambda: [*loader(0)], here()),
+    "loader with workers": (lambda: [*loader(1)], here()),
+    "trainer": (lambda: flows.Trainer(FIELD, loader(0), steps=9, progress=False).fit(), here()),
     "flow matching": (lambda: flows.FlowMatching(mbot.OTCoupling(SLOW)).sample(X, Y), here()),
 }  # fmt: skip
 
