@@ -146,6 +146,17 @@ def test_values_and_gradients_of_all_transports_and_losses(pair, kind):
     assert float((slope - exact).norm()) <= 2e-4 * float(exact.norm()) + 1e-30
 
 
+@settings(max_examples=40, deadline=None)
+@given(clouds(square=True), st.sampled_from([1, 2, 3]), st.booleans())
+def test_sliced_values(pair, p, grid):
+    """On one feature, where every direction gives the cost of the sorted points."""
+    x, y = (side[:, :1] for side in pair)
+    exact = (x.double().sort(0).values - y.double().sort(0).values).abs().pow(p).mean()
+    sliced = mbot.SlicedOT(num_projections=3, p=p)
+    value = sliced.grid(x[None], y[None])[0, 0] if grid else sliced(x, y)
+    assert float(value) == pytest.approx(float(exact), rel=3e-5, abs=1e-30)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     clouds(square=True, least=4),
