@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, synced, renamed; verified before they are believed."""
+"""Complete checkpoints or none: a temporary file is written, synced and renamed. Files are verified before use."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def save(state: dict[str, Any], folder: Path, keep: int) -> Path:
         for left in folder.glob(".step-*.partial"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
         marked = {"format": FORMAT, "version": VERSION, **state}
-        write_atomically(path, lambda file: torch.save(marked, cast(IO[bytes], _Loud(file, told))))
+        write_atomically(path, lambda file: torch.save(marked, cast(IO[bytes], _RecordingFile(file, told))))
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not told:  # not about writing
             raise
@@ -173,8 +173,8 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-class _Loud:
-    """A file for ``torch.save``, which hides why a write failed; the system's reason goes to ``told``."""
+class _RecordingFile:
+    """A file for ``torch.save`` that records the system's error in ``told`` when a write fails (torch hides it)."""
 
     def __init__(self, file: IO[bytes], told: list[OSError]) -> None:
         self.file, self.told = file, told

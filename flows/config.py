@@ -38,16 +38,16 @@ class TrainConfig:
     """Train a flow and end with samples and a table of metrics.
 
     Writes into --out: config.toml (these settings, resolved), checkpoints/, metrics.csv, samples/*.png, evaluation.json
-    and evaluation.md. Exit codes: 0 done, 2 wrong settings, 3 unusable checkpoint or data, 4 loss not finite, 75
-    stopped by SIGTERM or SIGINT after saving (run the same command with --resume).
+    and evaluation.md. Exit codes: 0 done, 2 wrong settings, 3 unusable checkpoint or data, 4 values not finite,
+    75 stopped by SIGTERM or SIGINT after saving (run the same command with --resume).
     """
 
     out: Path = Path("runs/flow")
     """Folder of the run."""
     config: Path | None = None
-    """TOML or YAML file with settings under these names; flags win over it."""
+    """TOML, YAML or JSON file with settings under these names; flags override it."""
     preset: Literal["none", "cifar10-c2ot", "cifar10-otcfm", "imagenet32-c2ot"] = "none"
-    """Settings of a paper; the file and the flags win over it."""
+    """Settings of a paper; the file and the flags override them."""
     data: Data = "digits"
     """What to learn. digits and the planar families need no files."""
     data_root: Path | None = None
@@ -324,7 +324,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-# What a resumed run may change: what it trains does not hang on it, but for steps (then linear decay ends later).
+# Settings that a resumed run may change, since the trained weights do not depend on them (with more steps, linear decay
+# ends later).
 _FREE = {
     "out", "config", "preset", "data_root", "download", "steps", "num_workers", "guidance", "device", "compile",
     "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress", "resume",

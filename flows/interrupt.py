@@ -1,4 +1,4 @@
-"""How a run stops early: a signal is noticed, the step finished, the state saved; or some number is none."""
+"""Early stops of a run: on a signal, after the step is finished and saved; or on values that are not finite."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class NumberGuard:
-    """Notices numbers that are none before a checkpoint can hold them, without waiting for the device.
+    """Finds losses, gradients and weights that are not finite before they are saved, without waiting for the device.
 
     Args:
         device: where losses and gradients are.
@@ -55,7 +55,11 @@ class NumberGuard:
         self.scale = math.inf
 
     def note(self, loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler) -> None:
-        """The loss and gradient norm of a step. A gradient scaler skips overflowing steps itself, while that helps."""
+        """Record a step's loss and gradient norm.
+
+        A gradient scaler skips steps whose gradient overflows and halves its scale; that is an error only where the
+        scale has become useless.
+        """
         self.loss, self.norm = loss, norm
         self.bad |= ~loss.isfinite()
         if not scaler.is_enabled():
@@ -65,7 +69,7 @@ class NumberGuard:
             self.bad |= self.scale < _LEAST_SCALE
 
     def stop(self, step: int, rate: float, precision: str) -> NoReturn:
-        """Tell that a step's numbers are none."""
+        """Raise the error for a step whose loss or gradient is not finite."""
         said = f"the loss is {float(self.loss):g}, the gradient norm {float(self.norm):g}"
         if self.scale < _LEAST_SCALE:
             said = f"the gradient overflows at every loss scale down to {2 * self.scale:g}"
@@ -75,7 +79,7 @@ class NumberGuard:
         )
 
     def check_weights(self, step: int, rate: float, *models: nn.Module) -> None:
-        """Refuse weights that are none, as a step that is too large leaves them."""
+        """Refuse weights that are not finite, such as a too large step leaves behind."""
         bad = [name for model in models for name, p in model.named_parameters() if not bool(p.isfinite().all())]
         if bad:
             raise NonFiniteLoss(

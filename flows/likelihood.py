@@ -102,14 +102,14 @@ def _with_trace(
         x = x if record and x.requires_grad else x.detach().requires_grad_()
         velocity = evaluate(model, t, x, y)
         total = torch.zeros(len(x), dtype=state_dtype(x), device=x.device)
-        pulled = None
+        product = None
         for i, v in enumerate(vectors if velocity.requires_grad else ()):
             keep = record or i + 1 < len(vectors)
-            (pulled,) = torch.autograd.grad(velocity, x, v, retain_graph=keep, create_graph=record, allow_unused=True)
-            if pulled is None:
+            (product,) = torch.autograd.grad(velocity, x, v, retain_graph=keep, create_graph=record, allow_unused=True)
+            if product is None:
                 break
-            total = total + (pulled * v).to(total.dtype).flatten(1).sum(1)
-        if pulled is None and not _is_constant(model, t, x.detach(), y, velocity):
+            total = total + (product * v).to(total.dtype).flatten(1).sum(1)
+        if product is None and not _is_constant(model, t, x.detach(), y, velocity):
             raise RuntimeError(
                 "the model's velocity changes with x but carries no gradient with respect to x, so that its divergence "
                 "cannot be found: the model runs under torch.no_grad or inference_mode, or detaches x. Call it with "

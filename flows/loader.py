@@ -1,8 +1,8 @@
 """Feeding a trainer: large couplings solved in the background, cut into training batches.
 
 One OT batch of ``b`` samples is coupled once and served as ``b / b_n`` training batches (the oversampling of Cheng and
-Schwing 2025, arXiv 2503.10636). Everything random in OT batch ``g`` is a function of the seed and of ``g``: the same
-batches come out whoever computes them, and a run resumes at any of them.
+Schwing 2025, arXiv 2503.10636). Everything random in OT batch ``g`` is a function of the seed and of ``g``: the batches
+do not depend on the number of workers, and a run can resume at any of them.
 """
 
 from __future__ import annotations
@@ -238,24 +238,24 @@ def _is_death(error: BaseException) -> bool:
     return said or isinstance(error, (ConnectionError, EOFError))
 
 
-def _watch_only_when_asked(workers: Any) -> None:
-    """Let a worker's death be found when a batch is asked for, not raised by a signal handler in the middle of a step.
+def _unregister_workers(workers: Any) -> None:
+    """Report a worker's death when a batch is requested, not from a signal handler in the middle of a step.
 
     torch watches registered workers from a handler of SIGCHLD, which could interrupt an optimiser step or the writing
-    of a checkpoint. Taking a batch looks after the workers as well.
+    of a checkpoint. Requesting a batch checks the workers too.
     """
     if getattr(workers, "_worker_pids_set", False):
         torch.utils.data._utils.signal_handling._remove_worker_pids(id(workers))
         workers._worker_pids_set = False
 
 
-def _leave_interrupts_to_the_owner(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; workers must outlive it, so that the step at hand can be finished."""
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; workers ignore it, so that the current step can be finished."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _couple(batches: OTBatches, fetched: Fetched, device: torch.device) -> CoupledBatch:
-    """A coupled OT batch, with the warnings of its solvers among its facts: they are told where batches are taken."""
+    """A coupled OT batch, with its solvers' warnings in ``info``: they are written where the batch is taken."""
     with convergence.deferred() as kept:
         batch = batches.couple(fetched, device)
     return replace(batch, info={**batch.info, "warnings": kept}) if kept else batch
@@ -289,8 +289,8 @@ def _run(
 
     Holds no reference to the loader that iterates it, so that dropping the loader stops the workers at once.
     """
-    here = device.type == "cpu" and batches.scope == "rank"
-    work = _Work(batches, couple=here)
+    in_workers = device.type == "cpu" and batches.scope == "rank"
+    work = _Work(batches, couple=in_workers)
     fetched: Iterator[Any]
     if num_workers:
         fetched = iter(
@@ -302,15 +302,15 @@ def _run(
                 prefetch_factor=prefetch,
                 multiprocessing_context=context,
                 pin_memory=device.type == "cuda",
-                worker_init_fn=_leave_interrupts_to_the_owner,
+                worker_init_fn=_ignore_interrupts,
                 generator=torch.Generator(),  # the default one belongs to the training loop
             )
         )
-        _watch_only_when_asked(fetched)
+        _unregister_workers(fetched)
     else:
         fetched = map(batches.fetch, count(first))
     ahead: deque[Future[CoupledBatch]] = deque()
-    pool = None if num_workers and here else ThreadPoolExecutor(1, thread_name_prefix="flows-coupling")
+    pool = None if num_workers and in_workers else ThreadPoolExecutor(1, thread_name_prefix="flows-coupling")
     try:
         if pool is None:
             yield from fetched

@@ -1,4 +1,4 @@
-"""What a training run reports: a progress bar, a CSV file that survives resumption, TensorBoard where wanted."""
+"""Reports of a training run: progress bar, CSV file (kept when a run is resumed), TensorBoard events on request."""
 
 from __future__ import annotations
 

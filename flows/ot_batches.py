@@ -171,7 +171,7 @@ class OTBatches:
         generator = generator_at(self.seed, "coupling", number, part, device=device)
         if together and self.world > 1:
             whole = GlobalCoupling(self.coupling, self.group, source="shared")
-            pairs = whole(x0, x1, y1=y, generator=generator, place=self._place(len(x1))).here()
+            pairs = whole(x0, x1, y1=y, generator=generator, place=self._positions(len(x1))).here()
         else:
             pairs = self.coupling(x0, x1, y1=y, generator=generator)
         return CoupledBatch.of(pairs, x0, x1, y, index)
@@ -202,12 +202,12 @@ class OTBatches:
             return rows.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
         return order[begin + self.rank * self.rest :][: self.rest]
 
-    def _place(self, size: int) -> Tensor:
-        """Where the rows of this process stand in the whole OT batch, so that it is one process's."""
-        place = torch.arange(size * self.world)
+    def _positions(self, size: int) -> Tensor:
+        """Positions of this process's rows in the whole OT batch, in the order that a single process would have."""
+        positions = torch.arange(size * self.world)
         if size != self.ot_batch_size:
-            return place.reshape(self.world, size)[self.rank]
-        return place.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
+            return positions.reshape(self.world, size)[self.rank]
+        return positions.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
 
     def _noise(self, n: int, like: Tensor, generator: torch.Generator, number: int) -> Tensor:
         shape = like.shape[1:]

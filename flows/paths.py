@@ -136,13 +136,13 @@ class SchrodingerBridgePath(Path):
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Path.sample`."""
-        # Around t = 0 and 1 half precision would lose the difference that everything hangs on.
+        # Near t = 0 and 1, t (1 - t) needs more digits than half precision has.
         at = _like(t.to(torch.promote_types(t.dtype, torch.float32)), x0, keep=True)
-        spread = at * (1 - at)
-        offset = self.sigma * spread.sqrt() * _noise(noise, self)
+        variance = at * (1 - at)
+        offset = self.sigma * variance.sqrt() * _noise(noise, self)
         xt = x0 + _like(t, x0) * (x1 - x0) + offset.to(x0.dtype)
-        pull = (1 - 2 * at) / (2 * spread + _FLOOR) * offset
-        return xt, x1 - x0 + pull.to(x0.dtype)
+        drift = (1 - 2 * at) / (2 * variance + _FLOOR) * offset
+        return xt, x1 - x0 + drift.to(x0.dtype)
 
 
 @dataclass(frozen=True)

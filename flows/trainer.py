@@ -355,7 +355,7 @@ class Trainer:
         return stop
 
     def _agree(self, signals: Signals) -> bool:
-        """Whether to stop, the same on every rank; raises on numbers that are none, before they reach the weights.
+        """Whether to stop, the same on every rank; raises where values are not finite, before they reach the weights.
 
         On a GPU this waits for the device, so it is done every tenth step, and where something follows the step.
         """

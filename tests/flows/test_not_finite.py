@@ -1,4 +1,4 @@
-"""Numbers that are none never reach a checkpoint, and no error offers one that holds them."""
+"""Values that are not finite never reach a checkpoint, and no error offers a checkpoint that holds them."""
 
 import math
 
@@ -8,8 +8,6 @@ import torch
 import flows
 from flows import checkpoint
 from tests.flows.toy_run import STEPS, Net, trainer, weights
-
-# Trainer.fit with what may go wrong in the middle of it: eight calls in, the values or the gradients are no numbers.
 
 
 class Spoiled(torch.autograd.Function):
