@@ -18,7 +18,8 @@ class Plan:
 
     A dense plan holds ``mass`` of shape ``(…, n, m)``. A sparse one holds entries ``(row, col, mass)`` of shape
     ``(…, e)``; entries of mass zero are padding, and repeated ``(row, col)`` add up. A plan is a constant: it never
-    requires gradients (the envelope theorem: costs and values differentiate through the ground cost alone).
+    requires gradients (the envelope theorem: values differentiate through the ground cost, and in the weights through
+    the potentials).
 
     Attributes:
         mass: amounts moved, non-negative, in the dtype of the cost.

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import mbot
+from mbot.cost import expansion_holds
 from mbot.transport import points
 
 COSTS = ["sqeuclidean", "euclidean", "cosine", "dot"]
@@ -191,6 +192,39 @@ def test_groups_far_apart():
     assert float(mbot.ExactOT()(x, x)) == 0
     y[32:] += 1e4
     assert float(mbot.ExactOT()(x, y)) == pytest.approx(ot.emd2([], [], exact_cost(x, y).numpy()), rel=1e-5)
+
+
+def test_the_careful_way_in_small_parts(monkeypatch):
+    """Rows and pairs are taken some at a time; results and gradients stay."""
+    x, y = torch.randn(2, 20, 8), torch.randn(30, 8)
+    x[:, 10:] += 1e7
+    y[15:] += 1e7
+    x[0, 3] = y[4]
+    x.requires_grad_()
+    results = []
+    for cells in (1 << 22, 70, 1):
+        monkeypatch.setattr("mbot.cost._CELLS", cells)
+        costs = mbot.pairwise_cost(x, y)
+        (grad,) = torch.autograd.grad(((costs < 1e6) * costs).sum(), x)
+        results.append((costs.detach(), grad))
+        torch.testing.assert_close(costs.detach().double(), exact_cost(x.detach(), y), rtol=1e-6, atol=0)
+    for costs, grad in results[1:]:
+        torch.testing.assert_close(costs, results[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad, results[0][1], rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+def test_fused_passes_are_for_points_that_are_not_too_far_apart(cost):
+    x, y = torch.randn(200, 8), torch.randn(300, 8)
+    assert expansion_holds(x, y, cost)
+    assert expansion_holds(x * 1e-3, y * 1e3, cost)
+    near = x + 1e-4 * torch.randn(200, 8) if cost != "cosine" else x
+    far = [p + 1e4 * (torch.arange(len(p)) % 2)[:, None] for p in (x, y)]
+    assert not expansion_holds(x, near, cost)
+    assert not expansion_holds(*far, cost)
+    x[0] += 1e5
+    y[0] += 1e5
+    assert cost == "cosine" or not expansion_holds(x, y, cost)
 
 
 @pytest.mark.parametrize("d", [2, 8])
