@@ -27,12 +27,12 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    """Each device that is there."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
+def pytest_generate_tests(metafunc):
+    """``device``: each device that is there."""
+    if "device" in metafunc.fixturenames:
+        cuda = [pytest.param(torch.device("cuda"), marks=pytest.mark.gpu, id="cuda")]
+        there = cuda if torch.cuda.is_available() else []
+        metafunc.parametrize("device", [pytest.param(torch.device("cpu"), id="cpu"), *there])
 
 
 def pytest_collection_modifyitems(items):

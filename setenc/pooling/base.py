@@ -39,6 +39,12 @@ class Pooling(nn.Module):
         value_dim: values ``V`` of a head.
     """
 
+    num_passes = 1
+    """Times that a stream has to be seen; see `next_pass`."""
+
+    counts_multiplicities = True
+    """Whether an element of weight 2 counts as two elements; else a weight > 0 only says that it is there."""
+
     def __init__(self, in_dim: int, out_dim: int, *, num_slots: int, num_heads: int, value_dim: int) -> None:
         super().__init__()
         self.in_dim = checks.count(in_dim, "in_dim")
@@ -135,6 +141,14 @@ class Pooling(nn.Module):
             set_sizes(like.new_zeros(batch_size, 0), None, None),
             self._slots(generator, group),
         )
+
+    def next_pass(self, state: SetState) -> SetState:
+        """The state with which a pooling of several passes sees the same elements again.
+
+        Raises:
+            ValueError: the state is complete.
+        """
+        raise ValueError(f"a state of {type(self).__name__} is complete: there is no further pass over the elements")
 
     def contribution(
         self,

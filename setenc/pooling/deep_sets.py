@@ -41,7 +41,9 @@ class DeepSetsPooling(Pooling):
         values = self.value(features).to(self._dtype)
         if self.reduce == "max":
             if offset is not None:
-                values = torch.where(offset[:, 0, 0, :, None] > -torch.inf, values, -torch.inf)
+                offset = offset[:, 0, 0, :, None]
+                # A weight does not scale a maximum; one that is no weight (NaN by now) is not lost.
+                values = values + torch.where(offset == -torch.inf, offset, 0 * offset)
             peak = values.max(1).values[..., None]
             if onto is not None:
                 peak = larger(onto[2], peak)

@@ -183,7 +183,7 @@ class SlotPooling(Pooling):
         ``softmax`` is torch's fused attention; the others run through blocks of the set, computed again in backward.
         """
         features, mask, weights = checks.elements(features, mask, weights, "features")
-        if self.activation == "softmax" and features.shape[1] > 0:
+        if self.activation == "softmax" and features.shape[0] > 0 and features.shape[1] > 0:
             offset = _log_weights(mask, weights, self._dtype)
             features = self.prepare(features, mask)
             return self._fused(features, offset, self._slots(generator, None))

@@ -95,8 +95,6 @@ def test_what_is_not_looked_at_while_streaming_is_found_when_read(pooling, bad, 
     x, weights = torch.randn(2, 11, 8, dtype=torch.float64), torch.ones(2, 11, dtype=torch.float64)
     if bad == "weight":
         weights[1, where] = -1
-        if getattr(pooling, "reduce", None) == "max":
-            pytest.skip("a maximum takes what is not 0")
     else:
         x[1, where] = float(bad)
         if bad == "inf" and getattr(pooling, "reduce", None) == "max":
