@@ -187,9 +187,9 @@ class FSPoolDecoder(nn.Module):
     def rank_weights(self, size: int) -> Tensor:
         """Weights ``(size, dim)`` of the ranks of a set of ``size`` elements."""
         pieces = self.weight.shape[1] - 1
-        place = torch.linspace(0, pieces, size, device=self.weight.device, dtype=self.weight.dtype)
-        left = place.floor().clamp_max(pieces - 1).long()
-        share = place - left
+        position = torch.linspace(0, pieces, size, device=self.weight.device, dtype=self.weight.dtype)
+        left = position.floor().clamp_max(pieces - 1).long()
+        share = position - left
         return (self.weight[:, left] * (1 - share) + self.weight[:, left + 1] * share).T
 
 

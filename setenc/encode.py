@@ -116,7 +116,7 @@ def _state(
     enc: UMBC,
 ) -> SetState:
     """The state of the whole sets, with the graph that the gradient mode asks for."""
-    device = enc.pooling._like.device
+    device = enc.pooling.like.device
     where = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**48, (), generator=generator, device=where))
     facts = {"batch size": 0, "training mode": enc.pooling.training, "gradient": _MODES.index(gradient)}

@@ -193,7 +193,7 @@ class UMBC(nn.Module):
         checks.no_batch_norm(self.extractor)
         if mask is not None:
             x = _filled(x, mask)
-        if x.dtype != self.pooling._like.dtype:
+        if x.dtype != self.pooling.like.dtype:
             parameter = next(self.extractor.parameters(), None)
             x = x if parameter is None else checks.precision(x, parameter.dtype, "x")
         try:

@@ -72,8 +72,8 @@ class Ragged:
     def blocks(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Cut every set into ``M`` blocks of ``width`` elements: index ``(M, width)``, mask, owner ``(M,)``."""
         count = (self.sizes + width - 1) // width
-        owner, place = _ranges(count)
-        index = (self.offsets[owner] + place * width)[:, None] + torch.arange(width, device=owner.device)
+        owner, position = _ranges(count)
+        index = (self.offsets[owner] + position * width)[:, None] + torch.arange(width, device=owner.device)
         mask = index < self.offsets[owner + 1][:, None]
         return index.where(mask, 0), mask, owner
 
@@ -81,8 +81,8 @@ class Ragged:
         """Rows of the ``which[j]``-th ``size`` elements of each set ``j``, and the offsets of what they make."""
         start = torch.minimum(self.offsets[:-1] + which * size, self.offsets[1:])
         taken = torch.minimum(start + size, self.offsets[1:]) - start
-        owner, place = _ranges(taken)
-        return start[owner] + place, torch.nn.functional.pad(taken.cumsum(0), (1, 0))
+        owner, position = _ranges(taken)
+        return start[owner] + position, torch.nn.functional.pad(taken.cumsum(0), (1, 0))
 
 
 def is_ragged(x: Any) -> bool:

@@ -39,8 +39,8 @@ def first_rank_at(peak: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     first = torch.where(mine.detach() == peak, rank, size)
     dist.all_reduce(first, dist.ReduceOp.MIN, group)
-    held = torch.where((first == rank) & (peak > -torch.inf), mine, 0)
-    return torch.where(peak > -torch.inf, sum_over_ranks(held, group), peak)
+    chosen = torch.where((first == rank) & (peak > -torch.inf), mine, 0)
+    return torch.where(peak > -torch.inf, sum_over_ranks(chosen, group), peak)
 
 
 @contextmanager

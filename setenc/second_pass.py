@@ -33,7 +33,7 @@ class Run:
         kind = self.device.type
         on = torch.is_autocast_enabled(kind)
         self.autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), on, cache_enabled=False)
-        self.dtype = torch.get_autocast_dtype(kind) if on else enc.pooling._like.dtype
+        self.dtype = torch.get_autocast_dtype(kind) if on else enc.pooling.like.dtype
 
     def contribution(self, t: int, chunk: Chunk, start: SetState, peak: Any = None) -> tuple[SetState, Tensor | None]:
         """State of chunk ``t``, with random numbers that depend on ``t`` alone, and the features of its elements."""

@@ -54,7 +54,7 @@ class Pooling(nn.Module):
 
     def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
         """The slots ``(H K, h)`` of a new stream."""
-        return self._like.new_empty(0, 0)
+        return self.like.new_empty(0, 0)
 
     def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Log-weights ``(B, H, K, n)``, which may be overwritten, and values ``(B, H, n, V)`` of the elements.
@@ -85,7 +85,7 @@ class Pooling(nn.Module):
         features, mask, weights = checks.elements(features, mask, weights, "features")
         checks.batch(features, state.batch_size)
         log_weights, _ = self._scores(checks.finite_features(self.prepare(features, mask)), state.slots)
-        offset = _log_weights(mask, weights, log_weights.dtype)
+        offset = log_of_weights(mask, weights, log_weights.dtype)
         if offset is not None:
             log_weights = log_weights + offset
         mass = torch.where(state.mass > 0, state.mass, 1)
@@ -109,13 +109,14 @@ class Pooling(nn.Module):
         raise NotImplementedError
 
     @property
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
+        """A parameter: its dtype is that of results, its device that of states."""
         return next(self.parameters())
 
     @property
     def _dtype(self) -> torch.dtype:
         """Of the state: float32 or better, also for half parameters and under autocast."""
-        return torch.promote_types(self._like.dtype, torch.float32)
+        return torch.promote_types(self.like.dtype, torch.float32)
 
     def init_state(
         self,
@@ -133,7 +134,7 @@ class Pooling(nn.Module):
         """
         batch_size = checks.count(batch_size, "batch_size", at_least=0)
         shape = (batch_size, self.num_heads, self.num_slots)
-        like, dtype = self._like, self._dtype
+        like, dtype = self.like, self._dtype
         return SetState(
             like.new_zeros(*shape, self.value_dim, dtype=dtype),
             like.new_zeros(shape, dtype=dtype),
@@ -197,7 +198,7 @@ class Pooling(nn.Module):
         sets, size = features.shape[:2]
         if size == 0:
             return state.empty() if alone else state
-        offset = _log_weights(mask, weights, state.total.dtype)
+        offset = log_of_weights(mask, weights, state.total.dtype)
         parts = None if alone else (state.total, state.mass, state.peak)
         pieces: Iterable[tuple[Tensor, Tensor | None]] = [(features, offset)]
         if checks.may_look(features) and not torch.is_grad_enabled():
@@ -233,7 +234,7 @@ class Pooling(nn.Module):
         checks.features(features, self.in_dim)
         if mask is not None:
             features = features.masked_fill(~mask[..., None], 0)
-        return checks.precision(features, self._like.dtype, "features")
+        return checks.precision(features, self.like.dtype, "features")
 
     def extra_repr(self) -> str:
         """Settings, for printing."""
@@ -280,7 +281,8 @@ def _finite(peak: Tensor) -> Tensor:
     return peak.clamp_min(torch.finfo(peak.dtype).min)
 
 
-def _log_weights(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def log_of_weights(mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Logarithms ``(B, 1, 1, n)`` of the elements' weights, -inf at padding; None where all are 1."""
     if weights is not None:
         some = weights != 0
         offset = torch.where(some, torch.where(some, weights.to(dtype), 1).log(), -torch.inf)

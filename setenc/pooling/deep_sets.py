@@ -64,7 +64,7 @@ class DeepSetsPooling(Pooling):
             pooled = state.total[:, 0]
         else:
             pooled = state.mean()[:, 0]
-        return self.norm(checks.finite(pooled).to(self._like.dtype))
+        return self.norm(checks.finite(pooled).to(self.like.dtype))
 
     def extra_repr(self) -> str:
         """Settings, for printing."""

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from setenc import checks
-from setenc.pooling.base import Pooling, _log_weights, full_precision
+from setenc.pooling.base import Pooling, full_precision, log_of_weights
 from setenc.state import SetState
 
-# Log-weights of elements from logits (…, K, n); each looks at one element and all slots, never at other elements.
+# Log-weights of elements from logits (…, K, n); each depends on one element and all slots, never on other elements.
 ACTIVATIONS = {
     "sigmoid": F.logsigmoid,
     "softmax": lambda logits: logits,
@@ -25,7 +25,7 @@ ACTIVATIONS = {
 # that takes more than this many times the multiplications: they are fewer matrix products, and larger ones.
 _FOLD = 1.0
 
-# Elements whose weights are held at a time where attention is not fused.
+# Elements whose weights are in memory at a time where attention is not fused.
 _BLOCK = 4096
 
 
@@ -100,8 +100,9 @@ class SlotPooling(Pooling):
         self.output_norm = nn.LayerNorm(dim) if checks.flag(output_norm, "output_norm") else nn.Identity()
 
     @property
-    def _like(self) -> Tensor:
-        weight: Tensor = self.key_value.weight  # cheaper than next(self.parameters()), at every chunk
+    def like(self) -> Tensor:
+        """A parameter, found without a search: this is asked for at every chunk."""
+        weight: Tensor = self.key_value.weight
         return weight
 
     def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
@@ -168,7 +169,7 @@ class SlotPooling(Pooling):
         """``(B, H, K, dim / H)`` means and the slots ``(H K, …)`` to the result ``(B, K, dim)``."""
         if self.residual:
             means = means + slots[:, : self.head_dim].view(self.num_heads, self.num_slots, -1)
-        return self.output_norm(checks.finite(means.transpose(1, 2).flatten(2)).to(self._like.dtype))
+        return self.output_norm(checks.finite(means.transpose(1, 2).flatten(2)).to(self.like.dtype))
 
     def forward(
         self,
@@ -184,7 +185,7 @@ class SlotPooling(Pooling):
         """
         features, mask, weights = checks.elements(features, mask, weights, "features")
         if self.activation == "softmax" and features.shape[0] > 0 and features.shape[1] > 0:
-            offset = _log_weights(mask, weights, self._dtype)
+            offset = log_of_weights(mask, weights, self._dtype)
             features = self.prepare(features, mask)
             return self._fused(features, offset, self._slots(generator, None))
         state = whole = self.init_state(features.shape[0], generator=generator)

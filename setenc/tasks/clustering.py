@@ -68,9 +68,9 @@ def mixture_sets(
     means = 8 * uniform(batch_size, num_components, dim) - 4
     stds = 0.1 + 0.5 * uniform(batch_size, num_components, dim)
     labels = torch.multinomial(proportions, num_points, replacement=True, generator=generator)
-    place = labels[..., None].expand(-1, -1, dim)
+    index = labels[..., None].expand(-1, -1, dim)
     noise = torch.randn(batch_size, num_points, dim, generator=generator)
-    x = means.gather(1, place) + stds.gather(1, place) * noise
+    x = means.gather(1, index) + stds.gather(1, index) * noise
     return MixtureSets(*(t.to(device) for t in (x, labels, proportions, means, stds)))
 
 

@@ -7,6 +7,7 @@ The promises are `setenc.testing.POOLING_CHECKS`, which anybody's pooling can be
 import copy
 import inspect
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +145,8 @@ def test_only_poolings_are_checked():
     pooling = setenc.DeepSetsPooling(2, 2)
     with pytest.raises(ValueError, match="DeepSetsPooling is complete"):
         pooling.next_pass(pooling.init_state(1))
+
+
+def test_the_example_in_contributing_runs():
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().split("## A pooling")[1]
+    exec(text.split("```python\n")[1].split("```")[0], {})
