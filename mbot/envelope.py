@@ -55,14 +55,22 @@ def _cancels(x: Tensor, y: Tensor, row: Tensor, col: Tensor, mass: Tensor, costs
     """Whether the gradients' sums would have relative errors of more than about 1e-5 in float32."""
     if cost == "dot":
         return False
+    limit = 3500  # (1e-5 / eps)² / 2
     if cost == "cosine":
         squared, size = 2 * costs, torch.full_like(costs, 2)
     else:
         squared = costs if cost == "sqeuclidean" else costs.square()
+        parts = (
+            torch.where(mass > 0, squared, torch.inf).amin() if len(costs) else squared.new_tensor(torch.inf),
+            *(torch.linalg.vector_norm(points, torch.inf) for points in (x, y)),
+        )
+        least, most_x, most_y = torch.stack(parts).tolist()  # one wait for a device
+        if x.shape[1] * (most_x**2 + most_y**2) <= limit * least:  # the usual case
+            return False
         of_x, of_y = (torch.linalg.vector_norm(points, dim=-1).square() for points in (x, y))
         size = of_x[row] + of_y[col]
     share = torch.where(mass > 0, size / squared, 0)
-    return not float(torch.linalg.vector_norm(share, 4)) <= 3500 * len(share) ** 0.25  # (1e-5 / eps)² / 2
+    return not float(torch.linalg.vector_norm(share, 4)) <= limit * len(share) ** 0.25
 
 
 class _MatchedValues(torch.autograd.Function):
