@@ -53,7 +53,7 @@ def matched_values(
 
 def _cancels(x: Tensor, y: Tensor, row: Tensor, col: Tensor, mass: Tensor, costs: Tensor, cost: str) -> bool:
     """Whether the gradients' sums would have relative errors of more than about 1e-5 in float32."""
-    if cost == "dot":
+    if cost == "dot" or not len(costs):
         return False
     limit = 3500  # (1e-5 / eps)² / 2
     if cost == "cosine":
@@ -61,7 +61,7 @@ def _cancels(x: Tensor, y: Tensor, row: Tensor, col: Tensor, mass: Tensor, costs
     else:
         squared = costs if cost == "sqeuclidean" else costs.square()
         parts = (
-            torch.where(mass > 0, squared, torch.inf).amin() if len(costs) else squared.new_tensor(torch.inf),
+            torch.where(mass > 0, squared, torch.inf).amin(),
             *(torch.linalg.vector_norm(points, torch.inf) for points in (x, y)),
         )
         least, most_x, most_y = torch.stack(parts).tolist()  # one wait for a device
