@@ -13,6 +13,7 @@ from flows.lr_schedule import warmup_schedule
 from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
 from flows.step_times import bellman_schedule, straighten
+from flows.times import LogitNormalTimes, PowerTimes, ShiftedTimes, TimeLaw, UniformTimes
 from flows.trainer import Trainer
 
 __all__ = [
@@ -26,13 +27,18 @@ __all__ = [
     "IntegrationError",
     "Interrupted",
     "LinearPath",
+    "LogitNormalTimes",
     "NonFiniteLoss",
     "Path",
+    "PowerTimes",
     "SchrodingerBridgePath",
+    "ShiftedTimes",
     "TargetPath",
+    "TimeLaw",
     "TrainResult",
     "Trainer",
     "Trajectory",
+    "UniformTimes",
     "VariancePreservingPath",
     "WorkerDied",
     "along_path",

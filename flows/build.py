@@ -20,6 +20,7 @@ from flows.loader import CoupledLoader
 from flows.lr_schedule import warmup_schedule
 from flows.models import PRESETS, ResidualMLP, UNet
 from flows.seeds import derive_seed, generator_at
+from flows.times import TimeLaw
 from flows.trainer import Trainer
 
 _FITTING: tuple[Model, ...] = ("digits", "mnist", "cifar10-otcfm")  # U-Nets from small to large images
@@ -133,6 +134,12 @@ def build_path(config: TrainConfig) -> paths.Path:
     return registry.make(registry.path_classes()[config.path], f"--path {config.path}", settings)
 
 
+def build_times(config: TrainConfig) -> TimeLaw:
+    """The time law of a configuration."""
+    settings = registry.settings_of("times", config.settings)
+    return registry.make(registry.time_laws()[config.times], f"--times {config.times}", settings)
+
+
 def build_loader(config: TrainConfig, task: Task, device: torch.device | str | None = None) -> CoupledLoader:
     """The loader of a configuration, with a coupling that is fitted to the data where it asks for that."""
 
@@ -198,6 +205,7 @@ def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview
         loader,
         steps=config.steps,
         path=build_path(config),
+        times=build_times(config),
         optimizer=optimizer,
         scheduler=warmup_schedule(optimizer, warmup=config.warmup, steps=length),
         out=config.out,

@@ -128,6 +128,13 @@ def latest(folder: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def differences(saved: dict[str, Any], mine: dict[str, Any]) -> str:
+    """Settings that are not as they were saved, as text; empty where all are."""
+    return "; ".join(
+        f"{key}: saved {saved.get(key)}, here {value}" for key, value in mine.items() if saved.get(key) != value
+    )
+
+
 def last_good(folder: Path, before: Path | None = None) -> Path | None:
     """The newest checkpoint of a folder that `load` takes, of those before ``before``; None where there is none."""
     for candidate in reversed(saved(folder)):

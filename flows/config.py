@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     Data: TypeAlias = str
     Coupling: TypeAlias = str
     PathName: TypeAlias = str
+    TimesName: TypeAlias = str
     Model: TypeAlias = str
     Method: TypeAlias = str
 else:
     Data = Literal[tuple(registry.data_sets())]
     Coupling = Literal[("auto", *registry.couplings())]
     PathName = Literal[tuple(registry.path_classes())]
+    TimesName = Literal[tuple(registry.time_laws())]
     Model = Literal[("auto", *registry.model_names())]
     Method = Literal[METHODS]
 
@@ -68,11 +70,13 @@ class TrainConfig:
     reg: float | None = None
     """Of couplings with regularisation; of wcfm it is by default 0.09 sqrt(d), the paper's choice on CIFAR-10."""
     settings: tuple[str, ...] = ()
-    """Further settings of coupling and path: coupling.num_batches=4, coupling.transport=PartialOT(mass=0.9)."""
+    """Further settings of coupling, path and times: coupling.num_batches=4, coupling.transport=PartialOT(mass=0.9)."""
     path: PathName = "linear"
     """How pairs are connected."""
     sigma: float | None = None
     """Noise of the path; by default the path's own."""
+    times: TimesName = "uniform"
+    """Law of the times that the model is trained at; its settings follow --settings, such as times.mean=-0.4."""
     model: Model = "auto"
     """auto: a U-Net that fits the images, an MLP for points."""
     mlp_width: int = 128

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flows.checkpoint import differences
 from flows.matching import CoupledBatch
 from flows.ot_batches import Fetched, OTBatches, Source
 from mbot import Coupling, checks, convergence
@@ -170,10 +171,9 @@ class CoupledLoader:
         Raises:
             ValueError: the state belongs to other settings (data size, batch sizes, seed, coupling, processes).
         """
-        mine, theirs = self.batches.settings(), state["settings"]
-        differ = [f"{key}: saved {theirs.get(key)}, here {mine[key]}" for key in mine if theirs.get(key) != mine[key]]
+        differ = differences(state["settings"], self.batches.settings())
         if differ:
-            raise ValueError("this loader cannot go on from that state; they differ in " + "; ".join(differ))
+            raise ValueError(f"this loader cannot go on from that state; they differ in {differ}")
         self.close()
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
 

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from flows.paths import LinearPath, Path, check_path
-from mbot import Coupling, Pairs
+from flows.times import TimeLaw, UniformTimes, check_times
+from mbot import Coupling, Pairs, checks
 from mbot.conditions import select, to_device
 from mbot.random import draw
+
+TimeWeight = Callable[[Tensor], Tensor]
+"""``time_weight(t) -> weight``, both ``(B,)``."""
 
 VelocityModel = Callable[[Tensor, Tensor, Any], Tensor]
 """``model(t, x, y) -> velocity``: t ``(B,)``, x ``(B, d…)``, y the conditions or None; returns ``(B, d…)``."""
@@ -79,11 +83,11 @@ class FlowBatch:
     """One batch of regression targets; ``batch[i:j]`` and ``split`` cut it into training batches.
 
     Attributes:
-        t: ``(B,)`` times, uniform in [0, 1].
+        t: ``(B,)`` times in [0, 1].
         xt: ``(B, d…)`` points on the paths.
         ut: ``(B, d…)`` velocities there.
         y: conditions of the pairs (those of the target samples), or None.
-        weight: ``(B,)`` weights of mean 1, or None.
+        weight: ``(B,)`` weights of the pairs (of mean 1) and times, or None.
         info: facts from the coupling.
     """
 
@@ -108,17 +112,20 @@ class FlowBatch:
             yield self[begin : begin + size]
 
 
-def along_path(path: Path, x0: Tensor, x1: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
-    """A uniform time and a point on the path of each pair.
+def along_path(
+    path: Path, x0: Tensor, x1: Tensor, generator: torch.Generator | None = None, times: TimeLaw | None = None
+) -> FlowBatch:
+    """A time and a point on the path of each pair.
 
     Args:
         path: how a pair is connected.
         x0: ``(B, d…)`` source samples, as paired.
         x1: ``(B, d…)`` target samples, as paired.
         generator: source of randomness for the times and the path's noise.
+        times: law of the times; None for uniform ones.
     """
     dtype = torch.promote_types(x1.dtype, torch.float32)
-    t = draw(torch.rand, len(x1), generator=generator, device=x1.device, dtype=dtype)
+    t = (UniformTimes() if times is None else times)(len(x1), generator, x1.device, dtype)
     noise = None
     if path.needs_noise:
         noise = draw(torch.randn, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
@@ -152,6 +159,9 @@ class FlowMatching:
         coupling: how noise and data are paired; an `mbot` coupling. None for the path's own: independent pairs, or
             entropic ones for the Schrödinger bridge.
         path: how a pair is connected.
+        times: law of the times that the model is trained at.
+        time_weight: weight of the loss at each time, as a function of times ``(B,)``; it multiplies the weights of the
+            pairs. ``lambda t: (-times.log_density(t)).exp()`` gives the loss of uniform times. None for no weights.
 
     Raises:
         ValueError: a coupling that contradicts the path, see `flows.Path.check_coupling`.
@@ -164,12 +174,22 @@ class FlowMatching:
 
     coupling: Coupling = None  # type: ignore[assignment]  # never None once built
     path: Path = field(default_factory=LinearPath)
+    times: TimeLaw = field(default_factory=UniformTimes)
+    time_weight: TimeWeight | None = None
 
     def __post_init__(self) -> None:
         check_path(self.path)
+        check_times(self.times)
+        if self.time_weight is not None and not callable(self.time_weight):
+            raise TypeError(f"time_weight must be a function of times (B,) or None; got {self.time_weight!r}")
         if self.coupling is None:
             object.__setattr__(self, "coupling", self.path.default_coupling())
         self.path.check_coupling(check_coupling(self.coupling))
+
+    def settings(self) -> dict[str, str]:
+        """What runs are compared by, besides the coupling: path, times and the name of the time weight, as text."""
+        weight = getattr(self.time_weight, "__qualname__", repr(self.time_weight))
+        return {"path": repr(self.path), "times": repr(self.times), "time_weight": weight}
 
     def couple(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> CoupledBatch:
         """Pair two batches; the arguments are those of `sample`."""
@@ -177,8 +197,17 @@ class FlowMatching:
 
     def along(self, batch: CoupledBatch, generator: torch.Generator | None = None) -> FlowBatch:
         """A time and a point on the path of each pair of a batch."""
-        points = along_path(self.path, batch.x0, batch.x1, generator)
-        return replace(points, y=batch.y, weight=batch.weight, info=batch.info)
+        points = along_path(self.path, batch.x0, batch.x1, generator, self.times)
+        return replace(points, y=batch.y, weight=self._weight(points.t, batch.weight), info=batch.info)
+
+    def _weight(self, t: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Weights of pairs times those of their times."""
+        if self.time_weight is None:
+            return weight
+        factor = checks.finite(self.time_weight(t), "time_weight of the times")
+        if factor.shape != t.shape:
+            raise ValueError(f"time_weight must give one weight a time, {tuple(t.shape)}; got {tuple(factor.shape)}")
+        return factor if weight is None else weight * factor
 
     def sample(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> FlowBatch:
         """Couple two batches and draw a time and a point on each pair's path.

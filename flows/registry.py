@@ -1,4 +1,4 @@
-"""What the command line can name: the couplings, paths, data sets and models that the packages export.
+"""What the command line can name: the couplings, paths, time laws, data sets and models that the packages export.
 
 A new one is there by being exported (in ``mbot.__all__``, ``flows.__all__`` or ``flows.datasets.__all__``). Its name is
 that of its class or function, in lower case with dashes; where papers use another name, `_KNOWN_AS` holds it. Settings
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import mbot
-from flows import datasets, models, paths
+from flows import datasets, models, paths, times
 
 _KNOWN_AS = {
     "IndependentCoupling": "fm",
@@ -25,7 +25,7 @@ _KNOWN_AS = {
     "ImageFolder": "folder",
     "load_arrays": "arrays",
 }
-GROUPS = ("coupling", "path")
+GROUPS = ("coupling", "path", "times")
 """What has settings without a flag of their own."""
 DATA_ARGUMENTS = ("n", "root", "path", "size")
 """Arguments without a default that a data set may have: number of points, folder, file, pixels a side."""
@@ -59,6 +59,13 @@ def path_classes() -> dict[str, Any]:
     return classes(flows, paths.Path, "Path")
 
 
+def time_laws() -> dict[str, Any]:
+    """Time laws by name."""
+    import flows
+
+    return classes(flows, times.TimeLaw, "Times")
+
+
 def data_sets() -> dict[str, Callable[..., Any]]:
     """Functions and classes that make a data set, by name: those that need nothing but `DATA_ARGUMENTS`.
 
@@ -82,7 +89,7 @@ def model_names() -> list[str]:
 def settings_of(group: str, texts: Iterable[str]) -> dict[str, Any]:
     """Values of the settings written for a group.
 
-    Values are Python's literals, or transports and conditions of mbot with literal settings; all else is a string.
+    Values are Python's literals, or transports, conditions and time laws with literal settings; all else is a string.
 
     >>> settings_of("coupling", ["coupling.num_batches=4", "coupling.cost=euclidean", "path.sigma=1"])
     {'num_batches': 4, 'cost': 'euclidean'}
@@ -125,9 +132,9 @@ def _value(text: str) -> Any:
         node = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError):
         return text
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in mbot.__all__:
-        kind = getattr(mbot, node.func.id)
-        if inspect.isclass(kind) and issubclass(kind, (mbot.Transport, mbot.Condition)):
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        kind = getattr(mbot, node.func.id, getattr(times, node.func.id, None))
+        if inspect.isclass(kind) and issubclass(kind, (mbot.Transport, mbot.Condition, times.TimeLaw)):
             given = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
             return kind(*map(ast.literal_eval, node.args), **given)
     try:

@@ -25,9 +25,10 @@ from flows.guidance import drop_conditions
 from flows.interrupt import Interrupted, NumberGuard, Signals
 from flows.loader import CoupledLoader, WorkerDied
 from flows.logs import RunLog, TrainResult
-from flows.matching import FlowMatching, regression_loss
+from flows.matching import FlowMatching, TimeWeight, regression_loss
 from flows.paths import LinearPath, Path
 from flows.seeds import derive_seed, generator_at, random_states, restore_random_states
+from flows.times import TimeLaw, UniformTimes
 from mbot import __version__, checks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +48,8 @@ class Trainer:
         steps: optimiser steps of the whole run.
         path: how pairs are connected; None for straight lines. Where the loader was given no coupling, it takes the
             path's own.
+        times: law of the times that the model is trained at; None for uniform ones.
+        time_weight: weight of the loss at each time, see `flows.FlowMatching`. A resumed run compares its name.
         optimizer: over the model's parameters; None for Adam at 2e-4.
         scheduler: stepped once an optimiser step; None for a constant rate. See `warmup_schedule`.
         out: folder of the run: ``checkpoints/``, ``metrics.csv``, ``tensorboard/``. None writes nothing.
@@ -79,6 +82,8 @@ class Trainer:
         *,
         steps: int,
         path: Path | None = None,
+        times: TimeLaw | None = None,
+        time_weight: TimeWeight | None = None,
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
         out: str | FilePath | None = None,
@@ -103,7 +108,8 @@ class Trainer:
         if not isinstance(loader, CoupledLoader):
             raise TypeError(f"loader must be a flows.CoupledLoader; got {type(loader).__name__}")
         self.model, self.loader, self.steps = model, loader, checks.count(steps, "steps")
-        self.matching = FlowMatching(loader.given_coupling, path or LinearPath())  # type: ignore[arg-type]
+        given: Any = loader.given_coupling  # None: the path's own
+        self.matching = FlowMatching(given, path or LinearPath(), times or UniformTimes(), time_weight)
         loader.use_coupling(self.matching.coupling)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.optimizer = torch.optim.Adam(model.parameters(), lr=2e-4) if optimizer is None else optimizer
@@ -274,10 +280,9 @@ class Trainer:
             CheckpointError: it cannot be read, or was written by a run with other settings or another model.
         """
         state = checkpoint.load(path)
-        mine, theirs = self._settings(), state["settings"]
-        differ = [f"{key}: saved {theirs.get(key)}, here {mine[key]}" for key in mine if theirs.get(key) != mine[key]]
+        differ = checkpoint.differences(FlowMatching().settings() | state["settings"], self._settings())
         if differ:
-            raise CheckpointError(f"checkpoint {path} belongs to another run; it differs in " + "; ".join(differ))
+            raise CheckpointError(f"checkpoint {path} belongs to another run; it differs in {differ}")
         try:
             self.model.load_state_dict(state["model"])
             if self.averaged is not None:
@@ -310,7 +315,7 @@ class Trainer:
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the saved one."""
         return {
-            "path": repr(self.path),
+            **self.matching.settings(),
             "seed": self.seed,
             "ema": self.ema_decay,
             "precision": self.precision,

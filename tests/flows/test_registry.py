@@ -107,7 +107,7 @@ def test_what_is_exported_is_there(monkeypatch):
         (["--coupling", "fm", "--settings", "coupling.mass=3"], "--coupling fm has no setting mass; it has none"),
         (["--path", "linear", "--settings", "path.width=3"], "--path linear has no setting width; it has sigma"),
         (["--settings", "num_batches=4"], "written group.name=value, such as coupling.num_batches=4; got"),
-        (["--settings", "pairs.mass=4"], "settings belong to coupling, path; got 'pairs.mass=4'"),
+        (["--settings", "pairs.mass=4"], "settings belong to coupling, path, times; got 'pairs.mass=4'"),
         (["--coupling", "ot", "--settings", "coupling.transport=PartialOT(mass=-1)"], "mass must"),
         (["--coupling", "ot", "--settings", "coupling.transport=system('true')"], "transport must be"),
         (["--coupling", "bomb", "--settings", "coupling.num_batches=four"], "num_batches must be an int; got 'four'"),
