@@ -96,7 +96,7 @@ def train(
             order = torch.randperm(len(x1), generator=generator)
             x1, y = x1[order], None if y is None else y[order]
         at = time.perf_counter()
-        batch = matcher.sample(x0, x1, y, generator)
+        batch = matcher.sample(x0, x1, y, generator=generator)
         coupling_seconds += time.perf_counter() - at
         for piece in batch.split(protocol.batch):
             if step == protocol.steps:

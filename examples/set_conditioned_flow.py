@@ -85,7 +85,7 @@ class SetFlow(nn.Module):
         condition = self.condition(batch.observed, generator=generator, **options)
         y = {"set": batch.owner, "embedding": condition.detach()[batch.owner]}
         noise = torch.randn(batch.targets.shape, generator=generator)
-        points = flows.FlowMatching(coupling).sample(noise, batch.targets, y, generator)
+        points = flows.FlowMatching(coupling).sample(noise, batch.targets, y, generator=generator)
         return flows.regression_loss(lambda t, x, y: self.field(t, x, condition[y["set"]]), points)
 
     def generate(self, condition: Tensor, noise: Tensor, solver: str) -> Tensor:

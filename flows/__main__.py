@@ -187,9 +187,11 @@ def diagnose(arguments: list[str]) -> None:
     task = build.load_task(config)
     generator = torch.Generator().manual_seed(config.seed)
     x1, y = task.draw(config.num, generator)
-    x0 = torch.randn(x1.shape, generator=generator)
-    coupling = build.fitted(build.build_coupling(config, task), (x1, y), generator)
-    print(examine(coupling, x0, x1, y, generator=generator))
+    x0, y0 = torch.randn(x1.shape, generator=generator), None
+    if task.source is not None:
+        x0, y0 = task.source.draw(config.num, generator)
+    coupling = build.fitted(build.build_coupling(config, task), (x1, y), generator, task)
+    print(examine(coupling, x0, x1, y, y0=y0, generator=generator))
 
 
 def _value_of(arguments: list[str], flag: str) -> str | None:

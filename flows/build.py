@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from flows import checkpoint, datasets, paths, registry
 from flows.config import ConfigError, DiagnoseConfig, Model, TrainConfig, plain, read_file, typed
 from flows.guidance import GuidedModel
 from flows.integrate import integrate
+from flows.items import all_conditions, read
 from flows.loader import CoupledLoader
 from flows.lr_schedule import warmup_schedule
 from flows.models import PRESETS, ResidualMLP, UNet
 from flows.seeds import derive_seed, generator_at
+from flows.sources import Pools
 from flows.times import TimeLaw
 from flows.trainer import Trainer
 
@@ -35,12 +37,14 @@ class Task:
         shape: of a sample.
         num_classes: of labels, or 0.
         condition_dim: of condition vectors, or 0.
+        source: the data that flows start from; None for standard normal noise.
     """
 
     dataset: Dataset[Any]
     shape: tuple[int, ...]
     num_classes: int = 0
     condition_dim: int = 0
+    source: Task | None = None
 
     @property
     def images(self) -> bool:
@@ -67,35 +71,59 @@ class Task:
         rows = torch.randint(len(self.dataset), (n,), generator=generator)  # type: ignore[arg-type]
         return torch.stack([self.dataset[int(row)][1] for row in rows])
 
+    def starts(self, n: int, y: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Points that flows start from: noise, or source samples of the classes ``y`` where both sides have classes."""
+        if self.source is None:
+            return torch.randn(n, *self.shape, generator=generator)
+        if y is not None and self.num_classes and self.source.num_classes:
+            rows = Pools(all_conditions(self.source.dataset), y).draw(torch.arange(n), generator)
+        else:
+            rows = torch.randint(len(self.source.dataset), (n,), generator=generator)  # type: ignore[arg-type]
+        return read(self.source.dataset, rows, int(rows.sum()))[0]
+
 
 def load_task(config: TrainConfig | DiagnoseConfig) -> Task:
-    """The data set of a configuration.
+    """The data set of a configuration, with the one that flows start from.
 
     Raises:
-        ConfigError: it needs --data-root.
+        ConfigError: one needs --data-root or --source-root, or their samples differ in shape.
         FileNotFoundError, ValueError: the files are missing or damaged.
     """
-    name, root, flip = config.data, config.data_root, getattr(config, "flip", False)
+    task = _load("data", config.data, config.data_root, config.conditional, config)
+    if config.source_data is None:
+        return task
+    source = _load("source", config.source_data, config.source_root, config.source_labels, config)
+    if source.shape != task.shape:
+        raise ConfigError(
+            f"--source-data {config.source_data} has samples of shape {source.shape}, --data {config.data} of "
+            f"{task.shape}; flows start and end in the same space"
+        )
+    return replace(task, source=source)
+
+
+def _load(flag: str, name: str, root: Path | None, conditional: bool, config: TrainConfig | DiagnoseConfig) -> Task:
+    flip = getattr(config, "flip", False)
     make = registry.data_sets()[name]
     offered: dict[str, Any] = {
-        "n": 20_000, "generator": generator_at(config.seed, "data"), "root": root, "path": root,
-        "size": config.image_size, "flip": flip, "download": config.download, "labels": config.conditional,
-        "y": "y" if config.conditional else None,
+        "n": 20_000, "generator": generator_at(config.seed, flag), "root": root, "path": root,
+        "size": config.image_size, "flip": flip, "download": config.download, "labels": conditional,
+        "y": "y" if conditional else None,
     }  # fmt: skip
     taken = {key: offered[key] for key in inspect.signature(make).parameters if key in offered}
     if root is None and {"root", "path"} & set(taken):
-        raise ConfigError(f"--data {name} is read from files: say where they are with --data-root")
+        shown = {"data": "--data", "source": "--source-data"}[flag]
+        raise ConfigError(f"{shown} {name} is read from files: say where they are with --{flag}-root")
     made = make(**taken)
     dataset: Any = TensorDataset(*made) if isinstance(made, tuple) else made
     dataset = TensorDataset(made) if isinstance(made, Tensor) else dataset
     if isinstance(dataset, datasets.ImageData):
         dataset.flip = flip
-        if not config.conditional:
+        if not conditional:
             dataset.labels = None
-    elif isinstance(dataset, TensorDataset) and not config.conditional:
+    elif isinstance(dataset, TensorDataset) and not conditional:
         dataset = TensorDataset(dataset.tensors[0])
     item = dataset[0]
-    if not isinstance(item, (tuple, list)) or len(item) == 1 or not config.conditional:
+    if not isinstance(item, (tuple, list)) or len(item) == 1 or not conditional:
         return Task(dataset, tuple((item[0] if isinstance(item, (tuple, list)) else item).shape))
     x, y = item
     if torch.is_tensor(y) and y.is_floating_point():
@@ -145,19 +173,23 @@ def build_loader(config: TrainConfig, task: Task, device: torch.device | str | N
 
     def loader(coupling: mbot.Coupling | None) -> CoupledLoader:
         return CoupledLoader(
-            task.dataset, None, coupling, config.batch_size, config.ot_batch_size, config.num_workers,
+            task.dataset, None if task.source is None else task.source.dataset, coupling, config.batch_size,
+            config.ot_batch_size, config.num_workers, source_sampling=config.source_sampling,
             seed=config.seed, device=device, coupling_scope=config.coupling_scope, timeout=config.timeout,
         )  # fmt: skip
 
     coupling = build_coupling(config, task)
     if coupling.needs_data_set:
-        coupling = fitted(coupling, loader(None).batches.load_whole(), generator_at(config.seed, "fit"))
+        coupling = fitted(coupling, loader(None).batches.load_whole(), generator_at(config.seed, "fit"), task)
     return loader(coupling)
 
 
-def fitted(coupling: Any, data: tuple[Tensor, Any], generator: torch.Generator) -> Any:
-    """A coupling that learned what it has to learn of samples and conditions; others as they are."""
-    return coupling.fit(*data, generator=generator) if hasattr(coupling, "fit") else coupling
+def fitted(coupling: Any, data: tuple[Tensor, Any], generator: torch.Generator, task: Task) -> Any:
+    """A coupling that learned what it has to learn of a task's samples and conditions; others as they are."""
+    if not hasattr(coupling, "fit"):
+        return coupling
+    noise: Any = None if task.source is None else lambda n, generator=None: task.starts(n, None, generator)
+    return coupling.fit(*data, noise=noise, generator=generator)
 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
@@ -278,8 +310,8 @@ def generate(
     batch_size: int = 500,
     **solver: Any,
 ) -> tuple[Tensor, Tensor, float]:
-    """Samples from standard normal noise, on the CPU: ``(x1, x0, mean NFE of a batch)``."""
-    x0 = torch.randn(n, *task.shape, generator=generator)
+    """Samples on the CPU, from where the task's flows start: ``(x1, x0, mean NFE of a batch)``."""
+    x0 = task.starts(n, y, generator)
     field = model if guidance == 1 or y is None else GuidedModel(model, guidance)
     device = next(model.parameters()).device
     ends, evaluations = [], []

@@ -62,6 +62,14 @@ class TrainConfig:
     """Mirror a random half of the images."""
     conditional: bool = True
     """Train with the data's labels or condition vectors, where it has some."""
+    source_data: Data | None = None
+    """Where flows start: a data set in place of noise, with samples of the same shape."""
+    source_root: Path | None = None
+    """Folder or file of that data."""
+    source_labels: bool = True
+    """Use the labels of that data, so that c2ot pairs within classes."""
+    source_sampling: Literal["independent", "matched"] = "independent"
+    """Which of them an OT batch gets: any, or for each sample of the data one of its class."""
     coupling: Coupling = "auto"
     """How noise and data are paired: independently (fm), by OT, by conditional OT (c2ot; ot without conditions), with
     weights (wcfm), ... auto: the path's own pairs where it asks for some, else c2ot."""
@@ -159,6 +167,12 @@ class DiagnoseConfig:
     """Pixels a side of the images of a folder."""
     conditional: bool = True
     """Use the data's conditions."""
+    source_data: Data | None = None
+    """Where flows start: a data set in place of noise, with samples of the same shape."""
+    source_root: Path | None = None
+    """Folder or file of that data."""
+    source_labels: bool = True
+    """Use the labels of that data, so that c2ot pairs within classes."""
     coupling: Coupling = "auto"
     """As for train."""
     target_ratio: float | None = None
@@ -331,8 +345,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 # Settings that a resumed run may change, since the trained weights do not depend on them (with more steps, linear decay
 # ends later).
 _FREE = {
-    "out", "config", "preset", "data_root", "download", "steps", "num_workers", "guidance", "device", "compile",
-    "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress", "resume",
+    "out", "config", "preset", "data_root", "source_root", "download", "steps", "num_workers", "guidance", "device",
+    "compile", "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress", "resume",
     "resume_from",
 }  # fmt: skip
 

@@ -33,7 +33,9 @@ class Diagnosis:
             None for few samples, and for couplings that need a whole data set.
         smaller, larger: the two batch sizes of this comparison.
         skew: by condition, how well it is predicted from the paired noise, with the chance level; empty without
-            conditions. At chance, sampling may start from any noise.
+            conditions. At chance, sampling may start from any noise. Empty for sources with conditions of their own,
+            from which flows start by condition.
+        crossing: by discrete condition that both sides have, the share of the pairs that join unequal ones.
         unique: distinct pairs as a share of the x1 samples; 1 for a permutation, .63 for draws with replacement.
         effective: effective sample size of the pairs' weights (repeats add up) as a share of the x1 samples.
         tilt: relative variance of the weight with which a sample takes part in training, for x0 and x1, without the
@@ -60,6 +62,7 @@ class Diagnosis:
     seconds: float
     advice: str
     weight: Tensor
+    crossing: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the weights of single samples, as numbers, strings and dictionaries that JSON takes."""
@@ -79,6 +82,7 @@ class Diagnosis:
             ("  of a larger batch", larger),
             *((f"prior skew, {name}", f"{s.kind} {s.score:.3f}  (chance {s.chance:.3f})")
               for name, s in self.skew.items()),
+            *((f"pairs across {name}", f"{share:.3f}") for name, share in self.crossing.items()),
             ("unique fraction", f"{self.unique:.3f}"),
             ("effective samples", f"{self.effective:.3f}"),
             ("marginal tilt", f"x0 {self.tilt[0]:.3f}, x1 {self.tilt[1]:.3f}"),
@@ -95,6 +99,7 @@ def diagnose(
     x1: Tensor,
     y: Any = None,
     *,
+    y0: Any = None,
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
     rounds: int = 8,
@@ -106,10 +111,11 @@ def diagnose(
 
     Args:
         coupling: an mbot coupling.
-        x0: ``(n, d…)`` noise.
+        x0: ``(n, d…)`` noise, or samples of another data set.
         x1: ``(m, d…)`` data.
         y: conditions of the data, one a sample, or a dict of several; see `mbot.conditions`. Integers, booleans and
             strings are classes, floating-point values are continuous.
+        y0: conditions of the source samples.
         generator: source of randomness.
         batch_size: samples that the coupling gets in training: the first so many are examined, and all samples serve
             as the larger batch. None: all samples are one batch, and quarters of it serve as the smaller batch.
@@ -134,13 +140,17 @@ def diagnose(
         raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {coupling!r}")
     checks.samples(x0, x1)
     conditions.check(y, len(x1), "y", "x1")
+    conditions.check(y0, len(x0), "y0", "x0")
+    labels0 = None if coupling.ignores_conditions else y0
     checks.count(rounds, "rounds", at_least=2)
     n, m = len(x0), len(x1)
     if batch_size is not None and checks.count(batch_size, "batch_size") > min(n, m):
         raise ValueError(f"batch_size must be at most the number of samples ({min(n, m)}); got {batch_size}")
-    larger_cost, smaller, larger = _larger(coupling, x0, x1, y, batch_size, generator)
+    larger_cost, smaller, larger = _larger(coupling, x0, x1, y, labels0, batch_size, generator)
     if batch_size is not None:
-        x0, x1, y = x0[:batch_size], x1[:batch_size], conditions.select(y, slice(0, batch_size))
+        first = slice(0, batch_size)
+        x0, x1 = x0[first], x1[first]
+        y, y0, labels0 = (conditions.select(labels, first) for labels in (y, y0, labels0))
         n = m = batch_size
 
     seconds, weights = [], []
@@ -150,7 +160,7 @@ def diagnose(
             if number:  # the first as they come
                 order = draw(torch.randperm, n, generator=generator, device=x0.device)
             start = time.perf_counter()
-            found = coupling(x0[order], x1, y1=y, generator=generator)
+            found = coupling(x0[order], x1, conditions.select(labels0, order), y, generator=generator)
             if x1.is_cuda:
                 torch.cuda.synchronize(x1.device)
             seconds.append(time.perf_counter() - start)
@@ -167,12 +177,13 @@ def diagnose(
     _, merged = torch.unique((pairs.source * m + pairs.target).cpu(), return_inverse=True)
     merged_weight = torch.zeros(int(merged.max()) + 1, dtype=torch.float64).index_add_(0, merged, weight)
     effective = float(merged_weight.sum().square() / merged_weight.square().sum()) / m
-    skews = _skews(start_x, y, pairs, generator)
+    skews = _skews(start_x, y, pairs, generator) if y0 is None else {}
     sides = [torch.stack(side) for side in zip(*weights, strict=True)]
     facts: dict[str, Any] = {
         "cost_to_independent": cost / independent if independent > 0 else 1.0,
         "cost_of_larger": larger_cost, "smaller": smaller, "larger": larger, "skew": skews,
-        "unique": len(merged_weight) / m, "effective": effective, "tilt": (_tilt(sides[0]), _tilt(sides[1])),
+        "crossing": _crossing(pairs, y0, y, weight), "unique": len(merged_weight) / m, "effective": effective,
+        "tilt": (_tilt(sides[0]), _tilt(sides[1])),
     }  # fmt: skip
     entropy = pairs.info.get("plan_entropy")
     return Diagnosis(
@@ -199,22 +210,30 @@ def _independent_cost(x0: Tensor, x1: Tensor) -> float:
 
 
 def _larger(
-    coupling: Coupling, x0: Tensor, x1: Tensor, y: Any, batch_size: int | None, generator: torch.Generator | None
-) -> tuple[float | None, int, int]:
+    coupling: Coupling, x0: Tensor, x1: Tensor, y: Any, y0: Any, batch_size: int | None,
+    generator: torch.Generator | None,
+) -> tuple[float | None, int, int]:  # fmt: skip
     """Cost of all samples at once as a share of that in smaller batches, and the two sizes."""
     whole = min(len(x0), len(x1))
     size = batch_size or whole // _PARTS
     if size < 2 or whole < max(_SMALLEST, 2 * size) or coupling.needs_data_set:
         return None, size, whole
     total, weight = 0.0, 0.0
+
+    def couple(rows: slice) -> tuple[float, float]:
+        labels0, labels1 = conditions.select(y0, rows), conditions.select(y, rows)
+        return _squared(coupling(x0[rows], x1[rows], labels0, labels1, generator=generator), x0[rows], x1[rows])
+
     with convergence.deferred():  # the call on the user's batch warns
-        for begin in range(0, whole - size + 1, size)[:_PARTS]:
-            rows = slice(begin, begin + size)
-            pairs = coupling(x0[rows], x1[rows], y1=conditions.select(y, rows), generator=generator)
-            part, share = _squared(pairs, x0[rows], x1[rows])
-            total, weight = total + part, weight + share
-        pairs = coupling(x0[:whole], x1[:whole], y1=conditions.select(y, slice(0, whole)), generator=generator)
-    cost, share = _squared(pairs, x0[:whole], x1[:whole])
+        try:
+            for begin in range(0, whole - size + 1, size)[:_PARTS]:
+                part, share = couple(slice(begin, begin + size))
+                total, weight = total + part, weight + share
+            cost, share = couple(slice(0, whole))
+        except ValueError:
+            if y0 is None:
+                raise
+            return None, size, whole  # a part may lack a class
     return (cost / share) / (total / weight) if total > 0 else 1.0, size, whole
 
 
@@ -245,9 +264,24 @@ def _skews(noise: Tensor, y: Any, pairs: Pairs, generator: torch.Generator | Non
     }  # fmt: skip
 
 
+def _crossing(pairs: Pairs, y0: Any, y: Any, weight: Tensor) -> dict[str, float]:
+    """Share of the pairs between unequal classes, by condition that both sides have."""
+    if y0 is None or y is None:
+        return {}
+    named0, named1 = (labels if isinstance(labels, Mapping) else {"y": labels} for labels in (y0, y))
+    found = {}
+    for name in [name for name in named0 if name in named1]:
+        ends = conditions.select(named0[name], pairs.source), conditions.select(named1[name], pairs.target)
+        if not any(conditions.continuous(labels) for labels in ends):
+            code0, code1, _ = conditions.class_codes(*ends, allow_missing=True)
+            found[str(name)] = float(weight[torch.from_numpy(code0 != code1)].sum() / weight.sum())
+    return found
+
+
 def _advice(
     *, cost_to_independent: float, cost_of_larger: float | None, smaller: int, larger: int,
-    skew: dict[str, PriorSkew], unique: float, effective: float, tilt: tuple[float, float], samples: int,
+    skew: dict[str, PriorSkew], crossing: dict[str, float], unique: float, effective: float,
+    tilt: tuple[float, float], samples: int,
 ) -> str:  # fmt: skip
     """The first thing to change, the worst bias first."""
     scatter = max(0.05, 2.5 * 0.8 / samples**0.5)
@@ -257,6 +291,16 @@ def _advice(
                 f"The paired noise tells the condition {name} ({found.kind} {found.score:.2f}, chance "
                 f"{found.chance:.2f}): use ConditionalOTCoupling, unless you sample with classifier-free guidance."
             )
+    for name, share in crossing.items():
+        if share > 0:
+            return (
+                f"{share:.0%} of the pairs join unequal {name}: use ConditionalOTCoupling with the conditions of both."
+            )
+    if crossing and tilt[0] > 0.05:
+        return (
+            f"Samples of x0 do not count alike (tilt {tilt[0]:.2f}): its classes come in other proportions than those "
+            "of x1. A CoupledLoader with source_sampling='matched' draws sources as x1 asks for them."
+        )
     if max(tilt) > 0.05:
         side = "x0" if tilt[0] > tilt[1] else "x1"
         return (

@@ -129,7 +129,7 @@ def evaluate(
         rows[name] = {"NFE": nfe, **measure(x if decode is None else decode(x), y)}
     rows["data"] = {"NFE": 0, **measure(other, None if labels is None else labels[num : 2 * num])}
     if not task.images:
-        x0 = torch.randn(num, *space.shape, generator=generator_at(seed, "noise"))
+        x0 = space.starts(num, y, generator_at(seed, "noise"))
         facts["straightness"] = metrics.straightness(model, x0, y=y)
         facts["path_energy"] = metrics.path_energy(model, x0, y=y)
     return {"rows": rows, "facts": facts}

@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flows.checkpoint import differences
 from flows.matching import CoupledBatch
-from flows.ot_batches import Fetched, OTBatches, Source
+from flows.ot_batches import Fetched, OTBatches
+from flows.sources import Source
 from mbot import Coupling, checks, convergence
+from mbot.conditions import Labels
 
 
 class CoupledLoader:
@@ -42,8 +44,9 @@ class CoupledLoader:
     Args:
         dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating
             point and one shape; conditions are numbers, strings, arrays, or dicts of them.
-        source: where noise comes from: None for standard normal of the data's shape, a callable
-            ``source(n, generator) -> (n, d…)``, a tensor ``(N, d…)`` or a map-style data set of source samples.
+        source: where flows start: None for standard normal noise of the data's shape, a callable
+            ``source(n, generator)`` that returns ``(n, d…)`` or that and conditions, a tensor ``(N, d…)``, or a
+            map-style data set of samples or ``(sample, condition)``.
         coupling: how noise and data are paired; None leaves it to the path that a `flows.Trainer` is given, and is
             independent pairs until then.
         batch_size: pairs in a training batch (of one process).
@@ -58,6 +61,12 @@ class CoupledLoader:
         coupling_scope: under ``torch.distributed``: ``"rank"`` couples each process's batch by itself, ``"global"``
             is one coupling of the samples of all processes (see `mbot.distributed.GlobalCoupling`), and each gets the
             partners of its samples.
+        source_sampling: which source samples an OT batch gets. ``"independent"``: any, each as often as any other.
+            ``"matched"``: for each target one of its class, so that rare classes never lack sources and class counts
+            agree; classes then come as often as among the targets, and within a class each source as often as any
+            other. Neither takes a sample twice in an OT batch while there are enough.
+        groups: with ``"matched"``: groups of all source samples and of all samples in place of their conditions
+            (control cells of the same cell line, say). Without them conditions are read once from the two data sets.
         timeout: seconds that a process waits for the others in a global coupling; if one is lost, an error follows.
         multiprocessing_context: start method of the workers (None: the platform's).
 
@@ -89,6 +98,8 @@ class CoupledLoader:
         device: torch.device | str | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         coupling_scope: str = "rank",
+        source_sampling: str = "independent",
+        groups: tuple[Labels, Labels] | None = None,
         timeout: float = 1800.0,
         multiprocessing_context: str | None = None,
     ) -> None:
@@ -107,6 +118,8 @@ class CoupledLoader:
             collate=collate,
             scope=coupling_scope,
             timeout=timeout,
+            source_sampling=source_sampling,
+            groups=groups,
         )
         self.given_coupling = coupling
         self.multiprocessing_context = multiprocessing_context

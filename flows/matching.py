@@ -33,6 +33,7 @@ class CoupledBatch:
         x0: ``(B, d…)`` source samples (noise).
         x1: ``(B, d…)`` their partners.
         y: conditions of x1, or None.
+        y0: conditions of x0, or None.
         weight: ``(B,)`` weights of mean 1 over the OT batch, or None.
         index: ``(B,)`` positions of x1 in the data set.
         info: facts from the coupling of the whole OT batch.
@@ -44,13 +45,17 @@ class CoupledBatch:
     weight: Tensor | None = None
     index: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    y0: Any = None
 
     @classmethod
-    def of(cls, pairs: Pairs, x0: Tensor, x1: Tensor, y: Any = None, index: Tensor | None = None) -> CoupledBatch:
-        """The samples of pairs, with the conditions and positions of their x1."""
+    def of(
+        cls, pairs: Pairs, x0: Tensor, x1: Tensor, y: Any = None, index: Tensor | None = None, *, y0: Any = None
+    ) -> CoupledBatch:
+        """The samples of pairs, with the conditions of both and the positions of their x1."""
         start, end = pairs.apply(x0, x1)
         positions = None if index is None else index[pairs.target.to(index.device)]
-        return cls(start, end, select(y, pairs.target), pairs.weight, positions, pairs.info)
+        given = select(y, pairs.target), pairs.weight, positions, pairs.info
+        return cls(start, end, *given, y0=select(y0, pairs.source))
 
     def __len__(self) -> int:
         return len(self.x1)
@@ -63,6 +68,7 @@ class CoupledBatch:
             None if self.weight is None else self.weight[rows],
             None if self.index is None else self.index[rows],
             self.info,
+            select(self.y0, rows),
         )
 
     def to(self, device: torch.device | str | None) -> CoupledBatch:
@@ -74,6 +80,7 @@ class CoupledBatch:
             x0=self.x0.to(device, non_blocking=True),
             x1=self.x1.to(device, non_blocking=True),
             y=to_device(self.y, device),
+            y0=to_device(self.y0, device),
             weight=None if self.weight is None else self.weight.to(device, non_blocking=True),
         )
 
@@ -191,9 +198,11 @@ class FlowMatching:
         weight = getattr(self.time_weight, "__qualname__", repr(self.time_weight))
         return {"path": repr(self.path), "times": repr(self.times), "time_weight": weight}
 
-    def couple(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> CoupledBatch:
+    def couple(
+        self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
+    ) -> CoupledBatch:
         """Pair two batches; the arguments are those of `sample`."""
-        return CoupledBatch.of(self.coupling(x0, x1, y1=y, generator=generator), x0, x1, y)
+        return CoupledBatch.of(self.coupling(x0, x1, y0, y, generator=generator), x0, x1, y, y0=y0)
 
     def along(self, batch: CoupledBatch, generator: torch.Generator | None = None) -> FlowBatch:
         """A time and a point on the path of each pair of a batch."""
@@ -209,16 +218,19 @@ class FlowMatching:
             raise ValueError(f"time_weight must give one weight a time, {tuple(t.shape)}; got {tuple(factor.shape)}")
         return factor if weight is None else weight * factor
 
-    def sample(self, x0: Tensor, x1: Tensor, y: Any = None, generator: torch.Generator | None = None) -> FlowBatch:
+    def sample(
+        self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
+    ) -> FlowBatch:
         """Couple two batches and draw a time and a point on each pair's path.
 
         Args:
-            x0: ``(n, d…)`` noise.
+            x0: ``(n, d…)`` noise, or samples of another data set.
             x1: ``(m, d…)`` data.
-            y: conditions of the data, one a sample; they follow their samples.
+            y: conditions of the data, one a sample (see `mbot.conditions`); they follow their samples.
+            y0: conditions of the source samples, for couplings that read them.
             generator: source of randomness for the coupling, the times and the path's noise.
         """
-        return self.along(self.couple(x0, x1, y, generator), generator)
+        return self.along(self.couple(x0, x1, y, y0=y0, generator=generator), generator)
 
     def loss(
         self,
@@ -226,6 +238,8 @@ class FlowMatching:
         x0: Tensor,
         x1: Tensor,
         y: Any = None,
+        *,
+        y0: Any = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Flow-matching loss of a model on one batch: ``mean w |model(t, xt, y) - ut|^2``, a scalar.
@@ -235,6 +249,7 @@ class FlowMatching:
             x0: ``(n, d…)`` noise.
             x1: ``(m, d…)`` data.
             y: conditions of the data.
+            y0: conditions of the source samples.
             generator: source of randomness.
         """
-        return regression_loss(model, self.sample(x0, x1, y, generator))
+        return regression_loss(model, self.sample(x0, x1, y, y0=y0, generator=generator))

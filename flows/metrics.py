@@ -278,10 +278,7 @@ def prior_skew(noise: Tensor, condition: Any, *, folds: int = 5, generator: torc
     noise = checks.finite(checks.floating(noise, "noise"), "noise")
     x = noise.detach().cpu().flatten(1).numpy()
     conditions.check(condition, len(x), "condition", "noise")
-    try:
-        continuous = conditions.as_tensor(condition, "condition").is_floating_point()
-    except TypeError:
-        continuous = False
+    continuous = conditions.continuous(condition)
     if continuous:
         values, dropped = conditions.vectors(condition, "condition", torch.device("cpu"))
         x, flat = x[~dropped], checks.finite(values[torch.from_numpy(~dropped)], "condition").numpy()

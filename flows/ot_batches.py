@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset
 
-from flows.datasets.images import ImageData
+from flows.items import floating, read
 from flows.matching import CoupledBatch, check_coupling
-from flows.seeds import derive_seed, generator_at, seeded
+from flows.seeds import derive_seed, generator_at
+from flows.sources import Source, Sources
 from mbot import Coupling, IndependentCoupling, checks
-from mbot.conditions import as_tensor, to_device
+from mbot.conditions import Labels, to_device
+from mbot.convergence import warn
 from mbot.distributed import GlobalCoupling
-
-Source = Callable[[int, torch.Generator], Tensor] | Tensor | Dataset[Any] | None
 
 
 class Fetched(NamedTuple):
@@ -56,6 +56,8 @@ class OTBatches:
         collate: Callable[[list[Any]], Any] | None,
         scope: str,
         timeout: float,
+        source_sampling: str = "independent",
+        groups: tuple[Labels, Labels] | None = None,
     ) -> None:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise TypeError(
@@ -63,12 +65,7 @@ class OTBatches:
                 "Wrap tensors in torch.utils.data.TensorDataset"
             )
         coupling = check_coupling(IndependentCoupling() if coupling is None else coupling)
-        if not (source is None or callable(source) or hasattr(source, "__getitem__")):
-            raise TypeError(
-                "source must be None (standard normal), a callable (n, generator) -> tensor, a tensor of samples or a "
-                f"map-style data set; got {type(source).__name__}"
-            )
-        self.dataset, self.source, self.collate = dataset, source, collate
+        self.dataset, self.collate = dataset, collate
         self.batch_size = batch_size = checks.count(batch_size, "batch_size")
         self.ot_batch_size = ot_batch_size = checks.count(ot_batch_size, "ot_batch_size")
         self.scope = checks.choice(scope, "coupling_scope", ("rank", "global"))
@@ -96,11 +93,22 @@ class OTBatches:
                 + (f" ({self.world} processes × {ot_batch_size})" if self.world > 1 else "")
                 + "; lower ot_batch_size or batch_size, or pass drop_last=False"
             )
+        self.sources = Sources(source, dataset, source_sampling, groups, self.seed, collate)
         self.use_coupling(coupling)
 
     def use_coupling(self, coupling: Coupling) -> None:
         """Pair with this coupling from now on."""
         self.coupling = coupling
+        matched = self.sources.sampling == "matched"
+        if matched and coupling.needs_data_set:
+            raise ValueError(f"source_sampling='matched' draws for the targets of a batch; {coupling!r} chooses them")
+        as_drawn = matched and isinstance(coupling, IndependentCoupling)
+        if coupling.ignores_conditions and not as_drawn and self.sources.have_conditions:
+            warn(
+                f"the source has conditions, which {type(coupling).__name__} ignores: it pairs any class with any. "
+                "ConditionalOTCoupling pairs within classes",
+                UserWarning,
+            )
         self.whole = self.load_whole() if coupling.needs_data_set else None  # that chooses among all points
 
     @property
@@ -136,6 +144,8 @@ class OTBatches:
             "coupling": repr(self.coupling),
             "coupling_scope": self.scope,
             "processes": self.world,
+            "source_samples": self.sources.size,
+            "source_sampling": self.sources.sampling,
         }
 
     def fetch(self, number: int) -> Fetched:
@@ -147,16 +157,13 @@ class OTBatches:
 
     def _samples(self, index: Tensor, seed: int) -> tuple[Tensor, Any]:
         """Collated samples and conditions."""
-        parts = self._items(self.dataset, index, seed)
-        x, y = parts if isinstance(parts, (tuple, list)) and len(parts) == 2 else (parts, None)
-        if isinstance(x, (tuple, list)) and len(x) == 1:
-            x = x[0]
+        x, y = read(self.dataset, index, seed, self.collate)
         if not isinstance(x, Tensor):
             raise TypeError(
                 "an item of the data set must be a sample or (sample, condition); a batch of them came out as "
                 f"{type(x).__name__}. Pass collate, a function of the list of items"
             )
-        return _floating(x, "samples"), y
+        return floating(x, "samples"), y
 
     def couple(self, fetched: Fetched, device: torch.device) -> CoupledBatch:
         """Noise for fetched samples, and their pairs."""
@@ -167,14 +174,15 @@ class OTBatches:
         together = self.scope == "global"
         part = 0 if together else self.rank  # together: as one process would draw
         total = len(x1) * (self.world if together else 1)
-        x0 = self._noise(total, x1, generator_at(self.seed, "noise", number, part, device=device), number)
+        x0, y0 = self._source(total, x1, number, part, together)
+        labels0 = None if self.coupling.ignores_conditions else y0
         generator = generator_at(self.seed, "coupling", number, part, device=device)
         if together and self.world > 1:
             whole = GlobalCoupling(self.coupling, self.group, source="shared")
-            pairs = whole(x0, x1, y1=y, generator=generator, place=self._positions(len(x1))).here()
+            pairs = whole(x0, x1, labels0, y, generator=generator, place=self._positions(len(x1))).here()
         else:
-            pairs = self.coupling(x0, x1, y1=y, generator=generator)
-        return CoupledBatch.of(pairs, x0, x1, y, index)
+            pairs = self.coupling(x0, x1, labels0, y, generator=generator)
+        return CoupledBatch.of(pairs, x0, x1, y, index, y0=y0)
 
     def load_whole(self) -> tuple[Tensor, Any]:
         """The data set as one batch."""
@@ -187,20 +195,29 @@ class OTBatches:
         if self.whole[0].device != device:
             self.whole = self.whole[0].to(device), to_device(self.whole[1], device)
         data, labels = self.whole
-        x0 = self._noise(n, data, generator_at(self.seed, "noise", number, self.rank, device=device), number)
+        x0, y0 = self._source(n, data, number, self.rank)
         generator = generator_at(self.seed, "coupling", number, self.rank, device=device)
-        pairs = self.coupling(x0, data, y1=labels, generator=generator)
-        return CoupledBatch.of(pairs, x0, data, labels, torch.arange(len(data)))
+        labels0 = None if self.coupling.ignores_conditions else y0
+        pairs = self.coupling(x0, data, labels0, labels, generator=generator)
+        return CoupledBatch.of(pairs, x0, data, labels, torch.arange(len(data)), y0=y0)
 
-    def _rows(self, number: int) -> Tensor:
-        """Positions in the data set of this process's part of an OT batch."""
+    def _source(self, n: int, like: Tensor, number: int, part: int, every_rank: bool = False) -> tuple[Tensor, Any]:
+        generator = generator_at(self.seed, "noise", number, part, device=like.device)
+        targets = self._rows(number, every_rank) if self.sources.sampling == "matched" else None
+        return self.sources.draw(n, like, generator, derive_seed(self.seed, "source", number, part), targets)
+
+    def _rows(self, number: int, every_rank: bool = False) -> Tensor:
+        """Positions in the data set of this process's part of an OT batch, or of all of it."""
         epoch, inside = divmod(number, self.per_epoch)
         order = _order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
         begin = inside * self.world * self.ot_batch_size
         if inside < self.full:
             rows = order[begin : begin + self.world * self.ot_batch_size]
+            if every_rank:
+                return rows
             return rows.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
-        return order[begin + self.rank * self.rest :][: self.rest]
+        rows = order[begin:][: self.world * self.rest]
+        return rows if every_rank else rows.reshape(self.world, self.rest)[self.rank]
 
     def _positions(self, size: int) -> Tensor:
         """Positions of this process's rows in the whole OT batch, in the order that a single process would have."""
@@ -208,77 +225,6 @@ class OTBatches:
         if size != self.ot_batch_size:
             return positions.reshape(self.world, size)[self.rank]
         return positions.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
-
-    def _noise(self, n: int, like: Tensor, generator: torch.Generator, number: int) -> Tensor:
-        shape = like.shape[1:]
-        if self.source is None:
-            return torch.randn(n, *shape, generator=generator, device=like.device, dtype=like.dtype)
-        if callable(self.source):
-            x0 = self.source(n, generator)
-        else:
-            pool = len(self.source)  # type: ignore[arg-type]
-            if n <= pool:
-                rows = torch.randperm(pool, generator=generator, device=generator.device)[:n].cpu()
-            else:
-                rows = torch.randint(pool, (n,), generator=generator, device=generator.device).cpu()
-            if isinstance(self.source, Tensor):
-                x0 = self.source[rows.to(self.source.device)]
-            else:
-                x0 = self._items(self.source, rows, derive_seed(self.seed, "source", number, self.rank))
-                x0 = x0[0] if isinstance(x0, (tuple, list)) else x0
-        if not isinstance(x0, Tensor) or x0.shape != (n, *shape):
-            got = tuple(x0.shape) if isinstance(x0, Tensor) else type(x0).__name__
-            raise ValueError(f"source must give noise of shape {(n, *shape)}, as the data; got {got}")
-        return _floating(x0, "source samples").to(like.device, like.dtype)
-
-    def _items(self, dataset: Any, index: Tensor, seed: int) -> Any:
-        """Collated items; the global generators are seeded while the user's code runs."""
-        rows = index.tolist()
-        with seeded(seed):
-            served = _served_by(dataset)
-            if served in (TensorDataset, ImageData) and self.collate is None:
-                return dataset[index] if served is TensorDataset else dataset.rows(index)
-            many = served is not None and "__getitems__" in vars(served)
-            items = dataset.__getitems__(rows) if many else [dataset[row] for row in rows]
-        return _collate(items) if self.collate is None else self.collate(items)
-
-
-def _served_by(dataset: Any) -> type | None:
-    """The class that says how samples are made: a subclass with a ``__getitem__`` of its own is asked item by item."""
-    for kind in type(dataset).__mro__:
-        if "__getitem__" in vars(kind) or "__getitems__" in vars(kind):
-            return kind
-    return None
-
-
-def _collate(items: list[Any]) -> Any:
-    """Torch's default, but for conditions that it takes apart or refuses: rows in a tuple or list, and None."""
-    if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
-        return default_collate(items)
-    x, y = zip(*items, strict=True)
-    return default_collate(list(x)), _collate_conditions(list(y))
-
-
-def _collate_conditions(values: list[Any]) -> Any:
-    if isinstance(values[0], Mapping):
-        return {key: _collate_conditions([value[key] for value in values]) for key in values[0]}
-    if any(value is None for value in values):
-        return values
-    if isinstance(values[0], (tuple, list)):
-        return as_tensor(values, "the data set's conditions")
-    try:
-        return default_collate(values)
-    except RuntimeError as error:
-        raise ValueError(f"the data set's conditions do not stack; pass collate, or pad them: {error}") from error
-
-
-def _floating(x: Tensor, what: str) -> Tensor:
-    if x.is_floating_point():
-        return x
-    raise TypeError(
-        f"{what} must be floating point; got {x.dtype}. Convert them in the data set's transform (images: to float in "
-        "[-1, 1])"
-    )
 
 
 @lru_cache(maxsize=2)

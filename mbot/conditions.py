@@ -130,6 +130,14 @@ def as_tensor(y: Labels, name: str, *, integers: bool = True) -> Tensor:
     return full
 
 
+def continuous(y: Labels) -> bool:
+    """Whether conditions are floating-point numbers, in place of classes."""
+    try:
+        return as_tensor(y, "y").is_floating_point()
+    except TypeError:
+        return False
+
+
 def vectors(y: Labels, name: str, device: torch.device) -> tuple[Tensor, np.ndarray]:
     """Continuous conditions as floating point ``(n, c)`` on a device, and which of them are missing.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.conditions import Labels, check
-from mbot.convergence import one_warning
+from mbot.convergence import one_warning, warn
 from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 from mbot.random import draw
@@ -48,8 +48,10 @@ class Coupling(ABC):
     """A rule that pairs a batch of source samples (noise) with a batch of target samples (data).
 
     Immutable settings, no memory between calls: the same inputs and generator state give the same pairs.
-    A subclass implements ``_pair`` and is done.
+    A subclass implements ``_pair`` and is done; one that never looks at conditions says so by ``ignores_conditions``.
     """
+
+    ignores_conditions = False
 
     @outside_graphs
     def __call__(
@@ -77,10 +79,19 @@ class Coupling(ABC):
         Raises:
             TypeError: not floating-point tensors, or two dtypes.
             ValueError: empty batches, unequal features, non-finite samples, wrong numbers of conditions, two devices.
+
+        Warns:
+            UserWarning: conditions of the source that the coupling ignores.
         """
         x0, x1 = checks.samples(x0, x1)
         check(y0, len(x0), "y0", "x0")
         check(y1, len(x1), "y1", "x1")
+        if y0 is not None and self.ignores_conditions:
+            warn(
+                f"{type(self).__name__} ignores the conditions of the source (y0) and pairs any class with any; "
+                "ConditionalOTCoupling pairs within classes",
+                UserWarning,
+            )
         with torch.no_grad(), full_float32(), one_warning():
             return self._pair(x0, x1, y0, y1, generator)
 

@@ -51,6 +51,8 @@ class BoMbCoupling(Coupling):
     [3, 2, 1, 0]
     """
 
+    ignores_conditions = True
+
     transport: Transport = field(default_factory=ExactOT)
     _: KW_ONLY
     num_batches: int

@@ -22,6 +22,8 @@ class IndependentCoupling(Coupling):
     ([0, 1, 2], [0, 1, 2])
     """
 
+    ignores_conditions = True
+
     def _pair(
         self,
         x0: Tensor,

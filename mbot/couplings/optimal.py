@@ -65,6 +65,8 @@ class OTCoupling(Coupling):
     ([2, 0], [0, 1])
     """
 
+    ignores_conditions = True
+
     transport: Transport = field(default_factory=ExactOT)
     cost: Cost = "sqeuclidean"
     replacement: bool = False

@@ -113,6 +113,7 @@ class SemidiscreteCoupling(Coupling):
             batch_size=checks.count(self.batch_size, "batch_size", at_least=2),
             rate=checks.positive(self.rate, "rate"),
             tol=checks.positive(self.tol, "tol"),
+            ignores_conditions=not self.conditional,
         )
 
     @outside_graphs

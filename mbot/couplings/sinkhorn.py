@@ -76,6 +76,8 @@ class SinkhornCoupling(Coupling):
     True
     """
 
+    ignores_conditions = True
+
     reg: float
     relative: bool = True
     cost: Cost = "dot"

@@ -46,6 +46,8 @@ class WeightedCoupling(Coupling):
         iterations: rounds of the correction; each centres the rows, then the columns.
     """
 
+    ignores_conditions = True
+
     reg: float
     cost: Cost = "euclidean"
     correction: str | None = None

@@ -1,0 +1,88 @@
+"""Samples and conditions of map-style data sets: read by position, collated, the same whoever reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
+
+from flows.datasets.images import ImageData
+from flows.seeds import seeded
+from mbot.conditions import as_tensor
+
+Collate = Callable[[list[Any]], Any]
+
+
+def read(dataset: Any, index: Tensor, seed: int, collate: Collate | None = None) -> tuple[Any, Any]:
+    """Collated samples and their conditions (or None); the global generators are seeded while the user's code runs."""
+    rows = index.tolist()
+    with seeded(seed):
+        served = _served_by(dataset)
+        if served in (TensorDataset, ImageData) and collate is None:
+            return parts(dataset[index] if served is TensorDataset else dataset.rows(index))
+        many = served is not None and "__getitems__" in vars(served)
+        items = dataset.__getitems__(rows) if many else [dataset[row] for row in rows]
+    return parts(_collate(items) if collate is None else collate(items))
+
+
+def parts(batch: Any) -> tuple[Any, Any]:
+    """Samples and conditions (or None)."""
+    x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+    return (x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x), y
+
+
+def has_conditions(dataset: Any, seed: int, collate: Collate | None = None) -> bool:
+    """Whether something is a data set whose items are ``(sample, condition)``; its first item is read."""
+    if callable(dataset) or isinstance(dataset, Tensor) or not hasattr(dataset, "__len__"):
+        return False
+    return read(dataset, torch.tensor([0]), seed, collate)[1] is not None
+
+
+def all_conditions(dataset: Any) -> Any:
+    """The conditions of all items; without their samples, where a data set keeps them apart."""
+    served = _served_by(dataset)
+    if served is TensorDataset:
+        return dataset.tensors[1]
+    return dataset.labels if served is ImageData else [dataset[row][1] for row in range(len(dataset))]
+
+
+def floating(x: Tensor, what: str) -> Tensor:
+    """Samples that are numbers to compute with."""
+    if x.is_floating_point():
+        return x
+    raise TypeError(
+        f"{what} must be floating point; got {x.dtype}. Convert them in the data set's transform (images: to float in "
+        "[-1, 1])"
+    )
+
+
+def _served_by(dataset: Any) -> type | None:
+    """The class that says how samples are made: a subclass with a ``__getitem__`` of its own is asked item by item."""
+    for kind in type(dataset).__mro__:
+        if "__getitem__" in vars(kind) or "__getitems__" in vars(kind):
+            return kind
+    return None
+
+
+def _collate(items: list[Any]) -> Any:
+    """Torch's default, but for conditions that it takes apart or refuses: rows in a tuple or list, and None."""
+    if not all(isinstance(item, (tuple, list)) and len(item) == 2 for item in items):
+        return default_collate(items)
+    x, y = zip(*items, strict=True)
+    return default_collate(list(x)), _collate_conditions(list(y))
+
+
+def _collate_conditions(values: list[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {key: _collate_conditions([value[key] for value in values]) for key in values[0]}
+    if any(value is None for value in values):
+        return values
+    if isinstance(values[0], (tuple, list)):
+        return as_tensor(values, "the data set's conditions")
+    try:
+        return default_collate(values)
+    except RuntimeError as error:
+        raise ValueError(f"the data set's conditions do not stack; pass collate, or pad them: {error}") from error
