@@ -346,8 +346,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 # ends later).
 _FREE = {
     "out", "config", "preset", "data_root", "source_root", "download", "steps", "num_workers", "guidance", "device",
-    "compile", "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress", "resume",
-    "resume_from",
+    "compile", "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress",
+    "resume", "resume_from",
 }  # fmt: skip
 
 
