@@ -60,8 +60,17 @@ class ConditionalOTCoupling(Coupling):
     `SemidiscreteCoupling` on all classes, and compare at the guidance that you sample with.
 
     If ``y0`` is not given, the noise takes the condition of its random partner: ``y0 = y1``. The result is a
-    permutation; x1 keeps its order. ``info`` holds ``transport_cost``, ``weight`` and ``ratio`` (conditions at a
-    price), ``classes`` (of the blocks), and ``dropped``, the number of dropped conditions, if these are allowed.
+    permutation; x1 keeps its order.
+
+    **Labelled sources**, samples of another data set with ``y0`` of their own: pairs form between equal classes of the
+    two sides. Their counts may differ: within a class every target is used once and the sources equally often, up to
+    rounding, in the cheapest such way (exact transport with these marginals). A class that one side lacks is an error,
+    or left out with ``missing="drop"``. To draw sources as the targets ask for them, see ``source_sampling="matched"``
+    of `flows.CoupledLoader`.
+
+    ``info`` holds ``transport_cost``, ``weight`` and ``ratio`` (conditions at a price; no ratio where y0 differs from
+    the partner's), ``classes`` (of the blocks), ``dropped``, the number of dropped conditions, if these are allowed,
+    and ``left_out``, the number of targets that were, with ``missing="drop"``.
 
     Args:
         condition: ``"discrete"``, ``"continuous"``, or a dict of these or of `Condition` by name.
@@ -70,10 +79,12 @@ class ConditionalOTCoupling(Coupling):
         target_ratio: r in (0, 1) that w is chosen for, in each batch (likewise; not together with ``weight``).
         condition_cost: f for continuous conditions: ``"cosine"`` (``1 - cos``) or ``"sqeuclidean"``.
         allow_dropped: take NaN and None as dropped conditions.
+        missing: what to do with a class that one side lacks: ``"error"`` or ``"drop"`` it.
 
     Raises (when called):
-        ValueError: no ``y1``; class counts of ``y0`` and ``y1`` that differ; unequal batch sizes; conditions that are
-            not finite, have norm 0 under ``"cosine"``, or are scalars that ``"cosine"`` cannot tell apart.
+        ValueError: no ``y1``; a class that one side lacks; no ``y0`` and unequal batch sizes; conditions that are not
+            finite, have norm 0 under ``"cosine"``, or are scalars that ``"cosine"`` cannot tell apart; a target ratio
+            for noise with conditions of its own.
 
     >>> x0, x1 = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[3.0], [2.0], [1.0], [0.0]])
     >>> ConditionalOTCoupling()(x0, x1, y1=["a", "a", "b", "b"]).source.tolist()
@@ -89,9 +100,11 @@ class ConditionalOTCoupling(Coupling):
     target_ratio: float | None = None
     condition_cost: str = "cosine"
     allow_dropped: bool = False
+    missing: str = "error"
 
     def __post_init__(self) -> None:
         checks.choice(self.condition_cost, "condition_cost", COSTS)
+        checks.choice(self.missing, "missing", ("error", "drop"))
         named = named_conditions(self.condition, self.condition_cost)
         if isinstance(self.condition, Mapping):
             object.__setattr__(self, "condition", dict(self.condition))
@@ -119,23 +132,30 @@ class ConditionalOTCoupling(Coupling):
     ) -> Pairs:
         if y1 is None:
             raise ValueError("a conditional coupling needs y1, the condition of each sample of x1")
-        if len(x0) != len(x1):
+        if y0 is None and len(x0) != len(x1):
             raise ValueError(
-                f"a conditional coupling needs equally many samples of x0 and x1; got {len(x0)} and {len(x1)}"
+                "without y0 the noise takes the condition of its random partner, so a conditional coupling needs "
+                f"equally many samples of x0 and x1; got {len(x0)} and {len(x1)}"
             )
         named = named_conditions(self.condition, self.condition_cost)
         given = sides(named, y1 if y0 is None else y0, y1, x0, self.allow_dropped)
-        blocks = _blocks(given, x0.device)
+        blocks = _blocks(given, self.missing, x0.device)
         costs = [pairwise(x0.index_select(0, rows), x1.index_select(0, cols), "sqeuclidean") for rows, cols in blocks]
         info: dict[str, Any] = {}
         if given.terms:
             mismatches = [given.mismatch(rows, cols) for rows, cols in blocks]
+            own = all(m.shape[0] == m.shape[1] and not bool(m.diagonal().any()) for m in mismatches)
+            if self.weight is None and not own:
+                raise ValueError(
+                    "target_ratio counts partners beside the random one, whose condition the noise takes: with y0 of "
+                    "its own give weight"
+                )
             weight = (
                 _weight_for_ratio(costs, mismatches, self.target_ratio or _DEFAULT_RATIO)
                 if self.weight is None
                 else self.weight
             )
-            info |= {"weight": weight, "ratio": _ratio(costs, mismatches, weight)}
+            info |= {"weight": weight} | ({"ratio": _ratio(costs, mismatches, weight)} if own else {})
             joint = [
                 cost.to(mismatch.dtype) + mismatch.mul_(weight)
                 for cost, mismatch in zip(costs, mismatches, strict=True)
@@ -146,32 +166,56 @@ class ConditionalOTCoupling(Coupling):
             info["classes"] = len(blocks)
         if self.allow_dropped:
             info["dropped"] = given.dropped
-        source = torch.empty(len(x1), dtype=torch.int64, device=x1.device)
+        source = torch.full((len(x1),), -1, device=x1.device)
         total = 0.0
-        for (rows, cols), cost, matched in zip(blocks, costs, assign_blocks(joint), strict=True):
-            source[cols] = rows[matched]
-            total += float(cost[matched, torch.arange(len(cols), device=cost.device)].sum())
-        info["transport_cost"] = total / len(x1)
-        return Pairs(source, torch.arange(len(x1), device=x1.device), info=info)
+        for (rows, cols), cost, matched in zip(blocks, costs, assign_blocks(list(map(_copied, joint))), strict=True):
+            of = matched[: len(cols)] % len(rows)
+            source[cols] = rows[of]
+            total += float(cost[of, torch.arange(len(cols), device=cost.device)].sum())
+        target = torch.nonzero(source >= 0)[:, 0]
+        if self.missing == "drop":
+            info["left_out"] = len(x1) - len(target)
+        info["transport_cost"] = total / len(target)
+        return Pairs(source[target], target, info=info)
 
 
-def _blocks(given: Sides, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Source and target indices of the classes that hold samples, in the order of the samples."""
+def _blocks(given: Sides, missing: str, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Source and target indices of the classes that both sides have, in the order of the samples."""
     counts = [np.bincount(code, minlength=len(given.names)) for code in (given.codes0, given.codes1)]
-    wrong = np.flatnonzero(counts[0] != counts[1])
-    if len(wrong):
-        listed = "; ".join(f"class {given.names[c]!r}: {counts[0][c]} in y0, {counts[1][c]} in y1" for c in wrong[:10])
-        more = f"; and {len(wrong) - 10} more classes" if len(wrong) > 10 else ""
-        raise ValueError(
-            f"y0 and y1 must hold each class equally often; {listed}{more}. "
-            "Leave y0 out to give the noise the labels of its random partners"
+    lacking = np.flatnonzero((counts[0] == 0) != (counts[1] == 0))
+    shared = np.flatnonzero((counts[0] > 0) & (counts[1] > 0))
+    if (len(lacking) and missing == "error") or not len(shared):
+        listed = "; ".join(
+            f"class {given.names[c]!r}: {counts[0][c]} in y0, {counts[1][c]} in y1" for c in lacking[:10]
         )
-    if len(counts[0]) == 1:
-        everything = torch.arange(counts[0][0], device=device)
-        return [(everything, everything)]
-    ends = np.cumsum(counts[0])[:-1]
-    both = zip(*(np.split(np.argsort(code, kind="stable"), ends) for code in (given.codes0, given.codes1)), strict=True)
-    return [(torch.from_numpy(rows).to(device), torch.from_numpy(cols).to(device)) for rows, cols in both if len(rows)]
+        more = f"; and {len(lacking) - 10} more classes" if len(lacking) > 10 else ""
+        raise ValueError(
+            f"y0 and y1 must hold the same classes; {listed}{more}. missing='drop' leaves out classes that one side "
+            "lacks; without y0 the noise takes the labels of its random partners"
+        )
+    sides = []
+    for code, count in zip((given.codes0, given.codes1), counts, strict=True):
+        inside = np.split(np.argsort(code, kind="stable"), np.cumsum(count)[:-1])
+        sides.append([torch.from_numpy(inside[c]).to(device) for c in shared])
+    return list(zip(*sides, strict=True))
+
+
+def _copied(cost: Tensor) -> Tensor:
+    """The square problem of costs ``(n, m)`` that takes each target once and sources equally often, up to rounding.
+
+    Row k is a copy of source ``k % n``. If m is no multiple of n, the last n copies may be left over, to columns that
+    cost nothing; a copy that must be used pays more for such a column than it could gain by it.
+    """
+    n, m = cost.shape
+    times, more = divmod(m, n)
+    if more == 0:
+        return cost.repeat(times, 1)
+    size = n * (times + 1)
+    least, most = cost.aminmax()
+    square = cost.new_zeros(size, size)
+    square[:, :m] = (cost - least).repeat(times + 1, 1)
+    square[: n * times, m:] = 2 * (most - least) + 1
+    return square
 
 
 def _ratio(costs: list[Tensor], mismatches: list[Tensor], weight: float) -> float:

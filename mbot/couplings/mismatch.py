@@ -142,8 +142,8 @@ def sides(conditions: dict[str, Condition], y0: Labels, y1: Labels, like: Tensor
         if gone0.any() or gone1.any():
             classes.append((gone0.astype(np.int64), gone1.astype(np.int64), ["given", "dropped"]))
     if not classes:
-        zeros = np.zeros(len(like), np.int64)
-        return Sides(zeros, zeros, ["all"], terms, dropped)
+        alone = [np.zeros(len(values), np.int64) for values in terms[0][2:]]
+        return Sides(alone[0], alone[1], ["all"], terms, dropped)
     return Sides(*_joint(classes), terms, dropped)
 
 

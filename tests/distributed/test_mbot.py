@@ -105,6 +105,27 @@ def one_coupling(coupling, rank, world, dtype):
     assert torch.equal(again.fetch(x0), x0[mine.source])
 
 
+def labelled(coupling, rank, world):
+    """Sources with labels of their own, other class counts than the targets', spread or held by all."""
+    x0, x1 = torch.randn(24, 2, generator=seeded(0)), torch.randn(36, 2, generator=seeded(1))
+    y0, y1 = (torch.randint(0, 3, (n,), generator=seeded(n)) for n in (24, 36))
+    alone = coupling(x0, x1, y0, y1, generator=seeded())
+    at0, at1 = (slice(sum(sizes(world, n)[:rank]), sum(sizes(world, n)[: rank + 1])) for n in (24, 36))
+    same_pairs(GlobalCoupling(coupling)(x0[at0], x1[at1], y0[at0], y1[at1], generator=seeded()), alone)
+    here = GlobalCoupling(coupling, source="shared")(x0, x1[at1], y0.tolist(), y1[at1], generator=seeded()).here()
+    assert torch.equal(y0[here.source], y1[at1][here.target])
+
+
+def loaded(scope, world=1):
+    """Batches between two labelled data sets, of which the source is transformed at random."""
+    from tests.flows.test_labelled_sources import SOURCE, Shaken
+    from tests.flows.test_labelled_sources import loader as between
+
+    one = between(source=Shaken(*SOURCE.tensors), source_sampling="matched", batch_size=12 // world,
+                  ot_batch_size=24 // world, coupling_scope=scope)  # fmt: skip
+    return [one.next_batch() for _ in range(9)]
+
+
 def refused(rank, world):
     """What is wrong on one rank is raised on all."""
     x = torch.randn(4, 2)
@@ -248,6 +269,11 @@ def compare(rank, world, file):
     for coupling in SPREAD:
         one_coupling(coupling, rank, world, torch.float64)
     one_coupling(mbot.OTCoupling(), rank, world, torch.bfloat16)
+    labelled(mbot.ConditionalOTCoupling(), rank, world)
+    for whole, part in zip(torch.load(f"{file}.batches", weights_only=False), loaded("global", world), strict=True):
+        mine = slice(rank * len(part), (rank + 1) * len(part))
+        for name in ("x0", "x1", "y", "y0", "index"):
+            assert torch.equal(getattr(whole, name)[mine], getattr(part, name)), name
     resumed(rank, world)
     refused(rank, world)
     for name in LOSSES:
@@ -291,6 +317,7 @@ def finish():
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_equal_one_process(world, tmp_path):
+    torch.save(loaded("rank"), tmp_path / "rendezvous.batches")
     start(compare, world, tmp_path / "rendezvous")
 
 

@@ -42,6 +42,14 @@ class Items(Dataset):
         return x, "abc"[y]
 
 
+class Shaken(TensorDataset):
+    """Transformed at random."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + torch.rand(2), y
+
+
 def loader(coupling=None, source=SOURCE, data=DATA, batch_size=6, ot_batch_size=24, **settings):
     return CoupledLoader(data, source, coupling or mbot.ConditionalOTCoupling(), batch_size, ot_batch_size, **settings)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
 
 import mbot
 from mbot import ConditionalOTCoupling, condition_ratio, pairwise_cost
@@ -80,9 +80,75 @@ def test_noise_with_labels_of_its_own():
     assert sorted(pairs.source.tolist()) == list(range(120))
 
 
-def test_differing_class_counts_are_named():
+def cheapest(cost):
+    """Each target once, sources equally often up to rounding, at least cost: a linear program with integral corners."""
+    n, m = cost.shape
+    ones = np.eye(n).repeat(m, 1)
+    use = np.vstack((ones, -ones))
+    limit = np.concatenate((np.full(n, -(-m // n)), np.full(n, -(m // n))))
+    found = linprog(cost.flatten(), use, limit, np.tile(np.eye(m), n), np.ones(m), bounds=(0, 1))
+    assert found.status == 0
+    return found.fun
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 13)), min_size=1, max_size=3), st.integers(0, 99), st.data()
+)
+def test_unequal_class_counts_are_an_exact_transport(counts, seed, draw):
+    g = torch.Generator().manual_seed(seed)
+    y0, y1 = (torch.cat([torch.full((c[side],), i) for i, c in enumerate(counts)]) for side in (0, 1))
+    assume(len(y0) and len(y1))
+    y0, y1 = y0[torch.randperm(len(y0), generator=g)], y1[torch.randperm(len(y1), generator=g)]
+    dtype, far = (
+        draw.draw(st.sampled_from([torch.float32, torch.float64])),
+        draw.draw(st.sampled_from([0.0, 1.0, 50.0])),
+    )
+    x0 = torch.randn(len(y0), 2, generator=g, dtype=dtype) + far * y0[:, None]
+    x1 = torch.randn(len(y1), 2, generator=g, dtype=dtype)
+    lacking = [i for i, (a, b) in enumerate(counts) if bool(a) != bool(b)]
+    if lacking:
+        with pytest.raises(ValueError, match=f"class {lacking[0]}: |class {lacking[-1]}: "):
+            ConditionalOTCoupling()(x0, x1, y0, y1)
+    shared = [i for i, (a, b) in enumerate(counts) if a and b]
+    if not shared:
+        with pytest.raises(ValueError, match="same classes"):
+            ConditionalOTCoupling(missing="drop")(x0, x1, y0, y1)
+        return
+    pairs = ConditionalOTCoupling(missing="drop")(x0, x1, y0, y1)
+    assert torch.equal(pairs.target, torch.nonzero(torch.isin(y1, torch.tensor(shared)))[:, 0])
+    assert torch.equal(y0[pairs.source], y1[pairs.target])
+    assert pairs.info["left_out"] == len(y1) - len(pairs)
+    cost, best = pairwise_cost(x0.double(), x1.double()), 0.0
+    for i in shared:
+        rows, cols = (torch.nonzero(y == i)[:, 0] for y in (y0, y1))
+        times = torch.bincount(pairs.source, minlength=len(y0))[rows]
+        assert int(times.max()) - int(times.min()) <= 1
+        best += cheapest(cost[rows][:, cols].numpy())
+    assert float(cost[pairs.source, pairs.target].sum()) == pytest.approx(best, rel=1e-5, abs=1e-5)
+    assert pairs.info["transport_cost"] == pytest.approx(best / len(pairs), rel=1e-4, abs=1e-4)
+
+
+def test_unequal_counts_at_a_price():
+    g = torch.Generator().manual_seed(0)
+    x0, x1 = torch.randn(5, 2, generator=g), torch.randn(13, 2, generator=g)
+    v0, v1 = torch.randn(5, 3, generator=g), torch.randn(13, 3, generator=g)
+    pairs = ConditionalOTCoupling("continuous", weight=2.0, condition_cost="sqeuclidean")(x0, x1, v0, v1)
+    joint = pairwise_cost(x0.double(), x1.double()) + 2 * pairwise_cost(v0.double(), v1.double())
+    assert float(joint[pairs.source, pairs.target].sum()) == pytest.approx(cheapest(joint.numpy()), rel=1e-6)
+    assert "ratio" not in pairs.info
+    for y0, y1 in ((v0, v1), (v1.flip(0), v1)):
+        with pytest.raises(ValueError, match="with y0 of its own give weight"):
+            ConditionalOTCoupling("continuous", target_ratio=0.1)(torch.cat((x0, x1))[: len(y0)], x1, y0, y1)
+    with pytest.raises(ValueError, match="needs equally many samples"):
+        ConditionalOTCoupling()(x0, x1, y1=torch.zeros(13))
+    with pytest.raises(ValueError, match="missing must be one of"):
+        ConditionalOTCoupling(missing="ignore")
+
+
+def test_classes_that_one_side_lacks_are_named():
     x0, x1, _ = data(n=5)
-    with pytest.raises(ValueError, match=r"class 'b': 1 in y0, 2 in y1; class 'c': 1 in y0, 0 in y1"):
+    with pytest.raises(ValueError, match=r"same classes; class 'c': 1 in y0, 0 in y1\. missing='drop' leaves out"):
         ConditionalOTCoupling()(x0, x1, ["a", "a", "a", "b", "c"], ["a", "a", "a", "b", "b"])
     with pytest.raises(ValueError, match="and 2 more classes"):
         ConditionalOTCoupling()(*data(n=12)[:2], torch.arange(12), torch.arange(12) + 100 * (torch.arange(12) > 5))
