@@ -25,7 +25,10 @@ class UMBC(nn.Module):
     """A set encoder whose result does not depend on how the set is cut into chunks, nor on the order.
 
     Means of elements do not tell how many there are. Where that matters give ``size_feature=True``: a learned vector
-    times ``log(1 + N)``, N the number of elements (or the sum of their weights), is added to every slot.
+    times ``log(1 + N)``, N the number of elements (or the sum of their weights), is added to every slot. Nor do they
+    tell how many elements a slot attends to. Where proportions matter (clusters, shares of a population, how sure a
+    slot can be) give ``mass_feature=True``: the logarithms of the mean weight that the slot gave in each head, mapped
+    linearly, are added to the slot.
 
     The extractor must treat every element by itself. The first chunk is used to test that (see ``probe``). BatchNorm
     is allowed where it uses its running statistics: call ``.eval()`` on it after the model's ``.train()``.
@@ -36,6 +39,7 @@ class UMBC(nn.Module):
         pooling: a `Pooling` over these features.
         decoder: any module on slots ``(B, K, dim)``; None is the identity.
         size_feature: tell the decoder the size of the set.
+        mass_feature: tell the decoder the share of the set that each slot attends to; not for poolings that select.
         probe: test once in training and once in eval mode, on the first elements seen, that the extractor does not
             mix elements (a GPU is waited for); False trusts it.
 
@@ -55,6 +59,7 @@ class UMBC(nn.Module):
         decoder: nn.Module | None,
         *,
         size_feature: bool = False,
+        mass_feature: bool = False,
         probe: bool = True,
     ) -> None:
         super().__init__()
@@ -63,9 +68,14 @@ class UMBC(nn.Module):
         self.extractor = checks.module(extractor, "extractor")
         self.pooling = pooling
         self.decoder = checks.module(decoder, "decoder")
-        self.size_vector = (
-            nn.Parameter(torch.randn(pooling.out_dim) / 10) if checks.flag(size_feature, "size_feature") else None
+        size_feature, mass_feature = (
+            checks.flag(size_feature, "size_feature"),
+            checks.flag(mass_feature, "mass_feature"),
         )
+        self.size_vector = nn.Parameter(torch.randn(pooling.out_dim) / 10) if size_feature else None
+        if mass_feature and not pooling.has_masses:
+            raise ValueError(f"mass_feature needs slots that weigh elements; {type(pooling).__name__} has none")
+        self.mass_map = nn.Linear(pooling.num_heads, pooling.out_dim) if mass_feature else None
         # Modes, training or not, in which the extractor has still to be tested.
         self._to_probe = {True, False} if checks.flag(probe, "probe") and extractor is not None else set()
 
@@ -94,8 +104,10 @@ class UMBC(nn.Module):
         x, mask, weights = checks.elements(x, mask, weights)
         if x.shape[1] == 0:
             return self.readout(self.reached(self.init_state(x.shape[0])))
-        pooled = self.pooling(self._features(x, mask), mask, weights)
-        return self._decode(pooled, set_sizes(x, mask, weights))
+        features = self._features(x, mask)
+        if self.mass_map is not None:
+            return self.readout(self.pooling.state_of(features, mask, weights))
+        return self._decode(self.pooling(features, mask, weights), set_sizes(x, mask, weights))
 
     def init_state(
         self,
@@ -180,7 +192,10 @@ class UMBC(nn.Module):
 
     def readout(self, state: SetState) -> Any:
         """The decoder's output for what the state has seen so far, at any time; the state stays as it is."""
-        return self._decode(self.pooling.readout(state), state.count)
+        pooled = self.pooling.readout(state)
+        if self.mass_map is not None:
+            pooled = pooled + self.mass_map(state.log_mean_weight().mT.to(pooled.dtype))
+        return self._decode(pooled, state.count)
 
     def attention(
         self, state: SetState, chunk: Tensor, mask: Tensor | None = None, weights: Tensor | None = None

@@ -52,6 +52,11 @@ class Pooling(nn.Module):
         self.num_slots = checks.count(num_slots, "num_slots")
         self.num_heads, self.value_dim = num_heads, value_dim
 
+    @property
+    def has_masses(self) -> bool:
+        """Whether the state holds the weight that each slot gave in all."""
+        return self.value_dim > 0
+
     def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
         """The slots ``(H K, h)`` of a new stream."""
         return self.like.new_empty(0, 0)
@@ -225,9 +230,19 @@ class Pooling(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Pooled slots ``(B, K, out_dim)`` of whole sets; arguments as in `update` and `init_state`."""
-        checks.elements(features, mask, weights, "features")
-        state = self.init_state(features.shape[0], generator=generator)
-        return self.readout(self.contribution(state, features, mask, weights))
+        return self.readout(self.state_of(features, mask, weights, generator=generator))
+
+    def state_of(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> SetState:
+        """The state of whole sets; arguments as in `forward`."""
+        features, mask, weights = checks.elements(features, mask, weights, "features")
+        return self.absorb(self.init_state(features.shape[0], generator=generator), features, mask, weights)
 
     def prepare(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Checked features, 0 at padding, in the parameters' dtype where they come in less precision."""

@@ -181,24 +181,37 @@ class SlotPooling(Pooling):
     ) -> Tensor:
         """Pooled slots ``(B, K, dim)`` of whole sets, without the ``(B, H, K, n)`` weights in memory.
 
-        ``softmax`` is torch's fused attention; the others run through blocks of the set, computed again in backward.
+        ``softmax`` is torch's fused attention; for the others see `state_of`.
         """
         features, mask, weights = checks.elements(features, mask, weights, "features")
-        if self.activation == "softmax" and features.shape[0] > 0 and features.shape[1] > 0:
-            offset = log_of_weights(mask, weights, self._dtype)
-            features = self.prepare(features, mask)
-            return self._fused(features, offset, self._slots(generator, None))
+        if self.activation != "softmax" or features.shape[0] == 0 or features.shape[1] == 0:
+            return self.readout(self.state_of(features, mask, weights, generator=generator))
+        offset = log_of_weights(mask, weights, self._dtype)
+        features = self.prepare(features, mask)
+        return self._fused(features, offset, self._slots(generator, None))
+
+    def state_of(
+        self,
+        features: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> SetState:
+        """The state of whole sets, which run through in blocks that are computed again in backward."""
+        features, mask, weights = checks.elements(features, mask, weights, "features")
         state = whole = self.init_state(features.shape[0], generator=generator)
-        if torch.compiler.is_compiling():  # an exported graph takes any number of elements, and so makes no blocks
-            return self.readout(self.contribution(state, features, mask, weights))
+        # An exported graph takes any number of elements, and so makes no blocks.
+        if torch.compiler.is_compiling() or features.shape[1] <= _BLOCK:
+            return self.contribution(state, features, mask, weights)
         for start in range(0, features.shape[1], _BLOCK):
             block = [t if t is None else t[:, start : start + _BLOCK] for t in (features, mask, weights)]
-            if torch.is_grad_enabled() and features.shape[1] > _BLOCK:
+            if torch.is_grad_enabled():
                 part = checkpoint(self.contribution, state, *block, use_reentrant=False, preserve_rng_state=False)
             else:
                 part = self.contribution(state, *block)  # type: ignore[arg-type]
             whole = whole.merge(part)
-        return self.readout(whole)
+        return whole
 
     def _fused(self, features: Tensor, offset: Tensor | None, slots: Tensor) -> Tensor:
         keys, values = self._project(features)

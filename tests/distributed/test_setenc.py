@@ -22,7 +22,9 @@ POOLINGS = (
 def encoder(make):
     torch.manual_seed(4)
     extractor = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 8))
-    return setenc.UMBC(extractor, make(), setenc.MLPDecoder(8, 2), size_feature=True).double().train()
+    pooling = make()
+    mass = pooling.has_masses
+    return setenc.UMBC(extractor, pooling, setenc.MLPDecoder(8, 2), size_feature=True, mass_feature=mass).double()
 
 
 def gradients(enc, x, *, seed, average=False, **options):
