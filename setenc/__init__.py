@@ -9,10 +9,12 @@ from setenc.decoders import (
     MLPDecoder,
     SetTransformerDecoder,
 )
+from setenc.diagnosis import SlotDiagnosis, diagnose_slots
 from setenc.encode import encode
 from setenc.encoder import UMBC
 from setenc.per_element import PerElement
 from setenc.pooling import DeepSetsPooling, GatedAttentionPooling, Pooling, SlotPooling
+from setenc.query import SlotQuery
 from setenc.ragged import Ragged
 from setenc.state import SetState
 
@@ -30,7 +32,10 @@ __all__ = [  # noqa: RUF022 - plain order, as in the other packages
     "SAB",
     "SetState",
     "SetTransformerDecoder",
+    "SlotDiagnosis",
     "SlotPooling",
+    "SlotQuery",
     "UMBC",
+    "diagnose_slots",
     "encode",
 ]

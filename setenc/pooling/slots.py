@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from setenc import checks
 from setenc.pooling.base import Pooling, full_precision, log_of_weights
+from setenc.pooling.init import farthest, sample
 from setenc.state import SetState
 
 # Log-weights of elements from logits (…, K, n); each depends on one element and all slots, never on other elements.
@@ -122,6 +126,67 @@ class SlotPooling(Pooling):
             if self.folded:
                 parts.append(q @ weight)
             return torch.cat(parts, -1).flatten(0, 1)
+
+    def queries(self) -> Tensor:
+        """The queries ``(H, K, dim / H)`` of the slots, of their means where they are random."""
+        return self._heads(self.query(self.slot_norm(self.slot_mean)))
+
+    @torch.no_grad()
+    def init_slots(
+        self,
+        features: Tensor | Iterable[Any],
+        sharpness: float = 3.0,
+        generator: torch.Generator | None = None,
+        *,
+        mask: Tensor | None = None,
+        columns: slice | Sequence[int] | None = None,
+    ) -> None:
+        """Place the slots at elements far from each other, once, before training.
+
+        New slots attend to all elements alike, get the same gradients, and hardly ever separate: many slots stay one.
+        Here slot ``k`` becomes the key of an element, chosen by farthest-point sampling in key space, minus the mean
+        key, scaled so that its logits have the standard deviation ``sharpness``; the map from slots to queries becomes
+        the identity.
+
+        It helps where keys say where an element is (coordinates in sines and cosines, handed to the pooling beside the
+        features: see ``columns``) and where the decoder reads slots one by one (`SlotQuery`, a set transformer on
+        slots with ``mass_feature``). It does not where all slots become one vector at once, and where a few rare
+        elements count.
+
+        Args:
+            features: what the extractor makes of a batch of sets, ``(B, n, in_dim)``, or an iterable of such chunks,
+                or of pairs (chunk, mask).
+            sharpness: standard deviation of a slot's logits over the elements.
+            generator: of the sample of elements; None is torch's default.
+            mask: ``(B, n)`` bool, True = a real element.
+            columns: features that keys start from, the coordinates; key weights of the others start at 0. None keeps
+                the key weights.
+
+        Raises:
+            ValueError: fewer different elements than slots, a pooling with ``slot_norm`` or with another ``slot_dim``.
+
+        >>> pooling = SlotPooling(3, 32, 4)
+        >>> pooling.init_slots(torch.randn(2, 100, 3))
+        """
+        sharpness = checks.positive(sharpness, "sharpness")
+        if not isinstance(self.slot_norm, nn.Identity) or self.slot_mean.shape[1] != self.out_dim:
+            raise ValueError(
+                "init_slots needs a pooling without slot_norm and with slot_dim=None: slots become queries"
+            )
+        elements = sample(features, self.in_dim, mask, generator).to(self.like)
+        if columns is not None:
+            others = torch.ones(self.in_dim, dtype=torch.bool, device=elements.device)
+            others[columns] = False
+            self.key_value.weight[: self.out_dim, others] = 0
+        keys = F.linear(elements, self.key_value.weight[: self.out_dim])
+        keys = keys - keys.mean(0)
+        slots = self._heads(keys[farthest(keys, self.num_slots)])
+        logits = slots @ self._heads(keys).mT * self.head_dim**-0.5
+        spread = logits.std(-1, correction=0, keepdim=True)
+        slots = slots * (sharpness / spread.clamp_min(torch.finfo(spread.dtype).tiny))
+        self.slot_mean.copy_(slots.transpose(0, 1).flatten(1))
+        self.query.weight.copy_(torch.eye(self.out_dim))
+        self.query.bias.zero_()
 
     def _heads(self, x: Tensor) -> Tensor:
         """``(…, m, dim)`` to ``(…, H, m, dim / H)``."""
