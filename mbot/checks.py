@@ -108,8 +108,14 @@ def cost_matrix(cost: Any) -> Tensor:
         raise ValueError(f"cost must have shape (…, n, m) with n, m >= 1; got {tuple(cost.shape)}")
     if cost.numel() == 0:
         return cost
-    least, most = torch.stack(cost.detach().aminmax()).tolist()  # NaN if there is one
-    if not least > -math.inf:
+    least, most = torch.stack(cost.detach().aminmax()).tolist()
+    cost_range(cost, least, most)
+    return cost.float() if cost.dtype in (torch.float16, torch.bfloat16) else cost
+
+
+def cost_range(cost: Tensor, least: float, most: float) -> None:
+    """Costs in a range that solvers can compute in, given their least and most: no NaN, no -inf, no overflow."""
+    if not least > -math.inf:  # NaN if there is one
         raise ValueError("cost must not hold NaN or -inf (+inf is allowed and forbids the pair)")
     if cost.dtype == torch.float64 and max(-least, most) > LARGEST_COST:
         finite_most = cost.detach().nan_to_num(posinf=0).abs().amax() if most == math.inf else max(-least, most)
@@ -117,7 +123,6 @@ def cost_matrix(cost: Any) -> Tensor:
             raise ValueError(
                 f"cost must be at most {LARGEST_COST:g} in magnitude, +inf apart; its largest is {float(finite_most):g}"
             )
-    return cost.float() if cost.dtype in (torch.float16, torch.bfloat16) else cost
 
 
 def weights(weight: Any, size: int, like: Tensor, name: str) -> Tensor | None:

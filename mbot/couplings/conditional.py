@@ -6,6 +6,7 @@ Ordinary mini-batch OT makes the noise depend on the condition. C²OT gives nois
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.mismatch import COSTS, Condition, Sides, named_conditions, sides
 from mbot.diagnostics import ratio_counts
 from mbot.numerics import kth_largest
-from mbot.transport.exact import assign_blocks
+from mbot.problem import Problems
+from mbot.solvers.matching import match
 
 _DEFAULT_RATIO = 0.01  # the paper's setting in all experiments
 
@@ -68,9 +70,10 @@ class ConditionalOTCoupling(Coupling):
     or left out with ``missing="drop"``. To draw sources as the targets ask for them, see ``source_sampling="matched"``
     of `flows.CoupledLoader`.
 
-    ``info`` holds ``transport_cost``, ``weight`` and ``ratio`` (conditions at a price; no ratio where y0 differs from
-    the partner's), ``classes`` (of the blocks), ``dropped``, the number of dropped conditions, if these are allowed,
-    and ``left_out``, the number of targets that were, with ``missing="drop"``.
+    ``info`` holds ``transport_cost``, ``error`` (the largest duality gap of the assignments, relative to their cost),
+    ``weight`` and ``ratio`` (conditions at a price; no ratio where y0 differs from the partner's), ``classes`` (of the
+    blocks), ``dropped``, the number of dropped conditions, if these are allowed, and ``left_out``, the number of
+    targets that were, with ``missing="drop"``.
 
     Args:
         condition: ``"discrete"``, ``"continuous"``, or a dict of these or of `Condition` by name.
@@ -156,27 +159,45 @@ class ConditionalOTCoupling(Coupling):
                 else self.weight
             )
             info |= {"weight": weight} | ({"ratio": _ratio(costs, mismatches, weight)} if own else {})
-            joint = [
-                cost.to(mismatch.dtype) + mismatch.mul_(weight)
-                for cost, mismatch in zip(costs, mismatches, strict=True)
-            ]
+            joint = _priced(costs, mismatches, weight)
         else:
             joint = costs
         if any(c.hard for c in named.values()):
             info["classes"] = len(blocks)
         if self.allow_dropped:
             info["dropped"] = given.dropped
+        found = match(Problems.blocks(list(map(_copied, joint))))
+        plan = found.plan("ConditionalOTCoupling", x0.new_empty(len(blocks), *found.f.shape[1:], *found.g.shape[1:]))
+        info["error"] = float(plan.error.max())
+        rows, cols = (torch.cat(side) for side in zip(*blocks, strict=True))
+        sizes = torch.tensor([[len(part) for part in side] for side in zip(*blocks, strict=True)], device=x0.device)
+        n, m = sizes[:, :, None]
+        starts = (sizes.cumsum(1) - sizes)[:, :, None]
+        assert plan.row is not None
+        assert plan.col is not None
+        used = (found.mass > 0) & (plan.col < m)
+        of, at = plan.row % n, plan.col.minimum(m - 1)
         source = torch.full((len(x1),), -1, device=x1.device)
-        total = 0.0
-        for (rows, cols), cost, matched in zip(blocks, costs, assign_blocks(list(map(_copied, joint))), strict=True):
-            of = matched[: len(cols)] % len(rows)
-            source[cols] = rows[of]
-            total += float(cost[of, torch.arange(len(cols), device=cost.device)].sum())
+        source[cols[(at + starts[1])[used]]] = rows[(of + starts[0])[used]]
         target = torch.nonzero(source >= 0)[:, 0]
         if self.missing == "drop":
             info["left_out"] = len(x1) - len(target)
-        info["transport_cost"] = total / len(target)
+        info["transport_cost"] = float(Problems.blocks(costs).at(of, at)[used].mean())
         return Pairs(source[target], target, info=info)
+
+
+def _priced(costs: list[Tensor], mismatches: list[Tensor], weight: float) -> list[Tensor]:
+    """Squared distances and the price of the conditions, in float64 where they do not fit into float32."""
+    for dtype in (mismatches[0].dtype, torch.float64):
+        if weight > torch.finfo(dtype).max:
+            continue
+        priced = [c.to(dtype).add(m.to(dtype), alpha=weight) for c, m in zip(costs, mismatches, strict=True)]
+        if all(math.isfinite(part.sum()) for part in priced):
+            return priced
+    raise ValueError(
+        "the costs of some pairs, their distance and the price of their conditions, are beyond the range of float64. "
+        "Scale the samples, the conditions or weight"
+    )
 
 
 def _blocks(given: Sides, missing: str, device: torch.device) -> list[tuple[Tensor, Tensor]]:

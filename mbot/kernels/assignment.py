@@ -7,8 +7,8 @@ Two stages a problem:
 2. an exact finish in float64 from those prices (Jonker and Volgenant 1987): greedy matching on each row's cheapest
    column, augmenting row reduction, then shortest augmenting paths for the rows that are left, usually a handful.
 
-Stage 1 only decides how short stage 2 is: the result is optimal whatever the prices. Every solution is certified:
-the dual objective of the final prices is a lower bound on the optimum, and its gap to the primal value is returned.
+Stage 1 only decides how short stage 2 is: the result is optimal whatever the prices. The final prices are dual
+variables, by which `mbot.problem` certifies it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
 from mbot.kernels.threads import run_slices
 
 # No "ninf": infinity marks settled columns below.
@@ -185,6 +186,19 @@ def _least(entries, zero):  # type: ignore[no-untyped-def]
     return least
 
 
+@njit(nogil=True, cache=True, error_model="numpy")
+def unusual(entries, low, total):  # type: ignore[no-untyped-def]
+    """Whether costs are not finite, or few of them huge, given their least, their sum and a sample."""
+    count, small = len(entries), 0
+    spread, step = total / count - low, count // SAMPLE + 1
+    if not (abs(low) <= LARGEST_COST and spread <= LARGEST_COST):  # or NaN
+        return True
+    for k in range(SAMPLE):
+        above = np.float64(entries[k * step % count]) - low
+        small += above > 0.0 and above * HUGE < spread
+    return SMALL * small >= SAMPLE
+
+
 @njit(**_OPTIONS)
 def _auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def]
     """Epsilon-scaled auction: leaves near-optimal column prices. ``cost`` has unit spread."""
@@ -311,7 +325,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
 
 
 @njit(**_OPTIONS)
-def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, size, typical):  # type: ignore[no-untyped-def]
+def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
     largest = 1
     for p in range(begin, stop):
@@ -332,8 +346,12 @@ def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual,
         col_of = column[at : at + n]
         price = col_dual[at : at + n]
         low = _least(entries, zero)
-        spread = _total(entries) / (n * n) - low
-        typical[p] = spread + abs(low)
+        total = _total(entries)
+        spread = total / (n * n) - low
+        if not capped and unusual(entries, low, total):
+            for i in range(n):
+                col_of[i], row_dual[at + i], price[i] = i, np.nan, np.nan
+            continue
         price[:] = 0.0
         if spread > 0 and n > 2:
             scale = 1.0 / spread
@@ -346,36 +364,28 @@ def _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual,
             for j in range(n):
                 price[j] = price32[j] * spread
         _finish(cost, price, col_of, row_of_all[:n], dist_all[:n], open_all[:n], parent_all[:n], free_all[:n], zero)
-        slack, magnitude = 0.0, 0.0
         for i in range(n):
-            first, _, _ = _two_smallest(cost[i], price, n)
-            row_dual[at + i] = first
-            matched = np.float64(cost[i, col_of[i]])
-            slack += matched - price[col_of[i]] - first
-            magnitude += abs(matched) + abs(first) + abs(price[i])
-        gap[p], size[p] = slack, magnitude
+            row_dual[at + i], _, _ = _two_smallest(cost[i], price, n)
 
 
-def assign(flat: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, ...]:
+def assign(flat: np.ndarray, sizes: np.ndarray, capped: bool = False) -> tuple[np.ndarray, ...]:
     """Minimum-cost perfect matchings of square problems of any sizes.
 
     Args:
-        flat: the finite cost matrices one after another, row by row; float32 or float64, contiguous.
+        flat: the cost matrices one after another, row by row; float32 or float64, contiguous.
         sizes: ``(B,)`` int64, rows of each problem; ``sum(sizes ** 2) == len(flat)``.
+        capped: costs are finite, and taken as they are; else problems with infinite or huge ones get NaN duals.
 
     Returns:
-        ``column`` (the column of each row), ``row_dual``, ``col_dual`` (each of length ``sum(sizes)``), and of each
-        problem, ``(B,)``: ``gap``, primal minus dual value (0 up to rounding certifies optimality); ``size``, the sum
-        of the magnitudes that it is computed from; ``typical``, the magnitude of a typical cost.
+        ``column`` (the column of each row), ``row_dual`` and ``col_dual`` (float64), each of length ``sum(sizes)``.
     """
     points = np.concatenate(([0], np.cumsum(sizes)))
     starts = np.concatenate(([0], np.cumsum(sizes * sizes)))
     column = np.empty(points[-1], np.int64)
     row_dual, col_dual = np.empty(points[-1]), np.empty(points[-1])
-    gap, size, typical = np.zeros((3, len(sizes)))
 
     def solve(begin: int, stop: int) -> None:
-        _solve(flat, starts, sizes, points, begin, stop, column, row_dual, col_dual, gap, size, typical)
+        _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual)
 
     run_slices(solve, sizes**2.5)
-    return column, row_dual, col_dual, gap, size, typical
+    return column, row_dual, col_dual

@@ -9,7 +9,7 @@ columns are filled from a source R at no cost. Two stages a problem, as for the 
    shortest-path search would visit every one of them at the same distance. One more such path, from D to R, gives
    the matching with one pair more.
 
-Each result is certified by its dual variables, like the assignments of `mbot.kernels.assignment`.
+Dual variables certify the result, like the assignments of `mbot.kernels.assignment`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mbot.kernels.assignment import _OPTIONS, _auction, _relax, _two_smallest, assign
+from mbot.kernels.assignment import _BLOCK, _OPTIONS, _auction, _least, _relax, _total, _two_smallest, unusual
 from mbot.kernels.threads import run_slices
 
 _COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
@@ -246,78 +246,77 @@ def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_c
 
 
 @njit(**_OPTIONS)
-def _certify(cost, q, theta, tau, price, col_of, column, u, v):  # type: ignore[no-untyped-def]
-    """Write the matching and its dual variables, and return the gap between their values.
+def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-untyped-def]
+    """Write the matching and its dual variables.
 
-    Prices are at most tau and row duals at most theta; unmatched columns and rows count tau and theta.
+    Row duals are at most theta, those of unmatched rows equal it; prices and tau likewise.
     """
     n = cost.shape[0]
-    primal, dual = 0.0, -q * (theta + tau)
     for j in range(n):
         price[j] = min(price[j], tau)
         v[j] = price[j]
-        dual += v[j]
     for i in range(n):
         least, _, _ = _two_smallest(cost[i], price, n)
         u[i] = min(least, theta)
-        dual += u[i]
         column[i] = -1 if col_of[i] == n else col_of[i]
-        primal += 0.0 if col_of[i] == n else cost[i, col_of[i]]
-    return primal - dual
 
 
 @njit(**_OPTIONS)
-def _solve(flat, size, q, begin, stop, column, row_dual, col_dual, gap):  # type: ignore[no-untyped-def]
+def _solve(flat, size, q, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     n = size
     work = np.empty((n + q) * (n + q), np.float32)
-    dist, open_dist, zero, group_cost, price = np.empty(n), np.empty(n), np.zeros(n), np.empty(n), np.empty(n)
+    dist, open_dist, zero, group_cost, price = (
+        np.empty(n),
+        np.empty(n),
+        np.zeros(max(n, _BLOCK)),
+        np.empty(n),
+        np.empty(n),
+    )
     row_of, taker, free = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     group_row, col_of = np.empty(n, np.int64), np.empty(n, np.int64)
     for p in range(begin, stop):
         entries = flat[p * n * n : (p + 1) * n * n]
         cost = entries.reshape(n, n)
-        low, total = np.inf, 0.0
-        for e in range(n * n):
-            low = min(low, entries[e])
-            total += entries[e]
+        low, total = _least(entries, zero), _total(entries)
         spread = total / (n * n) - low
+        if not capped and unusual(entries, low, total):
+            column[:, p] = -1
+            row_dual[p], col_dual[p] = np.nan, np.nan
+            continue
         price[:] = 0.0
         if spread > 0 and n > _COLD:
             start = _start(cost, low, 1.0 / spread, q, work)
             for j in range(n):
                 price[j] = start[j] * spread
         theta, tau = _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
-        gap[0, p] = _certify(cost, q, theta, tau, price, col_of, column[0, p], row_dual[0, p], col_dual[0, p])
-        if len(gap) > 1:
+        _write(cost, theta, tau, price, col_of, column[0, p], row_dual[p], col_dual[p])
+        if len(column) > 1:
             theta = _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row)
-            gap[1, p] = _certify(cost, q - 1, theta, tau, price, col_of, column[1, p], row_dual[1, p], col_dual[1, p])
+            _write(cost, theta, tau, price, col_of, column[1, p], row_dual[p], col_dual[p])
 
 
 def match(
-    flat: np.ndarray, size: int, cardinality: int, more: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    flat: np.ndarray, size: int, cardinality: int, more: bool = False, capped: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Minimum-cost matchings with exactly ``cardinality`` pairs of square problems of one size.
 
     Args:
-        flat: finite cost matrices one after another, row by row; float32 or float64, contiguous.
+        flat: cost matrices one after another, row by row; float32 or float64, contiguous.
         size: rows n of each problem.
-        cardinality: pairs k, ``0 < k <= n``.
-        more: solve for k + 1 pairs too (``k < n``).
+        cardinality: pairs k, ``0 < k < n``.
+        more: solve for k + 1 pairs too.
+        capped: see `mbot.kernels.assignment.assign`.
 
     Returns:
-        ``column`` ``(E, B, n)`` with E = 1 or, with ``more``, 2 cardinalities, -1 for unmatched rows; dual variables
-        ``f, g`` ``(E, B, n)`` with ``f + g <= cost``; and the duality gap ``(E, B)``, 0 up to rounding.
+        ``column`` ``(E, B, n)`` with E = 1 or, with ``more``, 2 cardinalities, -1 for unmatched rows; and dual
+        variables ``f, g`` ``(B, n)`` with ``f + g <= cost``, optimal for both.
     """
     problems = len(flat) // (size * size)
-    if cardinality == size:
-        column, f, g, gap, *_ = assign(flat, np.full(problems, size))
-        shape = (1, problems, size)
-        return column.reshape(shape), f.reshape(shape), g.reshape(shape), gap[None]
-    shape = (1 + more, problems, size)
-    column, f, g, gap = np.empty(shape, np.int64), np.empty(shape), np.empty(shape), np.zeros(shape[:2])
+    column = np.empty((1 + more, problems, size), np.int64)
+    f, g = np.empty((2, problems, size))
 
     def solve(begin: int, stop: int) -> None:
-        _solve(flat, size, size - cardinality, begin, stop, column, f, g, gap)
+        _solve(flat, size, size - cardinality, capped, begin, stop, column, f, g)
 
     run_slices(solve, [1.0] * problems)
-    return column, f, g, gap
+    return column, f, g

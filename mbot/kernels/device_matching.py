@@ -5,7 +5,7 @@ Three stages, none of which waits for the device:
 1. a short epsilon-scaled Sinkhorn in float32 for column prices that are nearly optimal: after it, all but a few rows
    can have their cheapest column (measured at n = 128: 2 to 4 rows are left, at n = 2048 about 25);
 2. these pairs, then shortest augmenting paths in float64 for the rows that are left (Jonker and Volgenant 1987);
-3. a scan of the rows at the final prices: dual variables and the certified gap.
+3. a scan of the rows at the final prices: dual variables, by which `mbot.problem` certifies the result.
 
 Stage 1 only decides how long stage 2 takes: the result is optimal whatever the prices. A matching with k < n pairs is
 the assignment with n - k dummy rows and columns, whose costs are never written to memory.
@@ -16,13 +16,14 @@ Each stage is a Triton kernel with a plain-torch reference beside it (`Reference
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
 from mbot.kernels.device import triton_module
 
 LARGEST = 16384  # columns (dummies included) of a problem whose state fits one thread block
@@ -35,10 +36,8 @@ def triton_kernels() -> ModuleType | None:
     return triton_module("triton_matching")
 
 
-def applies(cost: Tensor, cardinality: int | None = None) -> bool:
-    """Whether these problems ``(…, n, n)`` are solved on their device: CUDA, Triton, and not too large."""
-    n = cost.shape[-1]
-    size = n if cardinality is None else 2 * n - cardinality
+def applies(cost: Tensor, size: int) -> bool:
+    """Whether problems with so many rows (dummies included) are solved on their device: CUDA, Triton, not too large."""
     return cost.is_cuda and size <= LARGEST and triton_kernels() is not None
 
 
@@ -166,34 +165,30 @@ class Reference:
                 moving = moving[row != start[moving]]
 
 
-@dataclass
-class Matching:
-    """Matchings of ``B`` problems; see `match`."""
-
-    column: Tensor
-    row_dual: Tensor
-    col_dual: Tensor
-    gap: Tensor
-    typical: Tensor
-
-
-def match(cost: Tensor, cardinality: int | None = None, kernels: Any = None) -> Matching:
+def match(
+    cost: Tensor, cardinality: int | None = None, more: bool = False, capped: bool = False, kernels: Any = None
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Minimum-cost matchings with exactly ``cardinality`` pairs.
 
     Args:
-        cost: ``(B, n, n)`` finite costs, float32 or float64.
-        cardinality: pairs, ``0 < k <= n``; None for all n.
+        cost: ``(B, n, n)`` costs, float32 or float64.
+        cardinality: pairs k, ``0 < k <= n``; None for all n.
+        more: solve for k + 1 pairs too (``k < n``).
+        capped: costs are finite, and taken as they are; else problems with infinite or huge ones get NaN duals.
         kernels: the stages; None for Triton's on a CUDA device and the reference anywhere else.
 
     Returns:
-        ``column`` ``(B, n)`` int64, -1 for unmatched rows; dual variables ``(B, n)`` in float64 with
-        ``row_dual + col_dual <= cost``; ``gap`` ``(B,)``, primal minus dual value, 0 up to rounding; and ``typical``
-        ``(B,)``, the magnitude of a typical cost.
+        The column of each row, ``(B, n)`` int64, -1 for unmatched rows, of each cardinality; and dual variables
+        ``f, g`` ``(B, n)`` in float64 with ``f + g <= cost``, optimal for all of them.
     """
     if kernels is None:
         kernels = triton_kernels() if cost.is_cuda else None
         kernels = kernels or Reference
     n = cost.shape[-1]
+    strange = None if capped else _unusual(cost.flatten(1))
+    if strange is not None and bool(strange.any()):
+        columns, f, g = match(cost.masked_fill(strange[:, None, None], 0), cardinality, more, True, kernels)
+        return columns, f.masked_fill(strange[:, None], torch.nan), g
     problems = problems_of(cost, n if cardinality is None else cardinality)
     price = kernels.start(problems).nan_to_num(0, 0, 0)  # costs beyond float32's range start from nothing
     if problems.size > n:
@@ -203,10 +198,37 @@ def match(cost: Tensor, cardinality: int | None = None, kernels: Any = None) -> 
     if kernels is Reference:
         col_of, row_of = col_of.long(), row_of.long()
     kernels.finish(problems, price, row_of, col_of)
+    columns = [_real(col_of, n)]
+    if more:
+        problems, price, row_of, col_of = _without_a_dummy(problems, price, row_of, col_of)
+        kernels.finish(problems, price, row_of, col_of)
+        columns.append(_real(col_of, n))
     least, _ = kernels.scan(problems, price)
-    gap = (_matched(problems, col_of) - price.gather(1, col_of.long()) - least).sum(1)
-    column = torch.where(col_of < n, col_of, -1)[:, :n].long()
-    return Matching(column, least[:, :n], price[:, :n], gap, problems.spread + problems.low.abs())
+    return columns, least[:, :n], price[:, :n]
+
+
+def _unusual(flat: Tensor) -> Tensor:
+    """See `mbot.kernels.assignment.unusual`; of each row of ``flat``."""
+    low = flat.amin(1).double()
+    spread = flat.mean(1, dtype=torch.float64) - low
+    above = flat[:, :: flat.shape[1] // SAMPLE + 1].double() - low[:, None]
+    small = (above > 0) & (above * HUGE < spread[:, None])
+    return ~((low.abs() <= LARGEST_COST) & (spread <= LARGEST_COST)) | (SMALL * small.sum(1) >= above.shape[1])
+
+
+def _real(col_of: Tensor, n: int) -> Tensor:
+    return torch.where(col_of < n, col_of, -1)[:, :n].long()
+
+
+def _without_a_dummy(
+    problems: Problems, price: Tensor, row_of: Tensor, col_of: Tensor
+) -> tuple[Problems, Tensor, Tensor, Tensor]:
+    """The problems without their last dummy row and column, whose partners are free: one more pair."""
+    last = problems.size - 1
+    row, col = row_of[:, last:].long(), col_of[:, last:].long()
+    row_of, col_of = row_of.scatter(1, col, -1), col_of.scatter(1, row, -1)
+    price, row_of, col_of = (part[:, :last].contiguous() for part in (price, row_of, col_of))
+    return replace(problems, size=last), price, row_of, col_of
 
 
 def _equal_outside(problems: Problems, price: Tensor, kernels: Any) -> Tensor:
@@ -247,13 +269,3 @@ def _first_pairs(problems: Problems, price: Tensor, want: Tensor) -> tuple[Tenso
     col_of = torch.where((taker.gather(1, want) == rows) & (want < size), want, -1).int()
     row_of = torch.where(taker < size, taker, -1)[:, :size].contiguous()
     return row_of, col_of
-
-
-def _matched(problems: Problems, col_of: Tensor) -> Tensor:
-    """Costs of the matched pairs, dummies included, ``(B, size)`` float64."""
-    n = problems.n
-    real = problems.cost.gather(2, col_of[:, :n, None].long().clamp_max(n - 1))[:, :, 0].double()
-    outside = problems.outside[:, None]
-    rows = torch.where(col_of[:, :n] < n, real, outside)
-    dummies = torch.where(col_of[:, n:] < n, outside, problems.wall[:, None])
-    return torch.cat((rows, dummies), 1)

@@ -210,3 +210,15 @@ def _sparse_values(plan: Plan, x: Tensor, y: Tensor, costs: Tensor, cost: str) -
         mass.flatten(), torch.where(mass > 0, matched, 0).flatten(), problems, cost,
     )  # fmt: skip
     return values.reshape(batch)
+
+
+def flat_weights(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Float64 weights ``(B, n)`` and ``(B, m)`` of a batch of ``B`` problems, uniform where none were given."""
+    problems = cost.shape[:-2].numel()
+
+    def flat(weight: Tensor | None, size: int) -> Tensor:
+        if weight is None:
+            return torch.full((problems, size), 1 / size, dtype=torch.float64, device=cost.device)
+        return weight.reshape(problems, size)
+
+    return flat(a, cost.shape[-2]), flat(b, cost.shape[-1])

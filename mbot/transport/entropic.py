@@ -11,7 +11,7 @@ from mbot import checks, convergence
 from mbot.cost import Cost
 from mbot.eager import outside_graphs
 from mbot.plan import Plan
-from mbot.transport.base import Transport, weighted_points
+from mbot.transport.base import Transport, flat_weights, weighted_points
 from mbot.transport.points import entropic_values, too_large
 from mbot.transport.sinkhorn import Solution, sinkhorn
 from mbot.transport.steps import Balanced
@@ -97,18 +97,6 @@ def entropic_potentials(plan: Plan, cost: Tensor, a: Tensor, b: Tensor, reg: flo
             own = torch.where(weight > 0, own, -rate * reg * soft)
         sides.append(own)
     return sides
-
-
-def flat_weights(cost: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Float64 weights ``(B, n)`` and ``(B, m)`` of a batch of ``B`` problems, uniform where none were given."""
-    problems = cost.shape[:-2].numel()
-
-    def flat(weight: Tensor | None, size: int) -> Tensor:
-        if weight is None:
-            return torch.full((problems, size), 1 / size, dtype=torch.float64, device=cost.device)
-        return weight.reshape(problems, size)
-
-    return flat(a, cost.shape[-2]), flat(b, cost.shape[-1])
 
 
 def plan_of(name: str, cost: Tensor, found: Solution, objective: Tensor, reg: float, max_iter: int) -> Plan:

@@ -13,22 +13,13 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.kernels import device_matching
 from mbot.plan import Plan
-from mbot.transport.base import Transport, potentials_of
-from mbot.transport.entropic import flat_weights, plan_of
-from mbot.transport.exact import (
-    ExactOT,
-    _check_allowed,
-    _forbid,
-    _general,
-    _plan,
-    _relative,
-    check_allowed_on_device,
-    forbid_on_device,
-    plan_on_device,
-    relative_on_device,
-)
+from mbot.problem import Live, Problems, Solution
+from mbot.solvers.matching import match
+from mbot.solvers.simplex import simplex
+from mbot.transport.base import Transport, flat_weights, potentials_of
+from mbot.transport.entropic import plan_of
+from mbot.transport.exact import ExactOT
 from mbot.transport.sinkhorn import sinkhorn
 from mbot.transport.steps import Capped
 
@@ -115,12 +106,10 @@ class PartialOT(Transport):
             return self._entropic(cost, flat_a, flat_b, mass)
         if bool(((totals - mass).abs() <= (1e-12 if uniform else 1e-5) * mass).all()) and mass >= limit * (1 - 1e-12):
             return ExactOT()._solve(cost, a, b)
-        if uniform and n == m and device_matching.applies(cost, max(1, int(np.floor(mass * n + 1e-9)))):
-            return _uniform_on_device(cost, mass)
-        flat = np.ascontiguousarray(cost.reshape(-1, n, m).cpu().numpy())
+        flat = cost.reshape(-1, n, m)
         if uniform and n == m:
-            return _plan("PartialOT", cost, _uniform(flat, mass))
-        return _plan("PartialOT", cost, _with_dummies(flat, flat_a.cpu().numpy(), flat_b.cpu().numpy(), mass))
+            return match(Problems.dense(flat, mass=mass * n)).plan("PartialOT", cost, 1 / n)
+        return _with_dummies(flat.cpu(), flat_a.cpu(), flat_b.cpu(), mass).plan("PartialOT", cost)
 
     def _entropic(self, cost: Tensor, a: Tensor, b: Tensor, mass: float) -> Plan:
         step = Capped(mass)
@@ -132,74 +121,14 @@ class PartialOT(Transport):
         return plan_of("PartialOT", cost, found, self.reg * objective, self.reg, self.max_iter)
 
 
-def _bends(mass: float, n: int) -> tuple[float, int, float]:
-    """Pairs that make up the mass, the whole ones among them, and the weight of the plan with one pair more."""
-    pairs = mass * n
-    lower = int(np.floor(pairs + 1e-9))
-    return pairs, lower, pairs - lower if pairs - lower > 1e-9 * lower else 0.0
-
-
-def _uniform_on_device(cost: Tensor, mass: float) -> Plan:
-    """`_uniform` for tensors ``(…, n, n)``, on their device."""
-    n = cost.shape[-1]
-    walled, forbidden = forbid_on_device(cost.reshape(-1, n, n))
-    pairs, lower, share = _bends(mass, n)
-    plans = [(lower, 1 - share)] * (lower > 0) + [(lower + 1, share)] * (share > 0)
-    cols, masses, error = [], [], walled.new_zeros(len(walled), dtype=torch.float64)
-    for cardinality, weight in plans:
-        found = device_matching.match(walled, cardinality)
-        used = found.column >= 0
-        col = found.column.clamp_min(0)
-        matched = walled.gather(2, col[:, :, None])[:, :, 0].double().abs() * used
-        size = matched.sum(1) + found.row_dual.abs().sum(1) + found.col_dual.abs().sum(1)
-        error = torch.maximum(error, relative_on_device(found.gap, size, pairs * found.typical))
-        cols.append(col)
-        masses.append(torch.where(used, weight / n, 0.0))
-    col, amount = torch.cat(cols, 1), torch.cat(masses, 1)
-    row = torch.arange(n, device=cost.device).repeat(len(plans)).expand_as(col)
-    check_allowed_on_device(forbidden, row, col, amount)
-    return plan_on_device("PartialOT", cost, row, col, amount.to(cost.dtype), error, found.row_dual, found.col_dual)
-
-
-def _uniform(cost: np.ndarray, mass: float):  # type: ignore[no-untyped-def]
-    """Uniform square problems: interpolate between the cardinalities below and above ``mass * n``."""
-    from mbot.kernels.cardinality import match
-
-    problems, n, _ = cost.shape
-    walled, forbidden = _forbid(cost)
-    pairs, lower, share = _bends(mass, n)
-    # The plan with ``lower`` pairs, the one with a pair more, or both.
-    weights = [1 - share] * (lower > 0) + [share] * (share > 0)
-    column, duals_f, duals_g, gaps = match(walled.reshape(-1), n, max(lower, 1), more=lower > 0 and share > 0)
-    typical = np.abs(walled).mean((1, 2), dtype=np.float64)
-    rows, cols, masses, error = [], [], [], np.zeros(problems)
-    for col, f, g, gap, weight in zip(column, duals_f, duals_g, gaps, weights, strict=True):
-        amount = np.where(col >= 0, weight / n, 0.0)
-        col = np.where(col >= 0, col, 0)
-        matched = np.abs(np.take_along_axis(walled, col[..., None], -1)[..., 0]) * (amount > 0)
-        size = matched.sum(1, dtype=np.float64) + np.abs(f).sum(1) + np.abs(g).sum(1)
-        error = np.maximum(error, _relative(gap, size, pairs * typical))
-        rows.append(np.broadcast_to(np.arange(n), col.shape))
-        cols.append(col)
-        masses.append(amount)
-    row, col, amount = (np.concatenate(part, axis=1) for part in (rows, cols, masses))
-    _check_allowed(forbidden, row, col, amount)
-    return row, col, amount, error, duals_f[-1], duals_g[-1]
-
-
-def _with_dummies(cost: np.ndarray, a: np.ndarray, b: np.ndarray, mass: float):  # type: ignore[no-untyped-def]
+def _with_dummies(cost: Tensor, a: Tensor, b: Tensor, mass: float) -> Solution:
     """Any weights: a dummy source and a dummy target take what does not move; between them nothing may."""
-    problems, n, m = cost.shape
-    walled, forbidden = _forbid(cost)
-    augmented = np.zeros((problems, n + 1, m + 1))
-    augmented[:, :n, :m] = walled
-    augmented[:, n, m] = np.inf
-    more_a = np.maximum(b.sum(1, keepdims=True) - mass, 0)
-    more_b = np.maximum(a.sum(1, keepdims=True) - mass, 0)
-    row, col, amount, error, f, g = _general(
-        augmented, np.concatenate((a, more_a), 1), np.concatenate((b, more_b), 1), "network_simplex"
-    )
-    amount = np.where((row < n) & (col < m), amount, 0.0)
-    row, col = np.where(amount > 0, row, 0), np.where(amount > 0, col, 0)
-    _check_allowed(forbidden, row, col, amount)
-    return row, col, amount, error, f[:, :n], g[:, :m]
+    n, m = cost.shape[1:]
+    augmented = torch.nn.functional.pad(cost.double(), (0, 1, 0, 1))
+    augmented[:, n, m] = 1 + 2 * cost.abs().amax((1, 2))
+    a, b = (torch.cat((w, (v.sum(1, keepdim=True) - mass).clamp_min(0)), 1) for w, v in ((a, b), (b, a)))
+    live = Live.of(a, b)
+    found = live.solve(augmented, {simplex: np.arange(len(cost))})
+    real = (found.rows < n) & (found.col < m)
+    row, col, amount = (torch.where(real, part, 0) for part in (found.rows, found.col, found.mass))
+    return replace(found, row=row, col=col, mass=amount, f=found.f[:, :n], g=found.g[:, :m])

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.plan import Plan
-from mbot.transport.base import Transport
-from mbot.transport.entropic import entropic_potentials, flat_weights, plan_of
+from mbot.transport.base import Transport, flat_weights
+from mbot.transport.entropic import entropic_potentials, plan_of
 from mbot.transport.sinkhorn import sinkhorn
 from mbot.transport.steps import KLRelaxed
 

@@ -66,7 +66,7 @@ def assert_same(transport, cost):
 @pytest.mark.parametrize("kind", ["plane", "high", "uniform", "ties"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exact(n, kind, dtype):
-    assert device_matching.applies(torch.zeros(1, n, n, device="cuda"))
+    assert device_matching.applies(torch.zeros(1, n, n, device="cuda"), n)
     assert_same(ExactOT(), cost_of(kind, 3, n, dtype))
 
 

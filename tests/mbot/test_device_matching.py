@@ -53,16 +53,18 @@ def cheapest(cost, cardinality):
 def test_any_matching_is_the_cheapest_of_its_size_and_certified(n, share, kind, dtype, seed):
     cost = costs(kind, 2, n, n, seed=seed, dtype=dtype)
     cardinality = max(1, round(share * n))
-    found = match(cost, cardinality, Reference)
-    for p in range(2):
-        matched = found.column[p] >= 0
-        cols = found.column[p][matched]
-        assert int(matched.sum()) == cardinality == len(cols.unique())
-        value = float(cost[p].double()[matched, cols].sum())
-        assert value == pytest.approx(cheapest(cost[p].double().numpy(), cardinality), rel=1e-9, abs=1e-9)
-    slack = cost.double() - found.row_dual[:, :, None] - found.col_dual[:, None, :]
+    columns, f, g = match(cost, cardinality, cardinality < n, kernels=Reference)
+    slack = cost.double() - f[:, :, None] - g[:, None, :]
     assert float(slack.min()) > -1e-9
-    assert float(found.gap.abs().max()) < 1e-9
+    for extra, column in enumerate(columns):
+        for p in range(2):
+            matched = column[p] >= 0
+            cols = column[p][matched]
+            assert int(matched.sum()) == cardinality + extra == len(cols.unique())
+            value = float(cost[p].double()[matched, cols].sum())
+            assert value == pytest.approx(cheapest(cost[p].double().numpy(), cardinality + extra), rel=1e-9, abs=1e-9)
+            assert float(slack[p][matched, cols].max()) < 1e-9
+            assert bool((f[p] <= f[p][~matched].min() + 1e-9 if not matched.all() else matched).all())
 
 
 def test_a_start_leaves_few_rows():
@@ -99,7 +101,7 @@ def test_first_pairs_are_tight_and_leave_few_dummies(cardinality, kind):
 def test_costs_that_float32_cannot_scale_start_from_nothing():
     for scale in (1e-200, 1e200):
         cost = scale * costs("real", 1, 9, 9)
-        value = float(cost[0].gather(1, match(cost, None, Reference).column[0, :, None]).sum())
+        value = float(cost[0].gather(1, match(cost, kernels=Reference)[0][0][0, :, None]).sum())
         assert value == pytest.approx(cheapest((cost[0] / scale).numpy(), 9) * scale, rel=1e-12)
 
 
@@ -108,7 +110,7 @@ def on_device(monkeypatch):
     """Plans take the device's path, with the plain-torch stages."""
     calls = []
 
-    def applies(cost, cardinality=None):
+    def applies(cost, size):
         calls.append(cost.shape)
         return True
 
@@ -130,7 +132,7 @@ def both(transport, cost, monkeypatch):
 def test_plans_are_those_of_the_cpu_path(on_device, monkeypatch, transport, dtype, kind):
     cost = costs(kind, 2, 3, 20, 20, dtype=dtype)
     device, cpu = both(transport, cost, monkeypatch)
-    assert on_device
+    assert on_device or getattr(transport, "mass", 1) < 1 / 20  # less than a pair needs no kernel
     torch.testing.assert_close(device.cost(cost), cpu.cost(cost))
     torch.testing.assert_close(device.total_mass(), cpu.total_mass())
     assert device.mass.dtype == dtype

@@ -65,7 +65,7 @@ def test_uniform_square_problems_against_scipy(solver, dtype, shape, kind):
     uniform = torch.full((*batch, n), 1 / n, dtype=dtype)
     torch.testing.assert_close(plan.row_mass(), uniform)
     torch.testing.assert_close(plan.col_mass(), uniform)
-    assert float(plan.error.max()) < 1e-12
+    assert float(plan.error.max()) < 1e-11  # of the cost of the plan
 
 
 @pytest.mark.parametrize("n", [1024, 2048])

@@ -1,0 +1,67 @@
+"""What certifies plans by their potentials, for a batch of problems: one pass over the plans' entries."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_EPS, _TINY, _LARGEST = (float(getattr(np.finfo(np.float64), name)) for name in ("eps", "tiny", "max"))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def errors(flat, start, stride, row, col, mass, f, g, a, b, moved, floor):  # type: ignore[no-untyped-def]
+    """Gap between the cost of each plan and its dual value, relative to the cost.
+
+    By complementary slackness the gap is ``sum P (C - f - g)``, less what is missing at the points times their
+    potentials, so nothing large cancels. What rounding may hide of it is added, and mass in the wrong place: it counts
+    as the part of the plan's cost that it is of all mass.
+
+    Args:
+        flat: costs; entry e of problem p costs ``flat[start[p] + stride[p] * row + col]``, or ``flat[start[p] + e]``
+            if the stride is 0.
+        start: ``(B,)`` int64.
+        stride: ``(B,)`` int64.
+        row: ``(B, e)`` int64; ``(0, 0)`` if entry e is in row e.
+        col: ``(B, e)`` int64.
+        mass: ``(B, e)`` float64.
+        f: ``(B, n)`` float64 potentials.
+        g: ``(B, m)`` likewise.
+        a: ``(B, n)`` float64 weights, or ``(0, 0)`` for 1 a point.
+        b: ``(B, m)`` likewise.
+        moved: mass of partial problems, which may leave some everywhere; -1 if all moves.
+        floor: ``(B,)`` float64, cost per mass that a smaller one counts as.
+
+    Returns:
+        ``(B,)`` float64; ``+inf`` where a forbidden pair is used or potentials are NaN.
+    """
+    found = np.empty(len(mass))
+    left_a, left_b = np.empty(f.shape[1]), np.empty(g.shape[1])
+    for p in range(len(mass)):
+        left_a[:] = 1.0
+        left_b[:] = 1.0
+        if len(a):
+            left_a[:] = a[p]
+            left_b[:] = b[p]
+        gap, own, total, rounding = 0.0, 0.0, 0.0, 0.0
+        for e in range(mass.shape[1]):
+            amount = mass[p, e]
+            if amount > 0:
+                i, j = row[p, e] if len(row) else e, col[p, e]
+                cost = np.float64(flat[start[p] + (stride[p] * i + j if stride[p] else e)])
+                gap += amount * (cost - f[p, i] - g[p, j])
+                own += amount * abs(cost)
+                rounding += amount * (abs(f[p, i]) + abs(g[p, j]))
+                total += amount
+                left_a[i] -= amount
+                left_b[j] -= amount
+        stray = abs(total - moved) if moved >= 0 else 0.0
+        top_f, top_g = f[p].max(), g[p].max()  # the potentials of what is left behind
+        for i in range(f.shape[1]):
+            gap += left_a[i] * (top_f - f[p, i] if moved >= 0 else -f[p, i])
+            stray += abs(left_a[i]) if moved < 0 or left_a[i] < 0 else 0.0
+        for j in range(g.shape[1]):
+            gap += left_b[j] * (top_g - g[p, j] if moved >= 0 else -g[p, j])
+            stray += abs(left_b[j]) if moved < 0 or left_b[j] < 0 else 0.0
+        error = (abs(gap) + _EPS * rounding) / max(own, floor[p] * total, _TINY) + stray / total
+        found[p] = min(error, _LARGEST) if abs(gap) < np.inf else np.inf
+    return found

@@ -1,0 +1,416 @@
+"""Checked batches of exact transport problems, and the certificate of a plan and its potentials.
+
+A problem is ``min <C, P>`` over ``P >= 0`` with row sums ``a`` and column sums ``b``; a partial one moves a given mass,
+with row sums at most ``a`` and column sums at most ``b``. Potentials with ``f_i + g_j <= C_ij`` bound every plan from
+below, so the gap between them and a plan certifies it, whatever solver found both.
+
+Costs that no good plan pays ("never" costs of 1e20, forbidden pairs of ``+inf``) would leave float64 without digits
+for the others, so solvers see ``min(C, cap)``. Potentials for that are potentials for C. A plan that pays no capped
+entry therefore is optimal for C, and its certificate says so; otherwise the cap is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbot import checks, convergence
+from mbot.plan import Plan
+
+TOLERANCE = 1e-9  # of the gap, relative to the cost of the plan
+_ROUNDING = 1e-13  # gap, relative to the smaller costs, that rounding may leave where the plan costs next to nothing
+_STEP = 100  # ratio of a cap to the one before
+_NO_ROWS, _NO_WEIGHTS = np.zeros((0, 0), np.int64), np.zeros((0, 0))  # what compiled code takes for None
+
+
+@dataclass(frozen=True)
+class Problems:
+    """``B`` problems of any sizes, their costs one after another.
+
+    Attributes:
+        flat: ``(sum n_p m_p,)`` costs, row by row, float32 or float64; ``+inf`` forbids a pair.
+        count: B.
+        size: the largest n and m.
+        sizes: ``(B,)`` int64 each, ``n_p`` and ``m_p``, where they differ.
+        a, b: ``(B, n)`` and ``(B, m)`` float64 weights of equal totals, 0 beyond a problem's size; None where every
+            point has weight 1.
+        mass: what a partial problem moves; None to move everything.
+        capped: whether solvers must take the costs as they are; else they leave out problems with infinite or huge
+            costs, which get NaN potentials.
+    """
+
+    flat: Tensor
+    count: int
+    size: tuple[int, int]
+    sizes: tuple[np.ndarray, np.ndarray] | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    mass: float | None = None
+    capped: bool = False
+
+    @staticmethod
+    def dense(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, mass: float | None = None) -> Problems:
+        """Problems of one size, ``(B, n, m)``."""
+        count, n, m = cost.shape
+        return Problems(cost.reshape(-1), count, (n, m), None, a, b, mass)
+
+    @staticmethod
+    def blocks(costs: list[Tensor], a: Tensor | None = None, b: Tensor | None = None) -> Problems:
+        """Problems of different sizes, ``(n_p, m_p)`` each; points have weight 1 where no weights are given."""
+        rows, cols = (np.array([cost.shape[axis] for cost in costs]) for axis in (0, 1))
+        flat = costs[0].reshape(-1) if len(costs) == 1 else torch.cat([cost.reshape(-1) for cost in costs])
+        if a is None or b is None:
+            a, b = (
+                torch.from_numpy((np.arange(sizes.max()) < sizes[:, None]).astype(np.float64)).to(flat.device)
+                for sizes in (rows, cols)
+            )
+        return Problems(flat, len(costs), (int(rows.max()), int(cols.max())), (rows, cols), a, b)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """``(B,)`` int64, rows of each problem."""
+        return np.full(self.count, self.size[0]) if self.sizes is None else self.sizes[0]
+
+    @cached_property
+    def cols(self) -> np.ndarray:
+        """``(B,)`` int64, columns of each problem."""
+        return np.full(self.count, self.size[1]) if self.sizes is None else self.sizes[1]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """``(B + 1,)`` where each problem's costs begin, and the end."""
+        return np.concatenate(([0], np.cumsum(self.rows * self.cols)))
+
+    def matrix(self, p: int) -> Tensor:
+        """Costs of one problem, ``(n_p, m_p)``."""
+        return self.flat[self.starts[p] : self.starts[p + 1]].view(self.rows[p], self.cols[p])
+
+    def parts(self) -> Iterator[Tensor]:
+        """The costs as dense batches ``(·, n, m)``: one, or one a problem where sizes differ."""
+        if self.sizes is None:
+            yield self.flat.view(-1, *self.size)
+        else:
+            yield from (self.matrix(p)[None] for p in range(self.count))
+
+    def take(self, which: np.ndarray) -> Problems:
+        """Some of the problems."""
+        sides = ((self.a, self.rows), (self.b, self.cols))
+        a, b = (None if weight is None else weight[which, : sizes[which].max()] for weight, sizes in sides)
+        if self.sizes is None:
+            return Problems.dense(next(self.parts())[which], a, b, self.mass)
+        return Problems.blocks([self.matrix(p) for p in which], a, b)
+
+    def least_above(self, bound: Tensor) -> Tensor:
+        """The least cost above ``bound`` ``(B,)``, ``+inf`` where there is none."""
+        pieces = zip(self.parts(), [bound] if self.sizes is None else bound.split(1), strict=True)
+        return torch.cat([torch.where(cost > at[:, None, None], cost, torch.inf).amin((1, 2)) for cost, at in pieces])
+
+    def at(self, row: Tensor | None, col: Tensor) -> Tensor:
+        """Costs ``(B, e)`` in float64 of entries with these rows (None: entry i is in row i) and columns."""
+        if row is None:
+            row = torch.arange(col.shape[1], device=col.device)
+        if self.sizes is None:
+            n, m = self.size
+            return self.flat.view(self.count, n * m).gather(1, row * m + col).double()
+        start, stride = (torch.from_numpy(each).to(row.device)[:, None] for each in (self.starts[:-1], self.cols))
+        index = (start + row * stride + col).clamp_max(len(self.flat) - 1)  # padding may lie beyond the last problem
+        return self.flat[index].double()
+
+    def under(self, cap: Tensor) -> Problems:
+        """The problems with costs of at most ``cap`` ``(B,)``, in float64."""
+        caps = [cap] if self.sizes is None else cap.split(1)
+        pieces = zip(self.parts(), caps, strict=True)
+        flat = [cost.double().minimum(most[:, None, None]).reshape(-1) for cost, most in pieces]
+        return replace(self, flat=flat[0] if len(flat) == 1 else torch.cat(flat), capped=True)
+
+
+@dataclass(frozen=True)
+class Live:
+    """The points of positive weight of ``B`` problems with weights ``a`` ``(B, n)`` and ``b`` ``(B, m)``.
+
+    Attributes:
+        a, b: the weights.
+        points: ``(B, n)`` and ``(B, m)`` int64, the points of each problem, those with weight first.
+        rows, cols: ``(B,)`` how many have weight.
+        even: ``(B,)`` whether these weigh the same, on either side.
+    """
+
+    a: Tensor
+    b: Tensor
+    points: tuple[Tensor, Tensor]
+    rows: np.ndarray
+    cols: np.ndarray
+    even: np.ndarray
+
+    @staticmethod
+    def of(a: Tensor, b: Tensor) -> Live:
+        """Points of positive weight."""
+        order, even = [], torch.ones(len(a), dtype=torch.bool)
+        for weight in (a, b):
+            order.append((weight <= 0).byte().argsort(dim=1, stable=True))
+            most, least = weight.amax(1), torch.where(weight > 0, weight, torch.inf).amin(1)
+            even = even & (most - least <= 1e-12 * least)
+        rows, cols = ((weight > 0).sum(1).numpy() for weight in (a, b))
+        return Live(a, b, (order[0], order[1]), rows, cols, even.numpy())
+
+    def solve(self, cost: Tensor, solvers: dict[Callable[[Problems], Solution], np.ndarray]) -> Solution:
+        """Solutions of the problems ``cost`` ``(B, n, m)``, each by the solver that its index is given for.
+
+        Points of weight zero take no part, but have potentials: the largest that fit, targets first.
+        """
+        count, n, m = cost.shape
+        row, col = torch.zeros(2, count, n + m, dtype=torch.int64)
+        mass, f, g = (torch.zeros(count, size, dtype=torch.float64) for size in (n + m, n, m))
+        error = np.zeros(count)
+        for solve, which in solvers.items():
+            if len(which) == 0:
+                continue
+            some = torch.from_numpy(which)
+            left, right = (
+                points[some, : sizes[which].max()]
+                for points, sizes in zip(self.points, (self.rows, self.cols), strict=True)
+            )
+            found = solve(self._problems(cost, which, left, right))
+            width = found.col.shape[1]
+            row[some, :width], col[some, :width] = left.gather(1, found.rows), right.gather(1, found.col)
+            mass[some, :width], error[which] = found.mass, found.error
+            f[some], g[some] = f[some].scatter(1, left, found.f), g[some].scatter(1, right, found.g)
+        if self.rows.min() < n or self.cols.min() < m:
+            f, g = self._extended(cost.double(), f, g)
+        width = int((mass > 0).any(0).sum())
+        return Solution(row[:, :width], col[:, :width], mass[:, :width], f, g, error)
+
+    def _problems(self, cost: Tensor, which: np.ndarray, left: Tensor, right: Tensor) -> Problems:
+        """Some of the problems, without the points of weight zero."""
+        some = torch.from_numpy(which)
+        a, b = self.a[some].gather(1, left), self.b[some].gather(1, right)
+        if self.rows[which].min() == cost.shape[1] and self.cols[which].min() == cost.shape[2]:
+            return Problems.dense(cost[some], a, b)
+        sizes = zip(which, left, self.rows[which], right, self.cols[which], strict=True)
+        return Problems.blocks([cost[p].index_select(0, i[:n]).index_select(1, j[:m]) for p, i, n, j, m in sizes], a, b)
+
+    def _extended(self, cost: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Potentials of all points from those of the points with weight."""
+        cost = cost.minimum(cost.masked_fill(cost == torch.inf, -torch.inf).amax((1, 2), keepdim=True))
+        g = torch.where(self.b > 0, g, (cost - f.masked_fill(self.a <= 0, -torch.inf)[:, :, None]).amin(1))
+        return torch.where(self.a > 0, f, (cost - g[:, None, :]).amin(2)), g
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Plans of ``B`` problems as entries, with potentials.
+
+    Attributes:
+        row, col: ``(B, e)`` int64; row is None where entry i is in row i.
+        mass: ``(B, e)`` float64; entries of mass 0 are padding.
+        f, g: ``(B, n)`` and ``(B, m)`` float64 with ``f_i + g_j <= C_ij``. The dual value of a partial problem is
+            ``<a, f> + <b, g> - (sum a - mass) max f - (sum b - mass) max g``.
+        error: ``(B,)`` float64 on the host, the gap relative to the cost of the plan; filled in by `certified`.
+    """
+
+    row: Tensor | None
+    col: Tensor
+    mass: Tensor
+    f: Tensor
+    g: Tensor
+    error: np.ndarray | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of the entries."""
+        return (
+            torch.arange(self.col.shape[1], device=self.col.device).expand_as(self.col)
+            if self.row is None
+            else self.row
+        )
+
+    def take(self, which: np.ndarray | slice) -> Solution:
+        """Some of the solutions, in memory of their own."""
+        row = None if self.row is None else self.row[which].clone()
+        return Solution(
+            row, self.col[which].clone(), self.mass[which].clone(), self.f[which].clone(), self.g[which].clone()
+        )
+
+    def put(self, to: np.ndarray, other: Solution) -> None:
+        """Replace some solutions, in place, by others of at most their sizes."""
+        for name in ("row", "col", "mass", "f", "g"):
+            old, new = getattr(self, name), getattr(other, name)
+            if old is not None:
+                old[to] = torch.nn.functional.pad(new, (0, old.shape[1] - new.shape[1]))
+
+    def plan(self, name: str, cost: Tensor, unit: float = 1.0) -> Plan:
+        """The plans in the dtype, on the device and in the batch shape of ``cost`` ``(…, n, m)``.
+
+        Masses are multiplied by ``unit``. A warning in the name of ``name`` says if plans are not certified.
+        """
+        batch, size = cost.shape[:-2], (cost.shape[-2], cost.shape[-1])
+
+        def shaped(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+            tensor = tensor.to(cost.device, dtype)
+            return tensor if len(batch) == 1 else tensor.reshape(*batch, tensor.shape[1])
+
+        assert self.error is not None
+        error, worst = torch.from_numpy(self.error).to(cost.device).reshape(batch), float(self.error.max())
+        failed = int((self.error > TOLERANCE).sum()) if worst > TOLERANCE else 0
+        advice = "Rescale the cost or pass it in float64."
+        convergence.count_unconverged(name, failed, len(self.error), worst, advice)
+        return Plan(
+            shaped(self.mass * unit, cost.dtype),
+            size,
+            shaped(self.rows, torch.int64),
+            shaped(self.col, torch.int64),
+            converged=error <= TOLERANCE,
+            error=error,
+            potentials=(shaped(self.f, cost.dtype), shaped(self.g, cost.dtype)),
+        )
+
+
+def certified(problems: Problems, solve: Callable[[Problems], Solution]) -> Solution:
+    """Solve and certify; problems whose certificate stays open are solved again with caps on their costs.
+
+    Args:
+        problems: the problems; costs may be ``+inf``.
+        solve: their solver; see `Problems` for what it may leave out.
+
+    Returns:
+        Solutions with their ``error``; one that is above `TOLERANCE` is not certified.
+
+    Raises:
+        ValueError: costs that are NaN, -inf or too large; no plan avoids the forbidden pairs.
+    """
+    found = solve(problems)
+    error = _errors(problems, found)
+    if not (error <= TOLERANCE).all():
+        found = found.take(slice(None))
+        _again(problems, solve, found, error)
+    return replace(found, error=error)
+
+
+def _errors(problems: Problems, found: Solution, floor: np.ndarray | None = None) -> np.ndarray:
+    """Error of each solution, ``(B,)``: its gap relative to its cost, or to a cost per mass of ``floor``, if larger.
+
+    Computed on the host: all that is read are vectors, and the answer is needed there.
+    """
+    from mbot.kernels.certificate import errors
+
+    flat, start, stride = problems.flat, problems.starts, problems.cols
+    if flat.is_cuda:
+        flat, stride = problems.at(found.row, found.col).flatten(), np.zeros_like(stride)
+        start = found.col.shape[1] * np.arange(problems.count)
+    row = _NO_ROWS if found.row is None else _host(found.row)
+    a, b = (_NO_WEIGHTS if weight is None else _host(weight) for weight in (problems.a, problems.b))
+    moved = -1.0 if problems.mass is None else problems.mass
+    return errors(
+        flat.cpu().numpy(), start, stride, row, _host(found.col), _host(found.mass), _host(found.f), _host(found.g),
+        a, b, moved, np.zeros(problems.count) if floor is None else floor,
+    )  # fmt: skip
+
+
+def _host(tensor: Tensor) -> np.ndarray:
+    return tensor.contiguous().cpu().numpy()
+
+
+def _again(problems: Problems, solve: Callable[[Problems], Solution], found: Solution, error: np.ndarray) -> None:
+    """Solve problems that are not certified under caps, from low ones up; ``found`` and ``error`` change in place."""
+    at = np.flatnonzero(~(error <= TOLERANCE))
+    few = problems.take(at)
+    checks.cost_range(few.flat, *torch.stack(few.flat.aminmax()).tolist())
+    error[at] = _near(few, found.take(at), error[at])
+    levels = _Levels.of(few)
+    level = levels.needed
+    left = error[at] > TOLERANCE
+    while left.any():
+        which = np.flatnonzero(left)
+        some, cap = few.take(which), levels.caps(level)
+        other = _under(some, solve, cap[which])
+        new = _near(some, other, _errors(some, other))
+        better = np.flatnonzero(new < error[at[which]])
+        error[at[which[better]]] = new[better]
+        found.put(at[which[better]], other.take(better))
+        left &= (error[at] > TOLERANCE) & (level < levels.high).cpu().numpy()
+        # Where all costs up to the cap were allowed for, those beyond it cannot be avoided: on to the next of them.
+        following = few.least_above(levels.low + level)
+        level = torch.where(following > cap, following - levels.low, _STEP * (cap - levels.low)).minimum(levels.high)
+    unavoidable = at[error[at] == np.inf]
+    if len(unavoidable):
+        raise ValueError(
+            f"no plan avoids the forbidden pairs (cost +inf) in {len(unavoidable)} of {problems.count} problems, the "
+            f"first at index {unavoidable[0]}"
+        )
+
+
+def _under(problems: Problems, solve: Callable[[Problems], Solution], cap: Tensor) -> Solution:
+    """Solutions with costs capped; mass on capped entries that is rounding is taken away."""
+    found = solve(problems.under(cap))
+    rounding = found.mass <= 1e-12 * found.mass.sum(1, keepdim=True)
+    over = problems.at(found.row, found.col) > cap[:, None]
+    return replace(found, mass=found.mass.masked_fill(over & rounding, 0))
+
+
+def _near(problems: Problems, found: Solution, error: np.ndarray) -> np.ndarray:
+    """Errors of solutions that are not certified, relative to the smaller costs where plans cost next to nothing."""
+    error = error.copy()
+    which = np.flatnonzero((error > TOLERANCE) & (error < np.inf))
+    if len(which):
+        some = problems.take(which)
+        # One cost more than any plan has pairs: where only so many are small, there is no choice among them.
+        pairs = max(some.size) if some.mass is None else int(some.mass)
+        floors = []
+        for cost in some.parts():
+            size = cost.flatten(1).abs().double()
+            among = size.kthvalue(min(pairs + 1, size.shape[1]), 1).values.nan_to_num(posinf=0)
+            least = torch.where(size > 0, size, torch.inf).amin(1).nan_to_num(posinf=1)
+            floors.append(_ROUNDING / TOLERANCE * (2 + min(cost.shape[1:])) * among.maximum(least))
+        error[which] = _errors(some, found.take(which), torch.cat(floors).cpu().numpy())
+    return error
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """What caps on the costs of ``B`` problems are chosen by, ``(B,)`` each.
+
+    Attributes:
+        low: the least cost.
+        high: the largest finite cost, above the least one.
+        needed: a cost, above the least one, that no plan can do without, or a small one.
+        detour: pairs that a detour around a pair may have.
+        forbidden: whether there are infinite costs.
+    """
+
+    low: Tensor
+    high: Tensor
+    needed: Tensor
+    detour: Tensor
+    forbidden: Tensor
+
+    @staticmethod
+    def of(problems: Problems) -> _Levels:
+        """Levels of these problems."""
+        parts = [_Levels._of(cost, problems.mass) for cost in problems.parts()]
+        return _Levels(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    @staticmethod
+    def _of(cost: Tensor, mass: float | None) -> tuple[Tensor, ...]:
+        low = cost.amin((1, 2))
+        if bool((low == torch.inf).any()):
+            raise ValueError("every pair of a problem is forbidden (its costs are all +inf)")
+        infinite = cost == torch.inf
+        high = cost.masked_fill(infinite, -torch.inf).amax((1, 2))
+        needed = cost.masked_fill(cost <= low[:, None, None], torch.inf).amin((1, 2))
+        if mass is None:
+            needed = needed.maximum(cost.amin(1).amax(1)).maximum(cost.amin(2).amax(1))
+        else:
+            needed = needed.maximum(cost.flatten(1).kthvalue(1 + int(mass), 1).values)
+        low, high, needed = low.double(), high.double(), needed.minimum(high).double()
+        return low, high - low, needed - low, torch.full_like(low, 1 + min(cost.shape[1:])), infinite.flatten(1).any(1)
+
+    def caps(self, level: Tensor) -> Tensor:
+        """What no detour over costs up to a level above the least one exceeds; none where all finite costs are."""
+        margin = level + 1e-3 * self.low.abs().maximum((self.low + level).abs())  # in the units of the costs
+        wall = self.low + level + torch.where(margin > 0, margin, 1) * self.detour
+        return torch.where((level < self.high) | self.forbidden, wall, torch.inf)

@@ -1,0 +1,1 @@
+"""Solvers of checked problems. Only they know the compiled kernels."""
