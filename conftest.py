@@ -35,12 +35,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", [pytest.param(torch.device("cpu"), id="cpu"), *there])
 
 
-def pytest_collection_modifyitems(items):
-    """Skip GPU tests without a GPU, with a reason."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_collection_modifyitems(config, items):
+    """Without a card, one test that needs it is left in each file, and is skipped with the number of all."""
+    needy = {}
+    for item in items if not torch.cuda.is_available() else []:
+        if item.get_closest_marker("gpu"):
+            needy.setdefault(item.path, []).append(item)
+    for first, *others in needy.values():
+        first.add_marker(pytest.mark.skip(reason=f"no CUDA device, for this test and {len(others)} others here"))
+        config.hook.pytest_deselected(items=others)
+    gone = {item for _, *others in needy.values() for item in others}
+    items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(scope="session")

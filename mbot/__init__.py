@@ -1,6 +1,6 @@
 """Mini-batch optimal transport on CPU and GPU, as losses and as couplings for generative training."""
 
-from mbot import compat, distributed
+from mbot import compat, distributed, testing
 from mbot.convergence import ConvergenceWarning
 from mbot.cost import pairwise_cost
 from mbot.couplings import (
@@ -57,4 +57,5 @@ __all__ = [
     "plan_entropy",
     "reg_curve",
     "suggest_reg",
+    "testing",
 ]

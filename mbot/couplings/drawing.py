@@ -85,9 +85,11 @@ def systematic(share: Tensor, generator: torch.Generator | None) -> Tensor:
 def kept_targets(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Pairs of a plan that leaves mass behind: a target takes part with probability ``m ·`` its mass, at most once.
 
-    The number of pairs is the plan's mass in units of ``1/m``, rounded up or down.
+    The number of pairs is the plan's mass in units of ``1/m``, rounded up or down, and at least one.
     """
     target = systematic((plan.col_mass().double() * plan.size[1]).clamp(0, 1), generator)
+    if len(target) == 0:
+        return with_replacement(plan, 1, generator)
     return sources_of(plan, target, generator), target
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def modules(monkeypatch):
 
 def test_every_section_ends_up_in_the_tables(modules, tmp_path):
     gpu, _ = modules
-    assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    assert gpu.main(["--device", "cpu", "--quick", "--seconds", "100000", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "gpu-cpu.json").read_text())
     for name in gpu.SECTIONS:
         assert found["sections"][name]["status"] == "done", found["sections"][name]
@@ -38,31 +39,43 @@ def test_every_section_ends_up_in_the_tables(modules, tmp_path):
 
 def test_a_section_that_overruns_or_fails_is_reported(modules, tmp_path):
     gpu, _ = modules
-    late = gpu.guarded("precision", "precision", "cpu", True, 0.1, tmp_path)
-    assert late["status"].startswith("stopped after")
+    late = gpu.guarded("precision", "precision", "cpu", True, 0, tmp_path)
+    assert late["status"] == "stopped after its 0 s"
     assert (
         gpu.guarded("new", "not_there_yet", "cpu", True, 1, tmp_path)["status"]
         == "not there: benchmarks/not_there_yet.py"
     )
-    wrong = gpu.guarded("precision", "precision", "nowhere", True, 60, tmp_path)
+    wrong = gpu.guarded("precision", "precision", "nowhere", True, 100_000, tmp_path)
     assert wrong["status"] == "failed (exit code 2)"
     assert "invalid choice" in wrong["error"]
     assert "## precision: failed" in gpu.markdown(gpu.facts("cpu"), {"precision": wrong})
 
 
 def test_a_section_that_overruns_keeps_the_tables_it_has(modules, tmp_path, monkeypatch):
+    """The section never ends, and the clock says that its time is over once it has saved a table."""
     gpu, _ = modules
     slow = tmp_path / "slow_section.py"
-    slow.write_text("import time\n\ndef rows(save):\n    save({'first': [{'a': 1}]})\n    time.sleep(600)\n")
+    slow.write_text(
+        "import sys\n\ndef rows(save):\n    save({'first': [{'a': 1}]})\n    print('saved', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+
+    def run(command, timeout, env, **given):
+        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "saved\n"
+            process.kill()
+        raise subprocess.TimeoutExpired(command, timeout, stderr=b"late")
+
     monkeypatch.setattr(gpu, "HERE", tmp_path)
     monkeypatch.setattr(gpu, "environment", lambda: {**os.environ, "PYTHONPATH": str(tmp_path)})
-    monkeypatch.setitem(gpu.SECTIONS, "precision", ("slow_section", 1.0))
+    monkeypatch.setattr(gpu.subprocess, "run", run)
     driver = (BENCHMARKS / "gpu.py").read_text().replace('("precision", 0.2)', '("slow_section", 0.2)')
     (tmp_path / "gpu.py").write_text(driver)
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
     late = gpu.guarded("precision", "slow_section", "cpu", True, 12, tmp_path)
     assert late["status"] == "stopped after its 12 s"
     assert late["tables"] == {"first": [{"a": 1}]}
+    assert late["error"] == "late"
 
 
 def test_without_a_card_it_says_so(modules, monkeypatch, capsys):

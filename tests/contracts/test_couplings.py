@@ -1,15 +1,20 @@
 """What every coupling promises, whatever it couples by."""
 
-import pickle
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import mbot
+from mbot.random import draw
+from mbot.testing import check_coupling
 from tests.contracts.cases import CONDITIONAL, COUPLINGS, RANDOM, UNEVEN, exported, flat
 
 every_coupling = pytest.mark.parametrize("coupling", flat(COUPLINGS), ids=repr)
+every_sample_once = pytest.mark.parametrize("coupling", [c for c in flat(COUPLINGS) if c not in UNEVEN], ids=repr)
+drawn_by_value = pytest.mark.parametrize("coupling", [c for c in flat(COUPLINGS) if c not in RANDOM], ids=repr)
+WEIGHTED = {"WeightedCoupling"}
 
 
 def batch(n=12, m=12, shape=(3,), dtype=torch.float32, seed=0):
@@ -20,102 +25,45 @@ def batch(n=12, m=12, shape=(3,), dtype=torch.float32, seed=0):
     return x0, x1, y1
 
 
-def seeded():
-    return torch.Generator().manual_seed(7)
-
-
 def test_everything_has_a_case():
     assert exported(mbot.Coupling) == set(COUPLINGS)
 
 
 @every_coupling
-@pytest.mark.parametrize("shape", [(3,), (1, 4, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_pairs_are_indices_in_range(coupling, shape, dtype, device):
-    x0, x1, y1 = (t.to(device) for t in batch(shape=shape, dtype=dtype))
+def test_it_keeps_the_contract(coupling, device):
+    check_coupling(coupling, device=device)
+
+
+@every_sample_once
+@pytest.mark.parametrize(("n", "m"), [(12, 12), (9, 12), (12, 9), (1, 5), (5, 1), (1, 1)])
+def test_x1_keeps_its_order_and_equal_batches_use_every_sample_once(coupling, n, m, device):
+    x0, x1, y1 = (t.to(device) for t in batch(n, m))
+    if type(coupling).__name__ in CONDITIONAL and n != m:
+        with pytest.raises(ValueError, match=r"equally many|hold one condition"):
+            coupling(x0, x1, y1=y1)
+        return
     pairs = coupling(x0, x1, y1=y1)
-    assert pairs.source.dtype == pairs.target.dtype == torch.int64
-    assert pairs.source.device.type == pairs.target.device.type == device.type
-    assert pairs.source.shape == pairs.target.shape == (len(pairs),)
-    assert 0 <= int(pairs.source.min()) <= int(pairs.source.max()) < len(x0)
-    if coupling not in UNEVEN:
-        assert torch.equal(pairs.target, torch.arange(len(x1), device=device))
-    assert 0 <= int(pairs.target.min()) <= int(pairs.target.max()) < len(x1)
-    a, b = pairs.apply(x0, x1)
-    assert torch.equal(a, x0[pairs.source])
-    assert torch.equal(b, x1[pairs.target])
-    assert isinstance(pairs.info, dict)
-
-
-@every_coupling
-def test_equal_sizes_use_every_sample_once(coupling):
-    if coupling in UNEVEN:
-        pytest.skip("leaves samples out, or draws them")
-    x0, x1, y1 = batch()
-    assert sorted(coupling(x0, x1, y1=y1).source.tolist()) == list(range(len(x0)))
+    assert torch.equal(pairs.target, torch.arange(m, device=device))
+    if n == m:
+        assert sorted(pairs.source.tolist()) == list(range(n))
 
 
 @every_coupling
 def test_weights_have_mean_one_and_no_gradient(coupling):
     x0, x1, y1 = batch()
     weight = coupling(x0.requires_grad_(), x1.requires_grad_(), y1=y1).weight
-    if weight is not None:
+    assert (weight is not None) == (type(coupling).__name__ in WEIGHTED)
+    if type(coupling).__name__ in WEIGHTED:
         assert weight.shape == (len(x1),)
         assert not weight.requires_grad
         assert bool((weight >= 0).all())
+        assert float(weight.max()) > 1.01, "not all alike"
         torch.testing.assert_close(weight.mean(), torch.tensor(1.0))
 
 
-@every_coupling
-@pytest.mark.parametrize(("n", "m"), [(12, 12), (9, 12), (12, 9)])
-def test_the_generator_decides_everything_random(coupling, n, m):
-    x0, x1, y1 = batch(n, m)
-    if type(coupling).__name__ in CONDITIONAL and n != m:
-        pytest.skip("conditional couplings need equal sizes")
-    torch.manual_seed(1)
-    first = coupling(x0, x1, y1=y1, generator=torch.Generator().manual_seed(7))
-    torch.manual_seed(2)
-    second = coupling(x0, x1, y1=y1, generator=torch.Generator().manual_seed(7))
-    assert torch.equal(first.source, second.source)
-    assert torch.equal(first.target, second.target)
-
-
-@every_coupling
-@pytest.mark.parametrize(("n", "m"), [(9, 12), (12, 9), (1, 5), (5, 1)])
-def test_unequal_sizes(coupling, n, m):
-    x0, x1, y1 = batch(n, m)
-    if type(coupling).__name__ in CONDITIONAL:
-        with pytest.raises(ValueError, match=r"equally many|hold one condition"):
-            coupling(x0, x1, y1=y1)
-        return
-    pairs = coupling(x0, x1, y1=y1)
-    if coupling not in UNEVEN:
-        assert torch.equal(pairs.target, torch.arange(m))
-    assert 0 <= int(pairs.target.min()) <= int(pairs.target.max()) < m
-    assert 0 <= int(pairs.source.min()) <= int(pairs.source.max()) < n
-
-
-@every_coupling
-def test_one_sample(coupling):
-    x0, x1, y1 = batch(1, 1)
-    pairs = coupling(x0, x1, y1=y1)
-    assert pairs.source.tolist() == pairs.target.tolist() == [0]
-
-
-@every_coupling
-def test_no_memory_between_calls(coupling):
-    x0, x1, y1 = batch()
-    before = coupling(x0, x1, y1=y1, generator=seeded())
-    coupling(*batch(seed=5)[:2], y1=batch(seed=5)[2])
-    after = coupling(x0, x1, y1=y1, generator=seeded())
-    assert torch.equal(before.source, after.source)
-
-
-@every_coupling
+@drawn_by_value
 def test_renaming_all_samples_together_renames_the_pairs(coupling):
     """Permuting x0, x1 and y by one permutation (so that random partners stay partners) permutes the pairs."""
-    if coupling in RANDOM:
-        pytest.skip("draws by position")
     x0, x1, y1 = batch()
     p = torch.randperm(len(x0))
     pairs = coupling(x0, x1, y1=y1)
@@ -135,23 +83,6 @@ def test_inputs_are_left_alone_also_in_inference_mode(coupling):
         coupling(x0, x1, y0=labels, y1=labels)
     for tensor, copy in zip((x0, x1, labels), copies, strict=True):
         assert torch.equal(tensor, copy)
-
-
-@every_coupling
-def test_non_contiguous_input(coupling):
-    x0, x1, y1 = batch(24, 24)
-    strided = coupling(x0[::2], x1[::2], y1=y1[::2], generator=seeded())
-    packed = coupling(x0[::2].contiguous(), x1[::2].contiguous(), y1=y1[::2].contiguous(), generator=seeded())
-    assert torch.equal(strided.source, packed.source)
-
-
-@every_coupling
-def test_settings_pickle_compare_and_print(coupling):
-    again = pickle.loads(pickle.dumps(coupling))
-    assert again == coupling
-    assert repr(again) == repr(coupling)
-    with pytest.raises(AttributeError):
-        coupling.anything_else = 1
 
 
 @every_coupling
@@ -176,3 +107,69 @@ def test_bad_input_is_refused_with_a_reason(coupling, bad, error, says):
     x0, x1, y1 = bad(*batch())
     with pytest.raises(error, match=says):
         coupling(x0, x1, y1=y1)
+
+
+@dataclass(frozen=True)
+class Right(mbot.Coupling):
+    """Random pairs with equal weights: keeps every promise. Each class below breaks one."""
+
+    def _pair(self, x0, x1, y0, y1, generator):
+        size = len(x1)
+        source = draw(torch.randint, len(x0), (size,), generator=generator, device=x1.device)
+        return mbot.Pairs(source, torch.arange(size, device=x1.device), torch.ones(size, device=x1.device))
+
+
+def changed(**parts):
+    """A coupling whose pairs have other parts: functions of the right pairs and the samples."""
+
+    @dataclass(frozen=True)
+    class Wrong(Right):
+        def _pair(self, x0, x1, y0, y1, generator):
+            pairs = super()._pair(x0, x1, y0, y1, generator)
+            given = {name: getattr(pairs, name) for name in ("source", "target", "weight", "info")}
+            return mbot.Pairs(**{**given, **{name: part(pairs, x0, x1) for name, part in parts.items()}})
+
+    Wrong.__qualname__ = "Wrong"
+    globals()["Wrong"] = Wrong  # pickles by name
+    return Wrong()
+
+
+def in_place(pairs, x0, x1):
+    x0 += 1
+    return pairs.source
+
+
+def test_a_coupling_that_is_right_passes():
+    check_coupling(Right())
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ({"source": lambda p, x0, x1: p.source.int()}, "source is torch.int32"),
+        ({"source": lambda p, x0, x1: p.source + len(x0)}, "source is not in"),
+        ({"target": lambda p, x0, x1: p.target[:-1]}, "shape"),
+        ({"source": lambda p, x0, x1: p.source[:0], "target": lambda p, x0, x1: p.target[:0]}, "shape"),
+        ({"weight": lambda p, x0, x1: p.weight * 2}, "mean 2"),
+        (
+            {"weight": lambda p, x0, x1: p.weight * torch.tensor([-1.0, 3.0]).repeat(6)},
+            "negative|mean",
+        ),
+        ({"weight": lambda p, x0, x1: p.weight.requires_grad_()}, "require gradients"),
+        ({"weight": lambda p, x0, x1: p.weight[:1]}, "weights have shape"),
+        ({"info": lambda p, x0, x1: None}, "info is a NoneType"),
+        ({"source": lambda p, x0, x1: torch.randint(len(x0), (len(x1),))}, "the generator must decide"),
+        ({"source": in_place}, "changed x0 in place"),
+        ({"source": lambda p, x0, x1: {}[len(x0)]}, "raised KeyError"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_wrong_is_told(parts, says):
+    with pytest.raises(AssertionError, match=says) as caught:
+        check_coupling(changed(**parts))
+    assert "x0 = " in str(caught.value) or "x0 in place" in str(caught.value)
+
+
+def test_what_is_no_coupling_is_told():
+    with pytest.raises(AssertionError, match=r"derived from mbot\.Coupling"):
+        check_coupling(lambda x0, x1: None)

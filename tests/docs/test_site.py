@@ -124,3 +124,11 @@ def test_code_that_is_shown_without_running_uses_names_and_arguments_that_exist(
         inspect.signature(target).bind(*call.args, **{k.arg: k.value for k in call.keywords})
         checked += 1
     assert checked >= 1
+
+
+def test_the_examples_of_contributing_run(tmp_path):
+    """Parts that people write themselves, and the checks of them."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert sum("import check_" in example for example in examples) == len(examples) >= 3
+    (tmp_path / "examples.py").write_text("\n".join(examples))
+    subprocess.run([sys.executable, tmp_path / "examples.py"], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -39,5 +39,5 @@ def test_kernels():
 
 
 def test_everything_else():
-    slow = "BoMbCoupling and pairs_are_indices"
+    slow = "BoMbCoupling and keeps_the_contract"
     rehearse("tests/setenc", "tests/mbot", "tests/contracts", "tests/flows", "-k", f"not ({slow})", interpret=False)

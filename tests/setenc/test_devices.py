@@ -84,8 +84,16 @@ def test_memory_of_a_stream_on_the_device_is_flat():
     assert peaks[2] == peaks[1]
 
 
-@every_pooling
-@pytest.mark.parametrize("bad", ["nan", "inf", "weight"])
+@pytest.mark.parametrize(
+    ("pooling", "bad"),
+    # A maximum takes every element whose weight is not 0.
+    [
+        pytest.param(make, bad, id=f"{name}-{bad}")
+        for name, make in POOLINGS.items()
+        for bad in ("nan", "inf", "weight")
+        if (name, bad) != ("max", "weight")
+    ],
+)
 @pytest.mark.parametrize("where", [0, 5, 10])
 def test_what_is_not_looked_at_while_streaming_is_found_when_read(pooling, bad, where, monkeypatch):
     """As on an accelerator: elements that are not finite poison the state, for good."""
