@@ -250,6 +250,8 @@ class Solution:
         """
         batch, size = cost.shape[:-2], (cost.shape[-2], cost.shape[-1])
 
+        most = torch.finfo(cost.dtype).max  # potentials may be larger than any cost
+
         def shaped(tensor: Tensor, dtype: torch.dtype) -> Tensor:
             tensor = tensor.to(cost.device, dtype)
             return tensor if len(batch) == 1 else tensor.reshape(*batch, tensor.shape[1])
@@ -266,7 +268,7 @@ class Solution:
             shaped(self.col, torch.int64),
             converged=error <= TOLERANCE,
             error=error,
-            potentials=(shaped(self.f, cost.dtype), shaped(self.g, cost.dtype)),
+            potentials=(shaped(self.f.clamp(-most, most), cost.dtype), shaped(self.g.clamp(-most, most), cost.dtype)),
         )
 
 

@@ -34,7 +34,9 @@ def _simplex(problems: Problems) -> Solution:
         for p in range(begin, stop):
             c = np.ascontiguousarray(problems.matrix(p).numpy(), np.float64)
             rows, cols = c.shape
-            if not problems.capped and unusual(c.ravel(), c.min(), c.sum()):
+            with np.errstate(over="ignore"):
+                total = c.sum()
+            if not problems.capped and unusual(c.ravel(), c.min(), total):
                 f[p], g[p] = np.nan, np.nan
                 continue
             # POT's tolerances are absolute: give it costs in [0, 1] and a total mass of 1. The iteration limit is far

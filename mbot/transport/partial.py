@@ -125,7 +125,8 @@ def _with_dummies(cost: Tensor, a: Tensor, b: Tensor, mass: float) -> Solution:
     """Any weights: a dummy source and a dummy target take what does not move; between them nothing may."""
     n, m = cost.shape[1:]
     augmented = torch.nn.functional.pad(cost.double(), (0, 1, 0, 1))
-    augmented[:, n, m] = 1 + 2 * cost.abs().amax((1, 2))
+    most = augmented.abs().amax((1, 2))
+    augmented[:, n, m] = torch.where(most == torch.inf, most, (2 * most).clamp(1e-300, checks.LARGEST_COST))
     a, b = (torch.cat((w, (v.sum(1, keepdim=True) - mass).clamp_min(0)), 1) for w, v in ((a, b), (b, a)))
     live = Live.of(a, b)
     found = live.solve(augmented, {simplex: np.arange(len(cost))})
