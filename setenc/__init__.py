@@ -13,23 +13,37 @@ from setenc.diagnosis import SlotDiagnosis, diagnose_slots
 from setenc.encode import encode
 from setenc.encoder import UMBC
 from setenc.per_element import PerElement
-from setenc.pooling import DeepSetsPooling, GatedAttentionPooling, Pooling, SlotPooling
+from setenc.pooling import (
+    DeepSetsPooling,
+    DSMILPooling,
+    GatedAttentionPooling,
+    InstancePooling,
+    JointPooling,
+    Pooling,
+    SlotPooling,
+)
 from setenc.query import SlotQuery
 from setenc.ragged import Ragged
+from setenc.selection import JointState, SelectedState
 from setenc.state import SetState
 
 __all__ = [  # noqa: RUF022 - plain order, as in the other packages
     "DIEMDecoder",
+    "DSMILPooling",
     "DeepSetsPooling",
     "FSPoolDecoder",
     "GatedAttentionPooling",
     "ISAB",
+    "InstancePooling",
+    "JointPooling",
+    "JointState",
     "MLPDecoder",
     "PMA",
     "PerElement",
     "Pooling",
     "Ragged",
     "SAB",
+    "SelectedState",
     "SetState",
     "SetTransformerDecoder",
     "SlotDiagnosis",

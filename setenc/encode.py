@@ -12,7 +12,7 @@ alone. With ``G = dL/dZ``, known once the state is complete, ``dL/dtheta = sum_c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -69,7 +69,7 @@ def encode(
         x_or_chunks: ``(B, N, …)``, a ragged batch (see `Ragged`), or a callable that returns a fresh iterator over the
             same chunks each time it is called: tensors or arrays ``(B, n, …)``, or tuples ``(chunk, mask)`` or
             ``(chunk, mask, weights)``, on any device. A set need never be in memory at once; ``sampled`` and ``none``
-            iterate once.
+            iterate once, and every mode once more for each further pass of the pooling (`DSMILPooling`).
         chunk_size: elements of a set in a chunk; None is the whole set, or the chunks as they come.
         gradient: see the table.
         num_gradient_chunks: chunks that ``sampled`` draws.
@@ -122,18 +122,26 @@ def _state(
     facts = {"batch size": 0, "training mode": enc.pooling.training, "gradient": _MODES.index(gradient)}
     with together(group, device, facts):
         source = source_of(*data, chunk_size, draws, seed)
-        chunks = iter(source)
+        chunks: Iterator[Chunk] = iter(source)
         first = next(chunks, None)
         if first is None:
             raise ValueError(
                 "the chunks must be at least one; the iterator ended at once. Return a fresh one each time"
             )
         facts["batch size"] = len(first.x)
-    start = enc.init_state(facts["batch size"], generator=generator, group=group)
-    run = Run(enc, source, start, seed if group is None else seed + dist.get_rank(group) * 2**48)
-    with together(group, device):
-        state = _local(run, gradient, chain((first,), chunks), draws, group)
-    return state if group is None else state.all_reduce(group)
+    state = enc.init_state(facts["batch size"], generator=generator, group=group)
+    own = seed if group is None else seed + dist.get_rank(group) * 2**48
+    chunks = chain((first,), chunks)
+    for index in range(enc.pooling.num_passes):
+        if index:
+            # Chunks are drawn anew: what one draw estimates goes into what the next one does.
+            state = enc.next_pass(state)
+            source = source_of(*data, chunk_size, draws, seed + index)
+            chunks = iter(source)
+        with together(group, device):
+            state = _local(Run(enc, source, state, own, index), gradient, chunks, draws, group)
+        state = state if group is None else state.all_reduce(group)
+    return state
 
 
 def _local(

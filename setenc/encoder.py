@@ -99,15 +99,27 @@ class UMBC(nn.Module):
             return self.readout(state(self))
         if is_ragged(x):
             x = Ragged.of(x)
-            start = self.init_state(len(x))
-            return self.readout(self.reached(start.merge(self.contribution(start, x, mask, weights))))
+            parts = self.featurise(x, mask, weights)
+            whole = self._passes(len(x), lambda start: start.merge(self.pool(start, *parts)))
+            return self.readout(self.reached(whole))
         x, mask, weights = checks.elements(x, mask, weights)
         if x.shape[1] == 0:
-            return self.readout(self.reached(self.init_state(x.shape[0])))
+            return self.readout(self.reached(self._passes(x.shape[0], lambda start: start)))
         features = self._features(x, mask)
         if self.mass_map is not None:
             return self.readout(self.pooling.state_of(features, mask, weights))
         return self._decode(self.pooling(features, mask, weights), set_sizes(x, mask, weights))
+
+    def _passes(self, batch_size: int, absorb: Callable[[SetState], SetState]) -> SetState:
+        """The state after every pass that the pooling makes over its elements."""
+        state = absorb(self.init_state(batch_size))
+        for _ in range(self.pooling.num_passes - 1):
+            state = absorb(self.next_pass(state))
+        return state
+
+    def next_pass(self, state: SetState) -> SetState:
+        """The state with which a pooling of several passes sees the same elements again; see `DSMILPooling`."""
+        return self.pooling.next_pass(state)
 
     def init_state(
         self,
@@ -183,7 +195,7 @@ class UMBC(nn.Module):
         DistributedDataParallel waits for a gradient of every parameter on every rank, be it 0.
         """
         part = state.parts[0]
-        if not torch.is_grad_enabled() or part.total.requires_grad or part.peak.requires_grad:
+        if not torch.is_grad_enabled() or any(p.total.requires_grad or p.peak.requires_grad for p in state.parts):
             return state
         parameters = [p for m in (self.extractor, self.pooling) for p in m.parameters() if p.requires_grad]
         name = "peak" if part.selects else "total"

@@ -25,10 +25,10 @@ from setenc.state import SetState
 
 
 class Run:
-    """One encoding: what its passes share."""
+    """A pass of an encoding over the elements, and what belongs to it; ``index`` counts them (see `DSMILPooling`)."""
 
-    def __init__(self, enc: UMBC, source: Source, start: SetState, seed: int) -> None:
-        self.enc, self.source, self.start, self.seed = enc, source, start, seed
+    def __init__(self, enc: UMBC, source: Source, start: SetState, seed: int, index: int = 0) -> None:
+        self.enc, self.source, self.start, self.seed, self.index = enc, source, start, seed, index
         self.device = start.count.device
         kind = self.device.type
         on = torch.is_autocast_enabled(kind)
@@ -55,7 +55,7 @@ def two_passes(run: Run, chunks: Iterable[Chunk], draws: int | None, group: dist
     """The state of all chunks; backward calls the extractor again, on all of them or on ``draws`` drawn ones."""
     second = SecondPass(run, draws, group)
     state = run.start.detach()
-    random = torch.Generator().manual_seed(run.seed)
+    random = torch.Generator().manual_seed(run.seed + run.index)
     with torch.no_grad(), run.autocast():
         for t, chunk, part in run.stream(chunks):
             second.note(t, state, part)

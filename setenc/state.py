@@ -108,12 +108,11 @@ class SetState:
 
     def empty(self) -> SetState:
         """The state of a stream that has seen nothing, with the slots of this one: the identity of `merge`."""
-        return SetState(
-            torch.zeros_like(self.total),
-            torch.zeros_like(self.mass),
-            torch.full_like(self.peak, -torch.inf),
-            torch.zeros_like(self.count),
-            self.slots,
+        return self.replace(
+            total=torch.zeros_like(self.total),
+            mass=torch.zeros_like(self.mass),
+            peak=torch.full_like(self.peak, -torch.inf),
+            count=torch.zeros_like(self.count),
         )
 
     def merge(self, other: SetState) -> SetState:
@@ -184,7 +183,7 @@ class SetState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SetState:
         """``function`` of every tensor."""
-        return SetState(*(function(getattr(self, field.name)) for field in fields(self)))
+        return replace(self, **{field.name: function(getattr(self, field.name)) for field in fields(self)})
 
     def detach(self) -> SetState:
         """Without the autograd graph."""
@@ -205,8 +204,9 @@ class SetState:
         return vars(self.detach())
 
     def _check_mergeable(self, other: SetState) -> None:
-        if not isinstance(other, SetState):
-            raise TypeError(f"a SetState merges with a SetState; got {type(other).__name__}")
+        if type(other) is not type(self):
+            mine = type(self).__name__
+            raise TypeError(f"a {mine} merges with a {mine}; got {type(other).__name__}")
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if (mine.shape, mine.dtype, mine.device) != (theirs.shape, theirs.dtype, theirs.device):

@@ -39,11 +39,14 @@ class Pooling(nn.Module):
         value_dim: values ``V`` of a head.
     """
 
+    state_class = SetState
+    """What the elements become."""
+
     num_passes = 1
     """Times that a stream has to be seen; see `next_pass`."""
 
-    counts_multiplicities = True
-    """Whether an element of weight 2 counts as two elements; else a weight > 0 only says that it is there."""
+    counts_multiplicities: bool | None = True
+    """Whether an element of weight 2 counts as two, or a weight > 0 only says that it is there; None: some slots do."""
 
     def __init__(self, in_dim: int, out_dim: int, *, num_slots: int, num_heads: int, value_dim: int) -> None:
         super().__init__()
@@ -106,8 +109,14 @@ class Pooling(nn.Module):
         index, mask, owner = ragged.blocks(_BLOCK)
         if weights is not None:
             weights = checks.packed_weights(weights, features)[index].where(mask, 0)
-        parts = self.contribution(state, features[index], mask, weights, None if peak is None else peak[owner])
-        return parts.grouped(owner, len(ragged))
+        # Slots that are one for each set go with its blocks.
+        blocks = state.replace(slots=state.slots[owner]) if self.slots_of_sets(state) else state
+        parts = self.contribution(blocks, features[index], mask, weights, None if peak is None else peak[owner])
+        return parts.grouped(owner, len(ragged)).replace(slots=state.slots)
+
+    def slots_of_sets(self, state: SetState) -> bool:
+        """Whether the slots are ``(B, h)``, those of each set, and not shared by all."""
+        return False
 
     def readout(self, state: SetState) -> Tensor:
         """Pooled slots ``(B, K, out_dim)`` of what the state has seen so far; the state stays as it is."""
@@ -140,7 +149,7 @@ class Pooling(nn.Module):
         batch_size = checks.count(batch_size, "batch_size", at_least=0)
         shape = (batch_size, self.num_heads, self.num_slots)
         like, dtype = self.like, self._dtype
-        return SetState(
+        return self.state_class(
             like.new_zeros(*shape, self.value_dim, dtype=dtype),
             like.new_zeros(shape, dtype=dtype),
             like.new_full(shape, -torch.inf, dtype=dtype),
@@ -213,13 +222,14 @@ class Pooling(nn.Module):
                 pieces = zip(features.split(block, 1), logs, strict=True)
         for some, log_weights in pieces:
             parts = self._part(some, state.slots, log_weights, peak, parts)
-            checks.finite_features(some, parts[0] if self.value_dim else parts[2])
+            checks.finite_features(some, parts[0] if self.has_masses else parts[2])
         if alone or mask is not None or weights is not None:
             count = set_sizes(features, mask, weights)
             count = count if alone else state.count + count
         else:
             count = state.count + size
-        return SetState(*cast(Parts, parts), count, state.slots)
+        total, mass, peak = cast(Parts, parts)
+        return state.replace(total=total, mass=mass, peak=peak, count=count)
 
     def forward(
         self,
@@ -242,7 +252,10 @@ class Pooling(nn.Module):
     ) -> SetState:
         """The state of whole sets; arguments as in `forward`."""
         features, mask, weights = checks.elements(features, mask, weights, "features")
-        return self.absorb(self.init_state(features.shape[0], generator=generator), features, mask, weights)
+        state = self.absorb(self.init_state(features.shape[0], generator=generator), features, mask, weights)
+        for _ in range(self.num_passes - 1):
+            state = self.absorb(self.next_pass(state), features, mask, weights)
+        return state
 
     def prepare(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Checked features, 0 at padding, in the parameters' dtype where they come in less precision."""

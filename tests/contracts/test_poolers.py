@@ -19,6 +19,12 @@ from setenc import testing
 
 POOLERS = {
     "DeepSetsPooling": [lambda r=r: setenc.DeepSetsPooling(3, 8, r, norm=r == "mean") for r in ("mean", "sum", "max")],
+    "DSMILPooling": [lambda: setenc.DSMILPooling(3, 8)],
+    "InstancePooling": [lambda k=k: setenc.InstancePooling(3, 8, k) for k in (1, 3, 30)],
+    "JointPooling": [
+        lambda: setenc.JointPooling(setenc.SlotPooling(3, 8, 4, num_heads=2), setenc.InstancePooling(3, 8, 2)),
+        lambda: setenc.JointPooling(*(setenc.DeepSetsPooling(3, 8, r) for r in ("mean", "max", "sum"))),
+    ],
     "GatedAttentionPooling": [lambda: setenc.GatedAttentionPooling(3, 8)],
     "SlotPooling": [
         lambda a=a, h=h, s=s, r=r: setenc.SlotPooling(

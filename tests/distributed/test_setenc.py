@@ -16,6 +16,8 @@ POOLINGS = (
     lambda: setenc.SlotPooling(8, 8, 3, num_heads=2, activation="slot-sigmoid", slots="learned"),
     lambda: setenc.DeepSetsPooling(8, 8, "max"),
     lambda: setenc.DeepSetsPooling(8, 8, "sum"),
+    lambda: setenc.JointPooling(setenc.SlotPooling(8, 8, 3, num_heads=2), setenc.InstancePooling(8, 8, 4)),
+    lambda: setenc.DSMILPooling(8, 8),
 )
 
 
