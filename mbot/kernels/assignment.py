@@ -26,14 +26,14 @@ from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
 from mbot.kernels.threads import run_slices
 
 # No "ninf": infinity marks settled columns below.
-_OPTIONS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "nogil": True,
     "cache": True,
     "boundscheck": False,
     "error_model": "numpy",
     "fastmath": {"nnan", "nsz"},
 }
-_BLOCK, _SHORT = 32, 8
+BLOCK, _SHORT = 32, 8
 _FLAGS = ("nnan", "nsz")
 _START, _FACTOR, _STOP = 0.25, 0.15, 0.1  # epsilon: first, ratio, last × n; in units of the costs' spread
 
@@ -79,7 +79,7 @@ def _block_min(typing_context, row, price, offset):  # type: ignore[no-untyped-d
     """Smallest of the block ``row - price`` that starts at ``offset``."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vectors, wide, lanes = _reduced(context, builder, signature, args, _BLOCK)
+        vectors, wide, lanes = _reduced(context, builder, signature, args, BLOCK)
         least = reduce(lambda left, right: _pick(builder, "<", left, right), vectors)
         return _least_lane(builder, least, wide, lanes)
 
@@ -124,29 +124,29 @@ def _two_smallest_of(width):  # type: ignore[no-untyped-def]
     return scan
 
 
-_scan_block, _scan_short = _two_smallest_of(_BLOCK), _two_smallest_of(_SHORT)
+_scan_block, _scan_short = _two_smallest_of(BLOCK), _two_smallest_of(_SHORT)
 
 
-@njit(**_OPTIONS)
-def _two_smallest(row, price, n):  # type: ignore[no-untyped-def]
+@njit(**OPTIONS)
+def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     """Smallest and second smallest of ``row - price``, and the first one's column. Free of unpredictable branches."""
     infinity = price.dtype.type(np.inf)
     first, second, column = infinity, infinity, 0
-    blocks = n // _BLOCK
+    blocks = n // BLOCK
     if blocks == 1:
         first, second, column = _scan_block(row, price, 0)
     elif blocks > 1:
         best, rest, start = infinity, infinity, 0  # minima of the blocks: the least, and the least of the others
         for block in range(blocks):
-            least = _block_min(row, price, block * _BLOCK)
+            least = _block_min(row, price, block * BLOCK)
             better = least < best
             worse = best if better else least
             rest = worse if worse < rest else rest
             best = least if better else best
-            start = block * _BLOCK if better else start
+            start = block * BLOCK if better else start
         first, second, column = _scan_block(row, price, start)
         second = rest if rest < second else second
-    j = blocks * _BLOCK
+    j = blocks * BLOCK
     while j + _SHORT <= n:
         least, runner_up, at = _scan_short(row, price, j)
         better = least < first
@@ -167,7 +167,7 @@ def _two_smallest(row, price, n):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
-def _total(entries):  # type: ignore[no-untyped-def]
+def total_of(entries):  # type: ignore[no-untyped-def]
     """Sum in float64, in any order."""
     total = 0.0
     for e in range(len(entries)):
@@ -175,12 +175,13 @@ def _total(entries):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(**_OPTIONS)
-def _least(entries, zero):  # type: ignore[no-untyped-def]
+@njit(**OPTIONS)
+def least_of(entries, zero):  # type: ignore[no-untyped-def]
+    """Least of any number of entries; ``zero`` holds as many zeros as a block."""
     least, e = np.inf, 0
-    while e + _BLOCK <= len(entries):
-        least = min(least, _block_min(entries[e : e + _BLOCK], zero, 0))
-        e += _BLOCK
+    while e + BLOCK <= len(entries):
+        least = min(least, _block_min(entries[e : e + BLOCK], zero, 0))
+        e += BLOCK
     for k in range(e, len(entries)):
         least = min(least, entries[k])
     return least
@@ -199,8 +200,8 @@ def unusual(entries, low, total):  # type: ignore[no-untyped-def]
     return SMALL * small >= SAMPLE
 
 
-@njit(**_OPTIONS)
-def _auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def]
+@njit(**OPTIONS)
+def auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def]
     """Epsilon-scaled auction: leaves near-optimal column prices. ``cost`` has unit spread."""
     n = cost.shape[0]
     last = max(_STOP / n, 1e-5)
@@ -215,12 +216,12 @@ def _auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def
             # Two rows bid on the same prices: their scans overlap in the processor. Prices only fall, so the second
             # bid stays valid unless both want the same column.
             i = queue[head]
-            first, second, j = _two_smallest(cost[i], price, n)
+            first, second, j = two_smallest(cost[i], price, n)
             rival, other_j = -1, -1
             other_first, other_second = first, second
             if waiting > 1:
                 rival = queue[head + 1 if head + 1 < n else 0]
-                other_first, other_second, other_j = _two_smallest(cost[rival], price, n)
+                other_first, other_second, other_j = two_smallest(cost[rival], price, n)
             for turn in range(2):
                 if turn == 1:
                     if rival < 0 or other_j == j:
@@ -243,8 +244,8 @@ def _auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def
         epsilon *= _FACTOR
 
 
-@njit(**_OPTIONS)
-def _relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-untyped-def]
+@njit(**OPTIONS)
+def relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-untyped-def]
     """Shorten the distances of the columns that are not settled yet by going through the row ``via``."""
     for j in range(len(dist)):
         h = row[j] - price[j] - shift
@@ -254,7 +255,7 @@ def _relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-
         parent[j] = via if better else parent[j]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  # type: ignore[no-untyped-def]
     """Exact assignment from any prices; on return the prices are optimal dual variables."""
     n = cost.shape[0]
@@ -263,7 +264,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
         row_of[i] = -1
     unmatched = 0
     for i in range(n):
-        _, _, j = _two_smallest(cost[i], price, n)
+        _, _, j = two_smallest(cost[i], price, n)
         if row_of[j] < 0:
             row_of[j] = i
             col_of[i] = j
@@ -276,7 +277,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
         while k < todo:
             i = free[k]
             k += 1
-            first, second, j = _two_smallest(cost[i], price, n)
+            first, second, j = two_smallest(cost[i], price, n)
             loser = row_of[j]
             lowered = price[j] - (second - first)
             strict = lowered < price[j]
@@ -303,14 +304,14 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
             open_dist[j] = h
             parent[j] = start
         while True:
-            least, _, end = _two_smallest(open_dist, zero, n)
+            least, _, end = two_smallest(open_dist, zero, n)
             i = row_of[end]
             if i < 0:
                 break
             open_dist[end] = np.inf  # settled
             row = cost[i]
             shift = row[end] - price[end] - least
-            _relax(row, price, shift, dist, open_dist, parent, i)
+            relax(row, price, shift, dist, open_dist, parent, i)
         for j in range(n):
             if open_dist[j] == np.inf:
                 price[j] += dist[j] - least
@@ -324,7 +325,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
                 break
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
     largest = 1
@@ -337,7 +338,7 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
     row_of_all = np.empty(largest, np.int64)
     parent_all = np.empty(largest, np.int64)
     free_all = np.empty(largest, np.int64)
-    zero = np.zeros(max(largest, _BLOCK))
+    zero = np.zeros(max(largest, BLOCK))
     for p in range(begin, stop):
         n = sizes[p]
         at = points[p]
@@ -345,8 +346,8 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
         cost = entries.reshape(n, n)
         col_of = column[at : at + n]
         price = col_dual[at : at + n]
-        low = _least(entries, zero)
-        total = _total(entries)
+        low = least_of(entries, zero)
+        total = total_of(entries)
         spread = total / (n * n) - low
         if not capped and unusual(entries, low, total):
             for i in range(n):
@@ -360,12 +361,12 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
                 scaled[e] = (entries[e] - low) * scale
             price32 = price32_all[:n]
             price32[:] = 0.0
-            _auction(scaled.reshape(n, n), price32, col_of, row_of_all[:n], free_all[:n])
+            auction(scaled.reshape(n, n), price32, col_of, row_of_all[:n], free_all[:n])
             for j in range(n):
                 price[j] = price32[j] * spread
         _finish(cost, price, col_of, row_of_all[:n], dist_all[:n], open_all[:n], parent_all[:n], free_all[:n], zero)
         for i in range(n):
-            row_dual[at + i], _, _ = _two_smallest(cost[i], price, n)
+            row_dual[at + i], _, _ = two_smallest(cost[i], price, n)
 
 
 def assign(flat: np.ndarray, sizes: np.ndarray, capped: bool = False) -> tuple[np.ndarray, ...]:

@@ -17,13 +17,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mbot.kernels.assignment import _BLOCK, _OPTIONS, _auction, _least, _relax, _total, _two_smallest, unusual
+from mbot.kernels.assignment import BLOCK, OPTIONS, auction, least_of, relax, total_of, two_smallest, unusual
 from mbot.kernels.threads import run_slices
 
 _COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
     """Column prices and the price of D from an auction on the augmented matrix; in units of the cost."""
     n = cost.shape[0]
@@ -46,11 +46,11 @@ def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
     scaled[n:, :n] = outside
     scaled[n:, n:] = 2 * top + 1
     price = np.zeros(size, np.float32)
-    _auction(scaled, price, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
+    auction(scaled, price, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
     return price
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _group_minimum(cost, col_of, group_cost, group_row, only):  # type: ignore[no-untyped-def]
     """Cheapest member of D for every column (``only`` < 0), or for the columns whose cheapest member was ``only``."""
     n = cost.shape[0]
@@ -70,7 +70,7 @@ def _group_minimum(cost, col_of, group_cost, group_row, only):  # type: ignore[n
                     group_row[j] = i
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
     """Exact matching with n - q pairs from any prices. Returns the levels of D and R: ``theta`` and ``tau``."""
     n = cost.shape[0]
@@ -81,7 +81,7 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
         row_of[j] = -1
     best, want = dist, taker
     for i in range(n):
-        first, _, j = _two_smallest(cost[i], price, n)
+        first, _, j = two_smallest(cost[i], price, n)
         best[i] = first
         want[i] = j
     # D takes the q rows whose best pair is the most expensive.
@@ -110,7 +110,7 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
         while k < todo:
             i = free[k]
             k += 1
-            first, second, j = _two_smallest(cost[i], price, n)
+            first, second, j = two_smallest(cost[i], price, n)
             if theta <= first:
                 free[unmatched] = i
                 unmatched += 1
@@ -152,7 +152,7 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
             sink, sink_open, sink_taker = theta, True, start
         source_at = -2 if start == n else -1  # the column through which R was reached
         while True:
-            least, _, end = _two_smallest(open_dist, zero, n)
+            least, _, end = two_smallest(open_dist, zero, n)
             if sink_open and sink < least:
                 sink_open = False
                 shift = theta - sink
@@ -172,11 +172,11 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
                     continue
                 source_at = end
                 shift = -price[end] - least
-                _relax(zero, price, shift, dist, open_dist, taker, n)
+                relax(zero, price, shift, dist, open_dist, taker, n)
                 continue
             row = cost[i]
             shift = row[end] - price[end] - least
-            _relax(row, price, shift, dist, open_dist, taker, i)
+            relax(row, price, shift, dist, open_dist, taker, i)
             if theta - shift < sink:
                 sink, sink_open, sink_taker = theta - shift, True, i
         level = least
@@ -215,7 +215,7 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
     return theta, tau
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
     """Turn an optimal matching into one with one pair more, along the shortest path from D to R. Returns D's level."""
     n = cost.shape[0]
@@ -224,14 +224,14 @@ def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_c
         open_dist[j] = dist[j]
         taker[j] = group_row[j]
     while True:
-        least, _, end = _two_smallest(open_dist, zero, n)
+        least, _, end = two_smallest(open_dist, zero, n)
         i = row_of[end]
         if i == n:
             break
         open_dist[end] = np.inf  # settled
         row = cost[i]
         shift = row[end] - price[end] - least
-        _relax(row, price, shift, dist, open_dist, taker, i)
+        relax(row, price, shift, dist, open_dist, taker, i)
     for j in range(n):
         if dist[j] < least:
             price[j] += dist[j] - least
@@ -245,7 +245,7 @@ def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_c
         end = previous
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-untyped-def]
     """Write the matching and its dual variables.
 
@@ -256,19 +256,19 @@ def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-un
         price[j] = min(price[j], tau)
         v[j] = price[j]
     for i in range(n):
-        least, _, _ = _two_smallest(cost[i], price, n)
+        least, _, _ = two_smallest(cost[i], price, n)
         u[i] = min(least, theta)
         column[i] = -1 if col_of[i] == n else col_of[i]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _solve(flat, size, q, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     n = size
     work = np.empty((n + q) * (n + q), np.float32)
     dist, open_dist, zero, group_cost, price = (
         np.empty(n),
         np.empty(n),
-        np.zeros(max(n, _BLOCK)),
+        np.zeros(max(n, BLOCK)),
         np.empty(n),
         np.empty(n),
     )
@@ -277,7 +277,7 @@ def _solve(flat, size, q, capped, begin, stop, column, row_dual, col_dual):  # t
     for p in range(begin, stop):
         entries = flat[p * n * n : (p + 1) * n * n]
         cost = entries.reshape(n, n)
-        low, total = _least(entries, zero), _total(entries)
+        low, total = least_of(entries, zero), total_of(entries)
         spread = total / (n * n) - low
         if not capped and unusual(entries, low, total):
             column[:, p] = -1

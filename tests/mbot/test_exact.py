@@ -167,14 +167,14 @@ def test_constant_huge_and_tiny_costs():
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 def test_the_kernel_scans_rows_of_any_length(dtypes, levels):
     """Blocks, short blocks and single entries; ties anywhere; the a column of the least one."""
-    from mbot.kernels.assignment import _two_smallest
+    from mbot.kernels.assignment import two_smallest
 
     random = np.random.default_rng(levels)
     for n in range(2, 140):
         row = random.integers(0, levels, n).astype(dtypes[0])
         price = random.integers(0, 2, n).astype(dtypes[1])
         reduced = row - price
-        first, second, column = _two_smallest(row, price, n)
+        first, second, column = two_smallest(row, price, n)
         assert (first, second) == tuple(np.sort(reduced)[:2])
         assert reduced[column] == first
 
