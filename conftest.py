@@ -1,5 +1,6 @@
 """Shared by the tests and the doctests."""
 
+import importlib.util
 import os
 
 import pytest
@@ -13,6 +14,9 @@ import setenc
 collect_ignore = ["examples", "benchmarks", "docs"]
 # Modules that cannot be imported without Triton, and have no doctests.
 collect_ignore += ["mbot/kernels/triton_matching.py", "mbot/kernels/triton_streaming.py", "tests/mbot/interpreted.py"]
+# Adapters of packages that may not be there.
+if importlib.util.find_spec("torch_geometric") is None:
+    collect_ignore += ["setenc/pyg.py"]
 
 
 @pytest.fixture(autouse=True)
