@@ -175,7 +175,7 @@ def memmap_chunks(
 class AnnDataChunks(Mapping[Any, Chunks]):
     """The cells of each condition of an annotated data matrix as a set: ``chunks[condition]`` is a `Chunks`.
 
-    ``sets = AnnDataChunks("cells.h5ad", by="perturbation", obsm="X_pca")``, then ``setenc.encode(model, sets["drug"])``.
+    ``sets = AnnDataChunks("cells.h5ad", by="perturbation", obsm="X_pca")`` and ``setenc.encode(model, sets["drug"])``.
 
     A file is opened in backed mode: cells are read when they are asked for, sparse ones become dense chunk by chunk.
     Cells without a condition (NaN) belong to no set.
