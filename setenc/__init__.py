@@ -1,5 +1,6 @@
 """Set encoders that stream, merge and train on sets of any size: UMBC (Willette et al. 2023, arXiv 2208.12401)."""
 
+from setenc import io
 from setenc.decoders import (
     ISAB,
     PMA,
@@ -52,4 +53,5 @@ __all__ = [  # noqa: RUF022 - plain order, as in the other packages
     "UMBC",
     "diagnose_slots",
     "encode",
+    "io",
 ]

@@ -471,3 +471,37 @@ def test_compiled_as_a_whole():
     for size in (3, 17, 500):
         x, mask = torch.randn(2, size, 2), torch.rand(2, size) < 0.7
         torch.testing.assert_close(compiled(x, mask), enc(x, mask), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen batch"])
+def test_a_bag_of_images_end_to_end_in_the_memory_of_one_chunk(norm):
+    """Gradients of the whole bag through the image network; what autograd keeps does not grow with the bag."""
+    middle = nn.GroupNorm(2, 4) if norm == "group" else nn.BatchNorm2d(4)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), middle, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 8)
+    )
+    enc = encoder(setenc.PerElement(network)).train()
+    middle.train(norm == "group")
+    enc.pooling.eval()
+    images = torch.rand(1, 60, 1, 8, 8, dtype=torch.float64)
+
+    def chunks():
+        return iter(images.split(10, 1))
+
+    found, held = {}, {}
+    for mode in ("full", "exact"):
+        for size in (20, 60):
+            saved = []
+            enc.zero_grad()
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+            ):
+                out = setenc.encode(enc, images[:, :size] if size < 60 else chunks, chunk_size=10, gradient=mode)
+            out.sin().sum().backward()
+            held[mode, size] = sum(saved)
+        found[mode] = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in enc.parameters()]
+    for a, b in zip(found["exact"], found["full"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert held["exact", 60] == held["exact", 20]
+    assert held["full", 60] > 2.5 * held["full", 20]
+    assert float(found["exact"][-1].abs().max()) > 0
