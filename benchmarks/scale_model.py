@@ -136,6 +136,7 @@ def encode(
     call.add("all_reduce", 2 * 4 * slots * (d + heads))  # the slots agree
     call.add("all_reduce", 4 * slots * heads)  # peaks
     call.add("all_reduce", 4 * slots * (d + heads), 2)  # totals and masses; their gradients
+    call.add("all_reduce", 56).add("all_reduce", 8, 2)  # what the ranks were given; whether any failed, in each pass
     return call.add("all_reduce", 8)  # how many
 
 
