@@ -16,6 +16,7 @@ from flows.paths import LinearPath, Path, check_path
 from flows.times import TimeLaw, UniformTimes, check_times
 from mbot import Coupling, Pairs, checks
 from mbot.conditions import select, to_device
+from mbot.eager import outside_graphs
 from mbot.random import draw
 
 TimeWeight = Callable[[Tensor], Tensor]
@@ -218,6 +219,7 @@ class FlowMatching:
             raise ValueError(f"time_weight must give one weight a time, {tuple(t.shape)}; got {tuple(factor.shape)}")
         return factor if weight is None else weight * factor
 
+    @outside_graphs
     def sample(
         self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
     ) -> FlowBatch:

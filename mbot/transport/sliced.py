@@ -109,12 +109,14 @@ class SlicedOT(ValueTransport):
             )
             directions = torch.nn.functional.normalize(directions, dim=-1)
             centre = torch.lerp(x.detach().flatten(0, -2).mean(0), y.detach().flatten(0, -2).mean(0), 0.5)
-            x, y = x - centre, y - centre
-            values = distances(_project(x, a, directions, "a"), _project(y, b, directions, "b"))
-            if x.dtype == torch.float64 or not values.numel() or self._precise(x.detach(), y.detach(), values.detach()):
+            left, right = x - centre, y - centre
+            values = distances(_project(left, a, directions, "a"), _project(right, b, directions, "b"))
+            exact = x.dtype == torch.float64 or not values.numel()
+            if exact or self._precise(left.detach(), right.detach(), values.detach()):
                 return values
-            x, y, directions = x.double(), y.double(), directions.double()
-            return distances(_project(x, a, directions, "a"), _project(y, b, directions, "b")).float()
+            # The points themselves, for the difference to a far centre is rounded.
+            left, right, directions = x.double() - centre, y.double() - centre, directions.double()
+            return distances(_project(left, a, directions, "a"), _project(right, b, directions, "b")).float()
 
     def _precise(self, x: Tensor, y: Tensor, values: Tensor) -> bool:
         """Whether the rounding of projections in float32 is below 1e-5 of the smallest distance."""
