@@ -154,14 +154,11 @@ class OTPlanSampler:
 
         For unequal sizes the smaller batch is matched completely.
         """
-        cost = self._cost(x0, x1)
-        x0, x1 = x0.flatten(1), x1.flatten(1)
-        if len(x0) == len(x1):
-            return x0, x1[ExactOT().plan(cost).col]
-        from scipy.optimize import linear_sum_assignment
-
-        rows, cols = (torch.from_numpy(part).to(x0.device) for part in linear_sum_assignment(cost.cpu().numpy()))
-        return x0[rows], x1[cols]
+        cost, size = self._cost(x0, x1), max(len(x0), len(x1))
+        square = torch.nn.functional.pad(cost, (0, size - len(x1), 0, size - len(x0)))  # dummies take what is left
+        col = ExactOT().plan(square).col[: len(x0)]  # type: ignore[index]
+        kept = col < len(x1)
+        return x0.flatten(1)[kept], x1.flatten(1)[col[kept]]
 
     @outside_graphs
     def sample_trajectory(self, X: Tensor) -> np.ndarray:

@@ -26,10 +26,13 @@ class Plan:
         size: ``(n, m)``.
         row, col: int64 indices of the entries; None for a dense plan.
         converged: ``(…,)`` bool, whether each problem met its tolerance (always True of exact solvers that finished).
-        error: ``(…,)`` what the solver stopped on: the relative duality gap of exact solvers, the largest marginal
-            error of iterative ones.
+        error: ``(…,)`` what the solver stopped on: of exact solvers the duality gap, relative to the cost of the plan
+            itself (a plan that costs next to nothing: to the smaller costs); of iterative ones the largest marginal
+            error.
         iterations: ``(…,)`` int64 iterations spent (0 where the notion does not apply).
-        potentials: dual variables ``(f, g)`` of shapes ``(…, n)`` and ``(…, m)`` where the solver has them.
+        potentials: dual variables ``(f, g)`` of shapes ``(…, n)`` and ``(…, m)`` where the solver has them. Those of
+            exact plans satisfy ``f_i + g_j <= C_ij`` for all pairs, points of weight zero included, with equality
+            where mass moves; in a partial plan, points that leave mass behind have the largest ``f`` or ``g``.
         penalty: ``(…,)`` what the solver's objective adds to the transport cost (entropy, marginal terms); 0 if none.
 
     >>> plan = Plan(torch.tensor([0.5, 0.5]), (2, 2), torch.tensor([0, 1]), torch.tensor([1, 0]))

@@ -229,12 +229,12 @@ class Solution:
             else self.row
         )
 
-    def take(self, which: np.ndarray | slice) -> Solution:
-        """Some of the solutions, in memory of their own."""
+    def take(self, which: np.ndarray | slice, size: tuple[int, int] | None = None) -> Solution:
+        """Some of the solutions, in memory of their own, with potentials of so many points."""
         row = None if self.row is None else self.row[which].clone()
-        return Solution(
-            row, self.col[which].clone(), self.mass[which].clone(), self.f[which].clone(), self.g[which].clone()
-        )
+        n, m = (self.f.shape[1], self.g.shape[1]) if size is None else size
+        f, g = self.f[which, :n].clone(), self.g[which, :m].clone()
+        return Solution(row, self.col[which].clone(), self.mass[which].clone(), f, g)
 
     def put(self, to: np.ndarray, other: Solution) -> None:
         """Replace some solutions, in place, by others of at most their sizes."""
@@ -322,7 +322,7 @@ def _again(problems: Problems, solve: Callable[[Problems], Solution], found: Sol
     at = np.flatnonzero(~(error <= TOLERANCE))
     few = problems.take(at)
     checks.cost_range(few.flat, *torch.stack(few.flat.aminmax()).tolist())
-    error[at] = _near(few, found.take(at), error[at])
+    error[at] = _near(few, found.take(at, few.size), error[at])
     levels = _Levels.of(few)
     level = levels.needed
     left = error[at] > TOLERANCE
@@ -368,7 +368,7 @@ def _near(problems: Problems, found: Solution, error: np.ndarray) -> np.ndarray:
             among = size.kthvalue(min(pairs + 1, size.shape[1]), 1).values.nan_to_num(posinf=0)
             least = torch.where(size > 0, size, torch.inf).amin(1).nan_to_num(posinf=1)
             floors.append(_ROUNDING / TOLERANCE * (2 + min(cost.shape[1:])) * among.maximum(least))
-        error[which] = _errors(some, found.take(which), torch.cat(floors).cpu().numpy())
+        error[which] = _errors(some, found.take(which, some.size), torch.cat(floors).cpu().numpy())
     return error
 
 

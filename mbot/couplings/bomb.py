@@ -37,8 +37,8 @@ class BoMbCoupling(Coupling):
 
     For unequal batches every x1 is used once, with sources taken as evenly as possible.
 
-    ``info`` holds ``transport_cost`` (mean over the pairs; named costs only), ``num_batches`` and ``outer_cost`` (the
-    mean value of the matched pairs of mini-batches).
+    ``info`` holds ``transport_cost`` (mean over the pairs; named costs only), ``num_batches``, ``outer_cost`` (the mean
+    value of the matched pairs of mini-batches) and ``error`` (the largest of all plans, see `mbot.Plan`).
 
     Args:
         transport: the inner transport.
@@ -85,32 +85,36 @@ class BoMbCoupling(Coupling):
         small, larger = n // k, n % k  # the first `larger` mini-batches hold one sample more
         cut = larger * (small + 1)
         source = torch.empty(n, dtype=torch.int64, device=device)
-        outer_cost = 0.0
+        outer_cost, errors = 0.0, []
         for part, batches in ((slice(0, cut), larger), (slice(cut, n), k - larger)):
             if batches:
                 left, right = even[rows[part]].reshape(batches, -1), cols[part].reshape(batches, -1)
-                matched, values = self._match(x0, x1, left, right, generator)
+                matched, values, error = self._match(x0, x1, left, right, generator)
                 plan = self.transport.plan(pairwise(x0[left[matched]], x1[right], self.cost))
                 source[right] = left[matched].gather(1, permutations(plan, generator))
                 outer_cost += float(values.gather(0, matched[None]).sum()) / k
+                errors += [error, plan.error.max()]
         target = torch.arange(n, device=device)
-        info: dict[str, Any] = {"num_batches": k, "outer_cost": outer_cost}
+        info: dict[str, Any] = {"num_batches": k, "outer_cost": outer_cost, "error": float(torch.stack(errors).max())}
         if isinstance(self.cost, str):
             info["transport_cost"] = float(paired(x0[source], x1, self.cost).mean())
         return Pairs(source, target, info=info)
 
     def _match(
         self, x0: Tensor, x1: Tensor, left: Tensor, right: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """The source mini-batch of each target mini-batch, and all values ``(k, k)``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The source mini-batch of each target mini-batch, all values ``(k, k)``, and the largest error of a plan."""
         k, size = left.shape
         step = max(1, _CHUNK // (k * size * size))
-        values = []
+        values, errors = [], []
         for begin in range(0, k, step):
             some = left[begin : begin + step]
             cost = pairwise(x0[some.flatten()], x1[right.flatten()], self.cost)
             cost = cost.reshape(len(some), size, k, size).transpose(1, 2).contiguous()
-            values.append(self.transport.value(cost))
+            plan = self.transport.plan(cost)
+            values.append(plan.cost(cost) + plan.penalty)
+            errors.append(plan.error.max())
         table = torch.cat(values)
         outer: Transport = EntropicOT(self.reg) if self.reg > 0 else ExactOT()
-        return permutations(outer.plan(table), generator), table
+        plan = outer.plan(table)
+        return permutations(plan, generator), table, torch.stack([*errors, plan.error]).max()

@@ -48,8 +48,8 @@ class OTCoupling(Coupling):
     then starts from noise that training never saw for that condition. Use `ConditionalOTCoupling` there, but see its
     notes on classifier-free guidance.
 
-    ``info`` holds ``transport_cost`` (the mean of the drawn pairs), ``plan_entropy`` (see `mbot.plan_entropy`) and,
-    for partial plans, ``kept``, the number of pairs that come from the plan.
+    ``info`` holds ``transport_cost`` (the mean of the drawn pairs), ``plan_entropy`` (see `mbot.plan_entropy`),
+    ``error`` (of the plan, see `mbot.Plan`) and, for partial plans, ``kept``, the number of pairs from the plan.
 
     Args:
         transport: how the plan is computed.
@@ -98,7 +98,7 @@ class OTCoupling(Coupling):
         plan = transport.plan(cost)
         if bool(plan.total_mass() <= 0):
             raise ValueError(f"{transport!r} moves no mass between these batches: no pair can be drawn")
-        info: dict[str, Any] = {"plan_entropy": float(plan_entropy(plan))}
+        info: dict[str, Any] = {"plan_entropy": float(plan_entropy(plan)), "error": float(plan.error)}
         if self.replacement:
             source, target = with_replacement(plan, m, generator)
         elif transport.leaves_mass and plan.matching() is None:
