@@ -21,6 +21,19 @@ from setenc.encoder import UMBC
 from setenc.pooling import Pooling
 from setenc.ragged import Ragged
 from setenc.state import SetState
+from setenc.testing.tools import (
+    close,
+    copied,
+    elements,
+    like,
+    passes,
+    refused,
+    same_state,
+    stream,
+    trained,
+    true,
+    updated,
+)
 
 
 def check_pooling(pooling: Pooling) -> None:
@@ -57,25 +70,25 @@ def check_pooling(pooling: Pooling) -> None:
 def any_partition_gives_the_same_result(pooling: Pooling) -> None:
     """Chunks of any size give what the whole set gives, to 1e-12 in float64 and 1e-5 in float32."""
     for dtype in (torch.float64, torch.float32):
-        pool = _copy(pooling, dtype)
-        x = 3 * _elements(pool, 2, 20)
+        pool = copied(pooling, dtype)
+        x = 3 * elements(pool, 2, 20)
         whole = pool(x)
-        _true(whole.shape == (2, pool.num_slots, pool.out_dim) and whole.dtype == dtype, "shape and dtype", x=x)
+        true(whole.shape == (2, pool.num_slots, pool.out_dim) and whole.dtype == dtype, "shape and dtype", x=x)
         for sizes in ([20], [1] * 20, [7, 7, 6], [0, 19, 0, 1, 0]):
-            state = _stream(pool, pool.init_state(2), x.split(sizes, 1))
+            state = stream(pool, pool.init_state(2), x.split(sizes, 1))
             kinds = {t.dtype for part in state.parts for t in (part.total, part.mass, part.peak)}
-            _true(kinds == {dtype}, f"the state is {dtype}", x=x)
-            _true(state.count.tolist() == [20, 20], "the state counts its elements", x=x)
-            _close(pool.readout(state), whole, f"chunks of {sizes} elements", x=x)
+            true(kinds == {dtype}, f"the state is {dtype}", x=x)
+            true(state.count.tolist() == [20, 20], "the state counts its elements", x=x)
+            close(pool.readout(state), whole, f"chunks of {sizes} elements", x=x)
 
 
 def any_order_and_any_tree_of_merges_give_the_same_result(pooling: Pooling) -> None:
     """Elements in any order, spread over any states, merged in any order."""
-    pool = _copy(pooling)
+    pool = copied(pooling)
     for seed in range(8):
         g = torch.Generator().manual_seed(seed)
         size = int(torch.randint(1, 13, (), generator=g))
-        x = 10 * _elements(pool, 2, size, seed)
+        x = 10 * elements(pool, 2, size, seed)
         order = torch.randperm(size, generator=g)
         owner = torch.randint(4, (size,), generator=g)
 
@@ -87,20 +100,20 @@ def any_order_and_any_tree_of_merges_give_the_same_result(pooling: Pooling) -> N
                 states = [*rest, states[i].merge(states[j])]
             return states[0]
 
-        out = pool.readout(_passes(pool, pool.init_state(2), absorb))
-        _close(
+        out = pool.readout(passes(pool, pool.init_state(2), absorb))
+        close(
             out, pool(x), "elements in another order, in states merged in another order", x=x, order=order, owner=owner
         )
 
 
 def merging_is_a_commutative_monoid(pooling: Pooling) -> None:
     """``a + b = b + a``, ``(a + b) + c = a + (b + c)``, and the empty state changes nothing."""
-    pool = _copy(pooling)
-    parts = [30 * _elements(pool, 2, n, n) for n in (3, 1, 5)]
+    pool = copied(pooling)
+    parts = [30 * elements(pool, 2, n, n) for n in (3, 1, 5)]
 
     def read(join: Callable[..., SetState]) -> Tensor:
         absorb = lambda start: join(*(pool.update(start.empty(), x) for x in parts))  # noqa: E731
-        return pool.readout(_passes(pool, pool.init_state(2), absorb))
+        return pool.readout(passes(pool, pool.init_state(2), absorb))
 
     whole = read(lambda a, b, c: a.merge(b).merge(c))
     for what, join in (
@@ -108,26 +121,26 @@ def merging_is_a_commutative_monoid(pooling: Pooling) -> None:
         ("a + (b + c)", lambda a, b, c: a.merge(b.merge(c))),
         ("c + b + a", lambda a, b, c: c.merge(b).merge(a)),
     ):
-        _close(read(join), whole, f"states merged as {what}", parts=parts)
+        close(read(join), whole, f"states merged as {what}", parts=parts)
     state = pool.update(pool.init_state(2), parts[0])
     for merged in (state.merge(state.empty()), state.empty().merge(state)):
-        _same_state(merged, state, "a state merged with an empty one", x=parts[0])
+        same_state(merged, state, "a state merged with an empty one", x=parts[0])
 
 
 def sets_are_sets_and_independent(pooling: Pooling) -> None:
     """The order of the elements does not matter, and the sets of a batch do not see each other."""
-    pool = _copy(pooling)
-    x = _elements(pool, 3, 9)
+    pool = copied(pooling)
+    x = elements(pool, 3, 9)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    _close(pool(x[:, order]), pool(x), "elements in another order", x=x, order=order)
-    _close(pool(x.flip(0)), pool(x).flip(0), "sets in another order", x=x)
-    _close(pool(x[1:2]), pool(x)[1:2], "one set of a batch alone", x=x)
+    close(pool(x[:, order]), pool(x), "elements in another order", x=x, order=order)
+    close(pool(x.flip(0)), pool(x).flip(0), "sets in another order", x=x)
+    close(pool(x[1:2]), pool(x)[1:2], "one set of a batch alone", x=x)
 
 
 def a_mask_is_removal(pooling: Pooling) -> None:
     """What stands in padding changes nothing, NaN and infinity included; neither do elements of weight 0."""
-    pool = _copy(pooling)
-    x = _elements(pool, 3, 6)
+    pool = copied(pooling)
+    x = elements(pool, 3, 6)
     mask = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0]]).bool().to(x.device)
     pieces = torch.cat([pool(x[b : b + 1, mask[b]]) for b in range(3)])
     for poison in (math.nan, math.inf, -math.inf, 1e30):
@@ -135,110 +148,110 @@ def a_mask_is_removal(pooling: Pooling) -> None:
             dirty = torch.where(mask[..., None], x, poison).requires_grad_()
             inputs: dict[str, Any] = {"x": dirty, **options}
             whole = pool(dirty, **options)
-            _close(whole, pieces, "masked elements", **inputs)
+            close(whole, pieces, "masked elements", **inputs)
             parts = [{k: v[:, part] for k, v in inputs.items()} for part in (slice(0, 4), slice(4, 6))]
-            state = _passes(pool, pool.init_state(3), partial(_updated, pool, parts))
-            _close(pool.readout(state), whole, "masked elements in a stream", **inputs)
-            _true(state.count.tolist() == [3, 6, 1], "masked elements are not counted", **inputs)
+            state = passes(pool, pool.init_state(3), partial(updated, pool, parts))
+            close(pool.readout(state), whole, "masked elements in a stream", **inputs)
+            true(state.count.tolist() == [3, 6, 1], "masked elements are not counted", **inputs)
             for out in (whole, pool.readout(state)):
                 (gradient,) = torch.autograd.grad(out.square().sum(), dirty, retain_graph=True)
-                _true(bool(gradient.isfinite().all()), "gradients beside masked elements are finite", **inputs)
-                _true(bool((gradient[~mask] == 0).all()), "gradients of masked elements are 0", **inputs)
+                true(bool(gradient.isfinite().all()), "gradients beside masked elements are finite", **inputs)
+                true(bool((gradient[~mask] == 0).all()), "gradients of masked elements are 0", **inputs)
 
 
 def weights_are_multiplicities(pooling: Pooling) -> None:
     """An element of weight 2 counts as two equal elements, one of weight 0 as none."""
-    pool = _copy(pooling)
+    pool = copied(pooling)
     if pool.counts_multiplicities is None:
         return
-    x = _elements(pool, 2, 4)
+    x = elements(pool, 2, 4)
     weights = torch.tensor([[1, 3, 0, 2], [2, 1, 1, 0]], device=x.device)
     times = weights if pool.counts_multiplicities else weights.sign()
     expected = torch.cat([pool(x[b].repeat_interleave(times[b], 0)[None]) for b in range(2)])
     for given in (weights, weights.to(x)):
-        _close(pool(x, weights=given), expected, "weights", x=x, weights=given)
+        close(pool(x, weights=given), expected, "weights", x=x, weights=given)
     parts = [{"x": x[:, part], "weights": weights[:, part]} for part in (slice(0, 3), slice(3, 4))]
-    state = _passes(pool, pool.init_state(2), partial(_updated, pool, parts))
-    _close(pool.readout(state), expected, "weights in a stream", x=x, weights=weights)
-    _true(state.count.tolist() == [6, 4], "weights are counted", x=x, weights=weights)
+    state = passes(pool, pool.init_state(2), partial(updated, pool, parts))
+    close(pool.readout(state), expected, "weights in a stream", x=x, weights=weights)
+    true(state.count.tolist() == [6, 4], "weights are counted", x=x, weights=weights)
 
 
 def empty_sets_are_defined(pooling: Pooling) -> None:
     """A set without elements has a finite result with finite gradients, however it comes to be empty."""
-    pool = _copy(pooling)
-    x = _elements(pool, 2, 5)
-    nothing = pool.readout(_stream(pool, pool.init_state(2), []))
-    _true(bool(nothing.isfinite().all()), "the result of an empty set is finite")
+    pool = copied(pooling)
+    x = elements(pool, 2, 5)
+    nothing = pool.readout(stream(pool, pool.init_state(2), []))
+    true(bool(nothing.isfinite().all()), "the result of an empty set is finite")
     mask = torch.zeros(2, 5, dtype=torch.bool, device=x.device)
-    _close(pool(x, mask), nothing, "all elements masked", x=x)
-    _close(pool(x[:, :0]), nothing, "no elements", x=x[:, :0])
-    _close(pool(x, weights=torch.zeros_like(mask).to(x)), nothing, "all weights 0", x=x)
+    close(pool(x, mask), nothing, "all elements masked", x=x)
+    close(pool(x[:, :0]), nothing, "no elements", x=x[:, :0])
+    close(pool(x, weights=torch.zeros_like(mask).to(x)), nothing, "all weights 0", x=x)
     mask[1, 2] = True
     half = pool(x.requires_grad_(), mask)
-    _close(half[:1], nothing[:1], "an empty set beside another", x=x, mask=mask)
-    _close(half[1:], pool(x[1:, 2:3]), "a set of one element beside an empty one", x=x, mask=mask)
-    gradients = torch.autograd.grad(half.square().sum(), [x, *_trained(pool)], allow_unused=True)
+    close(half[:1], nothing[:1], "an empty set beside another", x=x, mask=mask)
+    close(half[1:], pool(x[1:, 2:3]), "a set of one element beside an empty one", x=x, mask=mask)
+    gradients = torch.autograd.grad(half.square().sum(), [x, *trained(pool)], allow_unused=True)
     for gradient in gradients:
-        _true(gradient is None or bool(gradient.isfinite().all()), "gradients beside an empty set", x=x, mask=mask)
-    _true(pool(x[:0]).shape == (0, pool.num_slots, pool.out_dim), "a batch of no sets", x=x[:0])
-    state = _stream(pool, pool.init_state(0), [x[:0], x[:0]])
-    _true(pool.readout(state).shape == (0, pool.num_slots, pool.out_dim), "a stream of no sets", x=x[:0])
+        true(gradient is None or bool(gradient.isfinite().all()), "gradients beside an empty set", x=x, mask=mask)
+    true(pool(x[:0]).shape == (0, pool.num_slots, pool.out_dim), "a batch of no sets", x=x[:0])
+    state = stream(pool, pool.init_state(0), [x[:0], x[:0]])
+    true(pool.readout(state).shape == (0, pool.num_slots, pool.out_dim), "a stream of no sets", x=x[:0])
 
 
 def states_are_left_alone(pooling: Pooling) -> None:
     """Reading and updating change no state, streams side by side do not see each other, copies go on alike."""
-    pool = _copy(pooling).train()
-    x, y = _elements(pool, 2, 6, 0), _elements(pool, 2, 6, 1)
+    pool = copied(pooling).train()
+    x, y = elements(pool, 2, 6, 0), elements(pool, 2, 6, 1)
     a, b = pool.update(pool.init_state(2), x[:, :3]), pool.update(pool.init_state(2), y[:, :2])
     kept = a.clone()
     longer = pool.update(a, x[:, 3:])
-    _same_state(a, kept, "a state after an update", x=x)
+    same_state(a, kept, "a state after an update", x=x)
     b = pool.update(b, y[:, 2:])
     for state, data in ((longer, x), (b, y)):
-        _same_state(state, pool.update(state.empty(), data), "a stream beside another one", x=data, exact=False)
+        same_state(state, pool.update(state.empty(), data), "a stream beside another one", x=data, exact=False)
     file = io.BytesIO()
     torch.save(a, file)
     for weights_only in (True, False):
         file.seek(0)
         resumed = torch.load(file, weights_only=weights_only)
-        _true(type(resumed) is type(a), "a saved state is loaded as one")
+        true(type(resumed) is type(a), "a saved state is loaded as one")
         resumed = resumed.to(x.device)
-        _same_state(pool.update(resumed, x[:, 3:]), longer, "a stream that goes on from a file", x=x)
-    _same_state(pool.update(copy.deepcopy(a), x[:, 3:]), longer, "a stream that goes on from a copy", x=x)
-    state = _stream(pool, pool.init_state(2), [x])
-    _true(torch.equal(pool.readout(state), pool.readout(state)), "reading twice", x=x)
+        same_state(pool.update(resumed, x[:, 3:]), longer, "a stream that goes on from a file", x=x)
+    same_state(pool.update(copy.deepcopy(a), x[:, 3:]), longer, "a stream that goes on from a copy", x=x)
+    state = stream(pool, pool.init_state(2), [x])
+    true(torch.equal(pool.readout(state), pool.readout(state)), "reading twice", x=x)
 
 
 def gradients_are_those_of_the_whole_set(pooling: Pooling) -> None:
     """Streamed, in one call, and by finite differences; in the elements and in every parameter."""
-    pool = _copy(pooling).train()
-    x = _elements(pool, 2, 7).requires_grad_()
-    leaves = [x, *_trained(pool)]
+    pool = copied(pooling).train()
+    x = elements(pool, 2, 7).requires_grad_()
+    leaves = [x, *trained(pool)]
 
     def gradients(out: Tensor) -> Sequence[Tensor]:
         return torch.autograd.grad(out.sin().sum(), leaves, allow_unused=True, materialize_grads=True)
 
     whole = gradients(pool(x, generator=torch.Generator().manual_seed(3)))
     start = pool.init_state(2, generator=torch.Generator().manual_seed(3))
-    streamed = gradients(pool.readout(_stream(pool, start, x.split(3, 1))))
+    streamed = gradients(pool.readout(stream(pool, start, x.split(3, 1))))
     for ours, theirs in zip(streamed, whole, strict=True):
-        _close(ours, theirs, "gradients of a stream", 1e-10, x=x)
+        close(ours, theirs, "gradients of a stream", 1e-10, x=x)
     pool.eval()
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
     (slope,) = torch.autograd.grad(pool(x).sin().sum(), x)
     with torch.no_grad():
         ends = [pool(x + step * direction).sin().sum() for step in (1e-6, -1e-6)]
-    _close((slope * direction).sum(), (ends[0] - ends[1]) / 2e-6, "a finite difference", 1e-6, x=x)
+    close((slope * direction).sum(), (ends[0] - ends[1]) / 2e-6, "a finite difference", 1e-6, x=x)
 
 
 def two_passes_give_the_gradients_of_one(pooling: Pooling) -> None:
     """`setenc.encode` with ``gradient="exact"`` is ``"full"`` to 1e-10; ``"sampled"`` is it on average."""
-    pool = _copy(pooling).train()
+    pool = copied(pooling).train()
     torch.manual_seed(0)
     extractor = torch.nn.Sequential(torch.nn.Linear(2, pool.in_dim), torch.nn.Dropout(0.3))
-    enc = UMBC(extractor, pool, torch.nn.Linear(pool.out_dim, 2), size_feature=True).to(_like(pool)).train()
+    enc = UMBC(extractor, pool, torch.nn.Linear(pool.out_dim, 2), size_feature=True).to(like(pool)).train()
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 11, 2, generator=g).to(_like(pool))
+    x = torch.randn(3, 11, 2, generator=g).to(like(pool))
     mask = (torch.rand(3, 11, generator=g) < 0.8).to(x.device)
     weights = (torch.rand(3, 11, generator=g) + 0.2).to(x)
     ragged = Ragged.from_mask(x, mask)
@@ -250,7 +263,7 @@ def two_passes_give_the_gradients_of_one(pooling: Pooling) -> None:
         noise = torch.Generator().manual_seed(seed)
         out = encode(enc, data, chunk_size=4, gradient=mode, generator=noise, **options)
         torch.set_rng_state(state)
-        leaves = [leaf, *_trained(enc)]
+        leaves = [leaf, *trained(enc)]
         found = torch.autograd.grad(out.sin().sum(), leaves, allow_unused=True, materialize_grads=True)
         return [out.detach(), *found]
 
@@ -264,7 +277,7 @@ def two_passes_give_the_gradients_of_one(pooling: Pooling) -> None:
     for data, options in cases:
         full, exact = (gradients(data, mode, 7, **options) for mode in ("full", "exact"))
         for ours, theirs in zip(exact, full, strict=True):
-            _close(ours, theirs, "gradients of two passes", 1e-10, x=data, **options)
+            close(ours, theirs, "gradients of two passes", 1e-10, x=data, **options)
     enc.eval()
     full = gradients(x, "full")
     calls: list[float] = []
@@ -275,57 +288,57 @@ def two_passes_give_the_gradients_of_one(pooling: Pooling) -> None:
         found = gradients(x, "sampled", seed)
         draws.setdefault(tuple(calls[-pool.num_passes :]), found)  # the chunks that backward evaluates
     hook.remove()
-    _true(len(draws) == 3**pool.num_passes, "draws of one chunk among three show each of them", x=x)
+    true(len(draws) == 3**pool.num_passes, "draws of one chunk among three show each of them", x=x)
     for each, theirs in zip(zip(*draws.values(), strict=True), full, strict=True):
-        _close(torch.stack(each).mean(0), theirs, "the mean of sampled gradients over all chunks", 1e-10, x=x)
+        close(torch.stack(each).mean(0), theirs, "the mean of sampled gradients over all chunks", 1e-10, x=x)
 
 
 @torch.no_grad()
 def half_precision_keeps_a_float32_state(pooling: Pooling) -> None:
     """Half inputs, half parameters and autocast: sums stay in float32, results in the parameters' dtype."""
-    pool = _copy(pooling, torch.float32)
+    pool = copied(pooling, torch.float32)
     for dtype in (torch.float16, torch.bfloat16):
-        x = _elements(pool, 2, 64).to(dtype)
+        x = elements(pool, 2, 64).to(dtype)
         expected = pool(x.float())
-        state = _stream(pool, pool.init_state(2), x.split(1, 1))
-        _true({t.dtype for part in state.parts for t in (part.total, part.mass)} == {torch.float32}, "float32", x=x)
-        _close(pool.readout(state), expected, "half inputs in a stream", x=x)
-        _close(pool(x), expected, "half inputs", x=x)
+        state = stream(pool, pool.init_state(2), x.split(1, 1))
+        true({t.dtype for part in state.parts for t in (part.total, part.mass)} == {torch.float32}, "float32", x=x)
+        close(pool.readout(state), expected, "half inputs in a stream", x=x)
+        close(pool(x), expected, "half inputs", x=x)
         half = copy.deepcopy(pool).to(dtype)
-        state = _stream(half, half.init_state(2), x.split(1, 1))
-        _true({part.total.dtype for part in state.parts} == {torch.float32}, "a float32 state of half parameters", x=x)
-        _true(half.readout(state).dtype == half(x).dtype == dtype, "results in the parameters' dtype", x=x)
-    x = _elements(pool, 2, 64)
+        state = stream(half, half.init_state(2), x.split(1, 1))
+        true({part.total.dtype for part in state.parts} == {torch.float32}, "a float32 state of half parameters", x=x)
+        true(half.readout(state).dtype == half(x).dtype == dtype, "results in the parameters' dtype", x=x)
+    x = elements(pool, 2, 64)
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        state = _stream(pool, pool.init_state(2), x.split(16, 1))
-    _true({part.total.dtype for part in state.parts} == {torch.float32}, "a float32 state under autocast", x=x)
+        state = stream(pool, pool.init_state(2), x.split(16, 1))
+    true({part.total.dtype for part in state.parts} == {torch.float32}, "a float32 state under autocast", x=x)
 
 
 def ragged_sets_equal_their_sets_one_by_one(pooling: Pooling) -> None:
     """Sets of different sizes, packed, in a list, nested; with weights; empty ones among them."""
-    pool = _copy(pooling)
+    pool = copied(pooling)
     enc = UMBC(None, pool, None)
-    sets = [_elements(pool, 1, n, n)[0] for n in (3, 0, 150, 64, 1)]
+    sets = [elements(pool, 1, n, n)[0] for n in (3, 0, 150, 64, 1)]
     expected = torch.cat([pool(s[None]) for s in sets])
     ragged = Ragged.of(sets)
     forms: list[Any] = [sets, ragged]
     if ragged.values.device.type == "cpu":
         forms.append(torch.nested.nested_tensor(sets, layout=torch.jagged))
     for form in forms:
-        _close(enc(form), expected, "a ragged batch", sets=sets)
+        close(enc(form), expected, "a ragged batch", sets=sets)
         empty = [s[:0] for s in sets]
-        state = _stream(enc, enc.init_state(5), [form, empty])
-        _close(enc.readout(state), expected, "a stream of ragged chunks", sets=sets)
+        state = stream(enc, enc.init_state(5), [form, empty])
+        close(enc.readout(state), expected, "a stream of ragged chunks", sets=sets)
     weights = torch.rand(len(ragged.values), generator=torch.Generator().manual_seed(0)).to(ragged.values)
     parts = zip(sets, weights.split([len(s) for s in sets]), strict=True)
     expected = torch.cat([pool(s[None], weights=w[None]) for s, w in parts])
-    _close(enc(ragged, weights=weights), expected, "weights of a ragged batch", sets=sets, weights=weights)
+    close(enc(ragged, weights=weights), expected, "weights of a ragged batch", sets=sets, weights=weights)
 
 
 def bad_input_is_refused(pooling: Pooling) -> None:
     """Wrong shapes, kinds and values are a TypeError or a ValueError."""
-    pool = _copy(pooling)
-    x = _elements(pool, 2, 5)
+    pool = copied(pooling)
+    x = elements(pool, 2, 5)
     ones = torch.ones(2, 5, device=x.device)
     bad: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
         (ValueError, "too few dimensions", (x[0],)),
@@ -343,11 +356,11 @@ def bad_input_is_refused(pooling: Pooling) -> None:
     for error, what, arguments in bad:
         # A stream on an accelerator is not looked at until it is read.
         for call in (pool, lambda *given: pool.readout(pool.update(pool.init_state(2), *given))):
-            _refused(partial(call, *arguments), error, what, arguments)
-    _refused(lambda: pool.update(pool.init_state(3), x), ValueError, "a chunk of another number of sets", (x,))
-    _refused(lambda: pool.init_state(3).merge(pool.init_state(2)), ValueError, "states of other sizes", ())
+            refused(partial(call, *arguments), error, what, arguments)
+    refused(lambda: pool.update(pool.init_state(3), x), ValueError, "a chunk of another number of sets", (x,))
+    refused(lambda: pool.init_state(3).merge(pool.init_state(2)), ValueError, "states of other sizes", ())
     merge: Callable[[Any], SetState] = pool.init_state(3).merge
-    _refused(partial(merge, x), TypeError, "a tensor as a state", (x,))
+    refused(partial(merge, x), TypeError, "a tensor as a state", (x,))
 
 
 POOLING_CHECKS: tuple[Callable[[Pooling], None], ...] = (
@@ -365,73 +378,3 @@ POOLING_CHECKS: tuple[Callable[[Pooling], None], ...] = (
     ragged_sets_equal_their_sets_one_by_one,
     bad_input_is_refused,
 )
-
-
-def _copy(pooling: Pooling, dtype: torch.dtype = torch.float64) -> Pooling:
-    return copy.deepcopy(pooling).to(dtype).eval()
-
-
-def _like(module: torch.nn.Module) -> Tensor:
-    return next(module.parameters())
-
-
-def _trained(module: torch.nn.Module) -> list[Tensor]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def _elements(pooling: Pooling, batch: int, size: int, seed: int = 0) -> Tensor:
-    x = torch.randn(batch, size, pooling.in_dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x.to(_like(pooling))
-
-
-def _passes(pooling: Pooling, start: SetState, absorb: Callable[[SetState], SetState]) -> SetState:
-    """The state after every pass that the pooling makes over its elements."""
-    state = absorb(start)
-    for _ in range(pooling.num_passes - 1):
-        state = absorb(pooling.next_pass(state))
-    return state
-
-
-def _updated(pooling: Any, parts: Sequence[dict[str, Any]], state: SetState) -> SetState:
-    for part in parts:
-        state = pooling.update(state, part["x"], part.get("mask"), part.get("weights"))
-    return state
-
-
-def _stream(pooling: Any, start: SetState, chunks: Sequence[Any]) -> SetState:
-    pool = pooling.pooling if isinstance(pooling, UMBC) else pooling
-    return _passes(pool, start, partial(_updated, pooling, [{"x": chunk} for chunk in chunks]))
-
-
-def _true(condition: bool, what: str, **inputs: Any) -> None:
-    if not condition:
-        raise AssertionError(f"broken: {what}. Input: {inputs}")
-
-
-def _close(ours: Tensor, theirs: Tensor, what: str, tolerance: float | None = None, /, **inputs: Any) -> None:
-    if tolerance is None:
-        tolerance = 1e-12 if theirs.dtype == torch.float64 else 1e-5
-    try:
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-    except AssertionError as error:
-        raise AssertionError(f"{what} must not change the result. {error}\nInput: {inputs}") from None
-
-
-def _same_state(ours: SetState, theirs: SetState, what: str, *, exact: bool = True, **inputs: Any) -> None:
-    for a, b in zip(ours.parts, theirs.parts, strict=True):
-        for name in ("total", "mass", "peak", "count"):
-            mine, other = getattr(a, name), getattr(b, name)
-            if exact:
-                _true(torch.equal(mine, other), f"{what}: its {name}", **inputs)
-            else:
-                _close(mine, other, f"{what}: its {name}", **inputs)
-
-
-def _refused(call: Callable[[], Any], error: type[Exception], what: str, inputs: Any) -> None:
-    try:
-        call()
-    except error:
-        return
-    except Exception as other:
-        raise AssertionError(f"{what} must be a {error.__name__}; got {other!r}. Input: {inputs}") from other
-    raise AssertionError(f"{what} must be a {error.__name__}; it was accepted. Input: {inputs}")
