@@ -76,6 +76,10 @@ class UMBC(nn.Module):
         if mass_feature and not pooling.has_masses:
             raise ValueError(f"mass_feature needs slots that weigh elements; {type(pooling).__name__} has none")
         self.mass_map = nn.Linear(pooling.num_heads, pooling.out_dim) if mass_feature else None
+        if self.mass_map is not None:
+            # Small, beside slots of size 1: log masses are of size 1 too, and at first say less than the slots do.
+            nn.init.normal_(self.mass_map.weight, std=0.1)
+            nn.init.zeros_(self.mass_map.bias)
         # Modes, training or not, in which the extractor has still to be tested.
         self._to_probe = {True, False} if checks.flag(probe, "probe") and extractor is not None else set()
 

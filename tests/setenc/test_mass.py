@@ -143,7 +143,13 @@ def test_a_mean_that_forgets_and_a_mass_that_tells():
     x = torch.eye(2)[torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1]])]
     blind, seeing = (setenc.UMBC(None, pooling, None, mass_feature=on) for on in (False, True))
     torch.testing.assert_close(*blind(x))
-    assert float((seeing(x)[0] - seeing(x)[1]).detach().abs().max()) > 0.1
+    with torch.no_grad():
+        seeing.mass_map.weight.fill_(1)
+    # Slot 0 saw 3 of 4 elements, then 1 of 4; slot 1 the other way round.
+    gap = torch.tensor(3.0).log()
+    torch.testing.assert_close(
+        seeing(x)[0] - seeing(x)[1], torch.stack((gap, -gap))[:, None].expand(2, 2), atol=1e-4, rtol=0
+    )
 
 
 def test_poolings_that_select_have_no_mass():
