@@ -129,6 +129,17 @@ def test_unequal_class_counts_are_an_exact_transport(counts, seed, draw):
     assert pairs.info["transport_cost"] == pytest.approx(best / len(pairs), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("counts", [[(1, 4), (3, 1)], [(2, 7), (3, 1)], [(4, 4), (1, 1), (5, 2)]])
+def test_a_small_class_that_is_looked_at_again(counts, seed):
+    """A block that is not certified at first is smaller than those beside it."""
+    g = torch.Generator().manual_seed(seed)
+    y0, y1 = (torch.cat([torch.full((c[side],), i) for i, c in enumerate(counts)]) for side in (0, 1))
+    pairs = ConditionalOTCoupling()(torch.randn(len(y0), 2, generator=g), torch.randn(len(y1), 2, generator=g), y0, y1)
+    assert torch.equal(y0[pairs.source], y1)
+    assert pairs.info["error"] < 1e-9
+
+
 def test_unequal_counts_at_a_price():
     g = torch.Generator().manual_seed(0)
     x0, x1 = torch.randn(5, 2, generator=g), torch.randn(13, 2, generator=g)
