@@ -265,7 +265,7 @@ def refused_losses(rank, world):
 
 
 def compare(rank, world, file):
-    group(rank, world, file, timeout=timedelta(seconds=120))
+    group(rank, world, file, timeout=timedelta(seconds=600))
     for coupling in SPREAD:
         one_coupling(coupling, rank, world, torch.float64)
     one_coupling(mbot.OTCoupling(), rank, world, torch.bfloat16)
@@ -388,7 +388,7 @@ def work(kind, among):
 def losing(rank, world, folder, kind, loss):
     """The last rank is lost in the middle; the others write down with what they end."""
     torch.manual_seed(0)
-    group(rank, world, folder / "rendezvous", timeout=timedelta(seconds=120))
+    group(rank, world, folder / "rendezvous", timeout=timedelta(seconds=600))
     work(kind, None)  # what is loaded and compiled at first takes its time
     try:
         among = dist.new_group(timeout=timedelta(seconds=TIMEOUT))

@@ -92,7 +92,7 @@ def test_a_signal_saves_and_the_exit_code_says_so(number, workers, tmp_path):
         while checkpoint.latest(run / "checkpoints") is None and process.poll() is None:
             time.sleep(0.05)
         os.killpg(process.pid, number)
-        _, said = process.communicate(timeout=120)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == 75
     last = checkpoint.latest(run / "checkpoints")
     assert f"saved as {last}; run the same command with --resume to go on" in said
@@ -104,7 +104,7 @@ def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "flows", "train",
          *TINY, "--coupling-scope", "global", "--out", str(run)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("written:") == 1

@@ -24,7 +24,7 @@ with FolderLock(Path(sys.argv[1])):
     child = os.fork()  # a data worker inherits the open file, but not the lock
     if child:
         print(child, flush=True)
-    time.sleep(60)
+    time.sleep(3600)  # it is killed
 """
 
 
