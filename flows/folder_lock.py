@@ -46,7 +46,7 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         if self._depth == 0 and self.folder is not None:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                Ranks().first_ones(self._acquire)
+                Ranks().from_first(self._acquire)
             else:
                 self._acquire()
         self._depth += 1

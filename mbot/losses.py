@@ -32,7 +32,7 @@ from mbot.transport import EntropicOT, ExactOT, Transport
 
 
 class MiniBatchLoss(nn.Module):
-    """What the mini-batch losses share: drawing, solving the grid of inner problems, and low-memory backward.
+    """Base of the mini-batch losses: mini-batches are drawn, the grid between them is solved, its values are summed.
 
     Attributes:
         solver: solves the grid of a scheme between two sides; see `solved_by`.
@@ -69,7 +69,7 @@ class MiniBatchLoss(nn.Module):
         return f"{self.transport}, num_batches={self.num_batches}, batch_size={self.batch_size}, cost={self.cost!r}"
 
     def solved_by(self, solver: Callable[[Scheme, Side, Side], Grid]) -> Self:
-        """The same loss whose grids ``solver`` solves, on other processes say; see `mbot.grid.Scheme.solve`."""
+        """A copy of this loss whose grids are solved by ``solver``, which stands in for `mbot.grid.Scheme.solve`."""
         other = copy.copy(self)
         other.solver = solver
         return other
@@ -80,7 +80,7 @@ class MiniBatchLoss(nn.Module):
         return Scheme(self.transport, self.cost, aligned=False, generator=self.generator)
 
     def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Weights ``(k, k')`` of the inner problems, and what the outer problem adds to the value."""
+        """Weights ``(k, k')`` of the inner problems, and the penalty of the outer problem."""
         raise NotImplementedError
 
     @outside_graphs

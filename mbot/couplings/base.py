@@ -1,4 +1,4 @@
-"""Couplings: which noise goes with which sample. The product is indices (and weights), never tensors."""
+"""Couplings: rules that pair sources with targets. A coupling returns indices and weights, never samples."""
 
 from __future__ import annotations
 

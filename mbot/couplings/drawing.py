@@ -1,7 +1,7 @@
-"""Pairs from transport plans: whatever a plan holds (entries, a dense matrix, less than all mass), out come indices.
+"""Indices of pairs, drawn from transport plans: sparse or dense, of full or partial mass.
 
-No draw looks at more than one column of the plan: a pair takes one random number and a search in the cumulative mass
-of its column. Random numbers come from the generator alone, in an order that depends on nothing but sizes.
+A pair takes one random number and a search in the cumulative mass of one column of the plan. Random numbers come from
+the generator alone; how many, and in which order, depends on sizes alone.
 """
 
 from __future__ import annotations

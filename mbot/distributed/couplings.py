@@ -21,10 +21,10 @@ from mbot.numerics import full_float32
 
 @dataclass(frozen=True, eq=False)
 class GlobalPairs(Pairs):
-    """Pairs of the batch of all ranks, on each of them; ``source`` and ``target`` index that batch.
+    """Pairs of the batch of all ranks, the same on every rank; ``source`` and ``target`` index that batch.
 
     Attributes:
-        ranks: who takes part.
+        ranks: the process group.
         sizes: rows of x0 on each rank, rank after rank in the batch; None if every rank holds all of x0.
         place: ``(m,)`` the target's position in the batch, for the targets of the ranks one after the other.
         counts: targets on each rank.
@@ -36,11 +36,11 @@ class GlobalPairs(Pairs):
     counts: list[int] = field(default_factory=list)
 
     def _owner_of_target(self) -> tuple[Tensor, Tensor]:
-        held = torch.empty_like(self.place).scatter_(0, self.place, torch.arange(len(self.place)).to(self.place))
-        return _owner(held[self.target], self.counts)
+        row_of = torch.empty_like(self.place).scatter_(0, self.place, torch.arange(len(self.place)).to(self.place))
+        return _owner(row_of[self.target], self.counts)
 
     def here(self) -> Pairs:
-        """The pairs of this rank's targets: ``target`` is a row of this rank's x1, ``source`` of the batch."""
+        """The pairs whose targets are on this rank. ``target`` indexes its x1, ``source`` the batch of all ranks."""
         rank, row = self._owner_of_target()
         mine = rank == self.ranks.rank
         return Pairs(self.source[mine], row[mine], None if self.weight is None else self.weight[mine], self.info)
@@ -52,7 +52,7 @@ class GlobalPairs(Pairs):
         return _owner(source, self.sizes)
 
     def fetch(self, values: Tensor) -> Tensor:
-        """What goes with the sources of this rank's pairs, from the ranks that hold it.
+        """Values of the sources of this rank's pairs (their labels, for example), sent by the ranks that hold them.
 
         Args:
             values: ``(n_rank, …)`` on each rank, spread as x0 is; no gradients flow back.
@@ -148,7 +148,7 @@ class GlobalCoupling:
             kind = (flat1.dtype, tuple(x1.shape[1:]), y0 is None, y1 is None, place is None)
             return len(flat0), len(flat1), kind, None if place is None else place.cpu()
 
-        sizes0, sizes1, kinds, places = (list(part) for part in zip(*ranks.everyones(checked), strict=True))
+        sizes0, sizes1, kinds, places = (list(part) for part in zip(*ranks.from_all(checked), strict=True))
         if any(kind != kinds[0] for kind in kinds):
             raise ValueError(f"the ranks must pass samples of one dtype and shape, and the same arguments; got {kinds}")
         shared = self.source == "shared"
@@ -198,7 +198,7 @@ class GlobalCoupling:
             weight = None if pairs.weight is None else pairs.weight.cpu()
             return pairs.source.cpu(), pairs.target.cpu(), weight, pairs.info
 
-        source, target, weight, info = ranks.first_ones(solved)
+        source, target, weight, info = ranks.from_first(solved)
         return Pairs(source.to(device), target.to(device), None if weight is None else weight.to(device), info)
 
 

@@ -27,7 +27,8 @@ def spread(loss: MiniBatchLoss, group: dist.ProcessGroup | None = None) -> MiniB
 
     The value is the single process's, on every rank. **Gradients** are meant to be averaged over the ranks, as
     ``DistributedDataParallel`` does: backward gives each rank its own share times the number of ranks, and the average
-    is exactly the gradient of one process. Whoever averages nothing must divide by the number of ranks and sum.
+    is exactly the gradient of one process. If you do not average gradients over the ranks, divide them by the number of
+    ranks and sum.
 
     Args:
         loss: `MiniBatchOT` or `BoMbOT`; it stays as it is.
@@ -69,9 +70,9 @@ class SpreadGrid(Grid):
 
 
 def _solve_spread(ranks: Ranks, scheme: Scheme, x: Side, y: Side) -> SpreadGrid:
-    """`Scheme.solve` of the mini-batches of all ranks; those with an index come from clouds that all ranks have."""
+    """Solve the grid of the mini-batches of all ranks. Mini-batches with an index come from clouds on every rank."""
     drawn, aligned = x.index is not None, scheme.aligned
-    found = ranks.everyones(partial(_checked, x, y, aligned))
+    found = ranks.from_all(partial(_checked, x, y, aligned))
     sizes_x, sizes_y = _all_sizes(found, drawn)
     draws = isinstance(scheme.transport, ValueTransport)
     if draws and (len(set(sizes_x)) > 1 or len(set(sizes_y)) > 1):

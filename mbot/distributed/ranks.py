@@ -39,13 +39,13 @@ class Ranks:
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self.root = 0 if group is None else dist.get_global_rank(group, 0)
 
-    def everyones(self, local: Callable[[], Any]) -> list[Any]:
+    def from_all(self, local: Callable[[], Any]) -> list[Any]:
         """What ``local`` returns on each rank; an error on one is raised on all."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, _outcome(local), self.group)
         return [_result(outcome, rank) for rank, outcome in enumerate(found)]
 
-    def first_ones(self, local: Callable[[], Any]) -> Any:
+    def from_first(self, local: Callable[[], Any]) -> Any:
         """What ``local`` returns on rank 0, where alone it is called; its error is raised on all."""
         box: list[Any] = [_outcome(local) if self.rank == 0 else None]
         dist.broadcast_object_list(box, self.root, self.group)
