@@ -21,6 +21,7 @@ from mbot.couplings import (
 from mbot.diagnostics import condition_ratio, effective_sample_size, marginal_tilt, plan_entropy
 from mbot.losses import BoMbOT, MiniBatchLoss, MiniBatchOT
 from mbot.plan import Plan
+from mbot.solvers.clouds import CloudMatching, match_clouds
 from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, UnbalancedOT
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BoMbCoupling",
     "BoMbOT",
+    "CloudMatching",
     "Condition",
     "ConditionalOTCoupling",
     "ConvergenceWarning",
@@ -53,6 +55,7 @@ __all__ = [
     "distributed",
     "effective_sample_size",
     "marginal_tilt",
+    "match_clouds",
     "pairwise_cost",
     "plan_entropy",
     "reg_curve",

@@ -13,178 +13,15 @@ variables, by which `mbot.problem` certifies it.
 
 from __future__ import annotations
 
-from functools import reduce
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 
 from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
+from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 
-# No "ninf": infinity marks settled columns below.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "boundscheck": False,
-    "error_model": "numpy",
-    "fastmath": {"nnan", "nsz"},
-}
-BLOCK, _SHORT = 32, 8
-_FLAGS = ("nnan", "nsz")
-_START, _FACTOR, _STOP = 0.25, 0.15, 0.1  # epsilon: first, ratio, last × n; in units of the costs' spread
-
-
-def _reduced(context, builder, signature, args, width):  # type: ignore[no-untyped-def]
-    """Vectors of ``row[offset:offset + width] - price[offset:offset + width]``, in the price's type.
-
-    Written in LLVM's vector instructions, which exist on every target: numba leaves a minimum loop scalar, and these
-    scans are nine tenths of the run time.
-    """
-    row_type, price_type, _ = signature.args
-    narrow, wide = context.get_value_type(row_type.dtype), context.get_value_type(price_type.dtype)
-    lanes = 32 // (price_type.dtype.bitwidth // 8)
-
-    def load(array_type, value, element, k):  # type: ignore[no-untyped-def]
-        data = context.make_array(array_type)(context, builder, value).data
-        at = builder.gep(data, [builder.add(args[2], ir.Constant(args[2].type, k * lanes))])
-        vector = ir.VectorType(element, lanes)
-        return builder.load(builder.bitcast(at, vector.as_pointer()), align=array_type.dtype.bitwidth // 8)
-
-    vectors = []
-    for k in range(width // lanes):
-        entries = load(row_type, args[0], narrow, k)
-        if narrow != wide:
-            entries = builder.fpext(entries, ir.VectorType(wide, lanes))
-        vectors.append(builder.fsub(entries, load(price_type, args[1], wide, k)))
-    return vectors, wide, lanes
-
-
-def _pick(builder, comparison, left, right):  # type: ignore[no-untyped-def]
-    """The smaller (``"<"``) or larger (``">"``) of two vectors, lane by lane."""
-    return builder.select(builder.fcmp_ordered(comparison, left, right, flags=_FLAGS), left, right)
-
-
-def _least_lane(builder, vector, wide, lanes):  # type: ignore[no-untyped-def]
-    name = f"llvm.vector.reduce.fmin.v{lanes}f{32 if wide == ir.FloatType() else 64}"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [ir.VectorType(wide, lanes)]), name)
-    return builder.call(function, [vector], fastmath=_FLAGS)
-
-
-@intrinsic
-def _block_min(typing_context, row, price, offset):  # type: ignore[no-untyped-def]
-    """Smallest of the block ``row - price`` that starts at ``offset``."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vectors, wide, lanes = _reduced(context, builder, signature, args, BLOCK)
-        least = reduce(lambda left, right: _pick(builder, "<", left, right), vectors)
-        return _least_lane(builder, least, wide, lanes)
-
-    return price.dtype(row, price, offset), codegen
-
-
-def _two_smallest_of(width):  # type: ignore[no-untyped-def]
-    """Intrinsic: smallest and second smallest of ``width`` entries of ``row - price``, and the first one's position."""
-
-    @intrinsic
-    def scan(typing_context, row, price, offset):  # type: ignore[no-untyped-def]
-        result = types.Tuple((price.dtype, price.dtype, types.int64))
-
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            vectors, wide, lanes = _reduced(context, builder, signature, args, width)
-            # In each lane: the least and, where there are several vectors, the second least.
-            least, second = vectors[0], ir.Constant(ir.VectorType(wide, lanes), [float("inf")] * lanes)
-            for vector in vectors[1:]:
-                second = _pick(builder, "<", second, _pick(builder, ">", least, vector))
-                least = _pick(builder, "<", least, vector)
-            first = _least_lane(builder, least, wide, lanes)
-            splat = ir.Constant(ir.VectorType(wide, lanes), ir.Undefined)
-            for lane in range(lanes):
-                splat = builder.insert_element(splat, first, ir.Constant(ir.IntType(32), lane))
-            bits = ir.IntType(width)
-            mask = ir.Constant(bits, 0)
-            for k, vector in enumerate(vectors):
-                equal = builder.bitcast(builder.fcmp_ordered("==", vector, splat), ir.IntType(lanes))
-                if width > lanes:
-                    equal = builder.shl(builder.zext(equal, bits), ir.Constant(bits, k * lanes))
-                mask = builder.or_(mask, equal)
-            position = builder.cttz(mask, ir.Constant(ir.IntType(1), 0))
-            others = builder.select(builder.fcmp_ordered("==", least, splat), second, least)
-            rest = _least_lane(builder, others, wide, lanes)
-            ties = builder.and_(mask, builder.sub(mask, ir.Constant(bits, 1)))  # the mask without its lowest bit
-            rest = builder.select(builder.icmp_unsigned("!=", ties, ir.Constant(bits, 0)), first, rest)
-            at = builder.add(args[2], builder.zext(position, args[2].type))
-            return context.make_tuple(builder, signature.return_type, [first, rest, at])
-
-        return result(row, price, offset), codegen
-
-    return scan
-
-
-_scan_block, _scan_short = _two_smallest_of(BLOCK), _two_smallest_of(_SHORT)
-
-
-@njit(**OPTIONS)
-def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
-    """Smallest and second smallest of ``row - price``, and the first one's column. Free of unpredictable branches."""
-    infinity = price.dtype.type(np.inf)
-    first, second, column = infinity, infinity, 0
-    blocks = n // BLOCK
-    if blocks == 1:
-        first, second, column = _scan_block(row, price, 0)
-    elif blocks > 1:
-        best, rest, start = infinity, infinity, 0  # minima of the blocks: the least, and the least of the others
-        for block in range(blocks):
-            least = _block_min(row, price, block * BLOCK)
-            better = least < best
-            worse = best if better else least
-            rest = worse if worse < rest else rest
-            best = least if better else best
-            start = block * BLOCK if better else start
-        first, second, column = _scan_block(row, price, start)
-        second = rest if rest < second else second
-    j = blocks * BLOCK
-    while j + _SHORT <= n:
-        least, runner_up, at = _scan_short(row, price, j)
-        better = least < first
-        worse = first if better else least
-        second = second if second < worse else worse
-        second = runner_up if runner_up < second else second
-        first = least if better else first
-        column = at if better else column
-        j += _SHORT
-    for k in range(j, n):
-        h = row[k] - price[k]
-        better = h < first
-        worse = first if better else h
-        second = worse if worse < second else second
-        first = h if better else first
-        column = k if better else column
-    return first, second, column
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
-def total_of(entries):  # type: ignore[no-untyped-def]
-    """Sum in float64, in any order."""
-    total = 0.0
-    for e in range(len(entries)):
-        total += entries[e]
-    return total
-
-
-@njit(**OPTIONS)
-def least_of(entries, zero):  # type: ignore[no-untyped-def]
-    """Least of any number of entries; ``zero`` holds as many zeros as a block."""
-    least, e = np.inf, 0
-    while e + BLOCK <= len(entries):
-        least = min(least, _block_min(entries[e : e + BLOCK], zero, 0))
-        e += BLOCK
-    for k in range(e, len(entries)):
-        least = min(least, entries[k])
-    return least
+FIRST_EPSILON = 0.25  # first epsilon of an auction without prices to start from, in units of the costs' spread
+_FACTOR, _STOP = 0.15, 0.1  # ratio of the steps; the last one, times n
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -201,11 +38,10 @@ def unusual(entries, low, total):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def auction(cost, price, col_of, row_of, queue):  # type: ignore[no-untyped-def]
-    """Epsilon-scaled auction: leaves near-optimal column prices. ``cost`` has unit spread."""
+def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-untyped-def]
+    """Epsilon-scaled auction from given prices: near-optimal ones are left. ``cost`` has unit spread."""
     n = cost.shape[0]
     last = max(_STOP / n, 1e-5)
-    epsilon = _START
     while True:
         for i in range(n):
             col_of[i] = -1
@@ -326,19 +162,59 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
 
 
 @njit(**OPTIONS)
+def room_for(largest):  # type: ignore[no-untyped-def]
+    """Arrays that solving a problem of up to so many rows works in."""
+    whole, real = np.empty((3, largest), np.int64), np.empty((2, largest), np.float64)
+    scaled, narrow = np.empty(largest * largest, np.float32), np.empty(largest, np.float32)
+    return scaled, narrow, real[0], real[1], whole[0], whole[1], whole[2], np.zeros(max(largest, BLOCK))
+
+
+@njit(**OPTIONS, inline="always")
+def _both_stages(cost, low, spread, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
+    """An auction from the prices, whose first step is ``epsilon`` (in units of the spread), and the exact finish."""
+    n = cost.shape[0]
+    scaled_flat, price32, dist, open_dist, row_of, parent, free, zero = room
+    if spread > 0 and n > 2:
+        scale = 1.0 / spread
+        entries, scaled = cost.reshape(n * n), scaled_flat[: n * n]
+        for e in range(n * n):
+            scaled[e] = (entries[e] - low) * scale
+        for j in range(n):
+            price32[j] = price[j] * scale
+        auction(scaled.reshape(n, n), price32[:n], epsilon, col_of, row_of[:n], free[:n])
+        for j in range(n):
+            price[j] = price32[j] * spread
+    _finish(cost, price, col_of, row_of[:n], dist[:n], open_dist[:n], parent[:n], free[:n], zero)
+
+
+@njit(**OPTIONS)
+def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
+    """The optimal matching of one square problem of ordinary costs, from prices near its optimal ones.
+
+    Args:
+        cost: ``(n, n)`` float32.
+        price: ``(n,)`` float64 prices of the columns to start from; optimal ones on return.
+        epsilon: first step of the auction, in units of the costs' spread; from `FIRST_EPSILON` on prices are ignored.
+        col_of: ``(n,)`` the column of each row, written.
+        room: from `room_for`.
+    """
+    n = cost.shape[0]
+    entries = cost.reshape(n * n)
+    low, mean = least_of(entries, room[7]), 0.0
+    for j in range(n):
+        mean += price[j] / n
+    for j in range(n):
+        price[j] = 0.0 if epsilon >= FIRST_EPSILON else price[j] - mean
+    _both_stages(cost, low, total_of(entries) / (n * n) - low, price, epsilon, col_of, room)
+
+
+@njit(**OPTIONS)
 def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
     largest = 1
     for p in range(begin, stop):
         largest = max(largest, sizes[p])
-    scaled_flat = np.empty(largest * largest, np.float32)
-    price32_all = np.empty(largest, np.float32)
-    dist_all = np.empty(largest, np.float64)
-    open_all = np.empty(largest, np.float64)
-    row_of_all = np.empty(largest, np.int64)
-    parent_all = np.empty(largest, np.int64)
-    free_all = np.empty(largest, np.int64)
-    zero = np.zeros(max(largest, BLOCK))
+    room = room_for(largest)
     for p in range(begin, stop):
         n = sizes[p]
         at = points[p]
@@ -346,7 +222,7 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
         cost = entries.reshape(n, n)
         col_of = column[at : at + n]
         price = col_dual[at : at + n]
-        low = least_of(entries, zero)
+        low = least_of(entries, room[7])
         total = total_of(entries)
         spread = total / (n * n) - low
         if not capped and unusual(entries, low, total):
@@ -354,17 +230,7 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
                 col_of[i], row_dual[at + i], price[i] = i, np.nan, np.nan
             continue
         price[:] = 0.0
-        if spread > 0 and n > 2:
-            scale = 1.0 / spread
-            scaled = scaled_flat[: n * n]
-            for e in range(n * n):
-                scaled[e] = (entries[e] - low) * scale
-            price32 = price32_all[:n]
-            price32[:] = 0.0
-            auction(scaled.reshape(n, n), price32, col_of, row_of_all[:n], free_all[:n])
-            for j in range(n):
-                price[j] = price32[j] * spread
-        _finish(cost, price, col_of, row_of_all[:n], dist_all[:n], open_all[:n], parent_all[:n], free_all[:n], zero)
+        _both_stages(cost, low, spread, price, FIRST_EPSILON, col_of, room)
         for i in range(n):
             row_dual[at + i], _, _ = two_smallest(cost[i], price, n)
 

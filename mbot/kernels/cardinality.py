@@ -17,7 +17,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from mbot.kernels.assignment import BLOCK, OPTIONS, auction, least_of, relax, total_of, two_smallest, unusual
+from mbot.kernels.assignment import FIRST_EPSILON, auction, relax, unusual
+from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 
 _COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
@@ -46,7 +47,7 @@ def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
     scaled[n:, :n] = outside
     scaled[n:, n:] = 2 * top + 1
     price = np.zeros(size, np.float32)
-    auction(scaled, price, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
+    auction(scaled, price, FIRST_EPSILON, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
     return price
 
 

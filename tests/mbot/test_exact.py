@@ -167,7 +167,7 @@ def test_constant_huge_and_tiny_costs():
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 def test_the_kernel_scans_rows_of_any_length(dtypes, levels):
     """Blocks, short blocks and single entries; ties anywhere; the a column of the least one."""
-    from mbot.kernels.assignment import two_smallest
+    from mbot.kernels.scans import two_smallest
 
     random = np.random.default_rng(levels)
     for n in range(2, 140):
