@@ -130,15 +130,14 @@ class _Matching:
         if largest > 1e150:
             raise ValueError(f"squared distances are beyond the range of float64: a coordinate is {largest:.3g}")
         # Float32 as it is, also from files; else about the means and in units whose products stay in range.
-        self.scale, self.shift = 1.0, np.zeros(x.shape[1])
+        self.means = [points.mean(0, dtype=np.float64) for points in (x, y)]
+        self.scale, self.centres = 1.0, self.means
         if x.dtype != np.float32 or y.dtype != np.float32 or not (1e-9 < largest < 1e9 or largest == 0):
-            means = [points.mean(0, dtype=np.float64) for points in (x, y)]
-            apart = [points - mean for points, mean in zip((x, y), means, strict=True)]
+            apart = [points - mean for points, mean in zip((x, y), self.means, strict=True)]
             self.scale = max(float(np.abs(points).max()) for points in apart) or 1.0
-            self.shift = means[0] - means[1]
             x, y = ((points / self.scale).astype(np.float32) for points in apart)
+            self.centres = [np.zeros(x.shape[1])] * 2
         self.x, self.y = np.ascontiguousarray(x), np.ascontiguousarray(y)
-        self.origin = self.x.mean(0, dtype=np.float64)
         self.source, self.price = np.arange(self.size), np.zeros(self.size)
         self.costs: list[float] = []
         self.rows, self.cols = np.arange(self.size), np.arange(self.size)
@@ -198,30 +197,27 @@ class _Matching:
 
     def bound(self) -> float:
         """A lower bound of the cost of every matching, from the prices: two passes over all costs."""
-        centre, total = self.y.mean(0, dtype=np.float64), 0.0
-        lengths, sums = [], []
-        for points, about in ((self.x, self.origin), (self.y, centre)):
-            squared, total_of = np.empty(len(points)), np.zeros(len(about))
+        lengths, left, total = [], [], 0.0
+        for points, mean in zip(self.given, self.means, strict=True):
+            squared, sums = np.empty(len(points)), np.zeros(len(mean))
             for a in range(0, len(points), _STEP):
-                part = points[a : a + _STEP] - about
-                squared[a : a + _STEP], total_of = (part**2).sum(1), total_of + part.sum(0)
+                part = points[a : a + _STEP] - mean
+                squared[a : a + _STEP], sums = (part**2).sum(1), sums + part.sum(0)
             lengths.append(squared)
-            sums.append(total_of)
-        digits = (self.x.shape[1] + 2) * 2.0**-24  # a score's rounding, in units of the product of the lengths
+            left.append(sums / len(points))  # what rounding left of the mean
+        digits = (self.x.shape[1] + 4) * 2.0**-24  # a score's rounding, in units of the product of the lengths
         for a, b in zip(self.bounds, self.bounds[1:], strict=False):
             rows, cols = self.rows[a:b], self.cols[a:b]
             targets = cols % len(self.y)
             f, g = np.empty(b - a), np.empty(b - a)
-            sides = (self.x, self.origin, rows), (self.y, centre, targets)
+            sides = (self.x, self.centres[0], rows), (self.y, self.centres[1], targets)
             for (one, other), price, out in ((sides, self.price[cols], f), (sides[::-1], f, g)):
                 _run("least_reduced", np.ones(-(-(b - a) // 64)), (*one, *other, price), (64, out))
-            total += f.sum() + g.sum()
+            total += self.scale**2 * float(f.sum() + g.sum())
             total -= digits * np.sqrt(lengths[0][rows].max()) * np.sqrt(lengths[1][targets]).sum()
-        times = self.size // len(self.y)
-        shift = self.shift + self.scale * (self.origin - centre)
-        between = (sums[0] - times * sums[1]) / self.size @ shift
-        squared = (lengths[0].sum() + times * lengths[1].sum() + 2 * total) / self.size
-        return float(self.scale**2 * squared + 2 * self.scale * between + shift @ shift)
+        shift = self.means[0] - self.means[1]
+        apart = lengths[0].mean() + lengths[1].mean() + 2 * total / self.size
+        return float(apart + 2 * (left[0] - left[1]) @ shift + shift @ shift)
 
     def _look(self) -> None:
         """Note the cost."""
@@ -278,7 +274,7 @@ class _Matching:
         for last in np.unique(np.minimum(groups, len(work))).tolist():
             if time.monotonic() >= until:
                 return
-            _run("exchange", work[first:last], (self.x, self.y, self.origin, rows, cols, bounds[first : last + 1]),
+            _run("exchange", work[first:last], (self.x, self.y, self.centres[0], rows, cols, bounds[first : last + 1]),
                  (epsilon, fresh, self.source, self.price))  # fmt: skip
             first = last
 

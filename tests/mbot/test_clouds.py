@@ -1,5 +1,8 @@
 """match_clouds: exact where it says so, never worse than what it is given, the same on any number of threads."""
 
+from fractions import Fraction
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +84,31 @@ def test_larger_clouds_are_matched_nearly(n, d, times, seed):
     best = optimum(x, y)
     assert best * (1 - 1e-6) <= found.cost <= 1.12 * best + 1e-3
     assert found.bound <= best * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([0.0, 3e5]),
+    st.integers(0, 999),
+)
+def test_certificates_hold_in_exact_arithmetic(n, d, dtype, away, seed):
+    """Beside the least cost of all permutations as a fraction; far apart, where float32 costs have few digits, too."""
+    x, y = pair(n, d, seed, dtype=dtype)
+    y = y + away
+    if seed % 3 == 0:  # the optimum is nothing at all
+        y = x[torch.randperm(n, generator=seeded(seed))].clone()
+    found = match_clouds(x, y, certificate=True, generator=seeded(seed))
+    exact = [[[Fraction(float(v)) for v in point] for point in points] for points in (x, y)]
+    cost = [[sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) for q in exact[1]] for p in exact[0]]
+    least = min(sum(cost[i][j] for j, i in enumerate(order)) for order in permutations(range(n))) / n
+    scale = sum(v * v for points in exact for point in points for v in point) / n
+    assert Fraction(found.bound) <= least + scale * Fraction(2) ** -50
+    mine = sum(cost[i][j] for j, i in enumerate(found.source.tolist())) / n
+    assert mine <= least * (1 + Fraction(1, 10**5)) + scale * Fraction(1, 10**6)
+    assert abs(Fraction(found.cost) - mine) <= scale * Fraction(2) ** -50
 
 
 @pytest.mark.usefixtures("small")
