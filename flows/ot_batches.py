@@ -25,13 +25,15 @@ from mbot.distributed import GlobalCoupling
 class Fetched(NamedTuple):
     """Samples of one OT batch of this process, with their conditions and positions in the data set.
 
-    ``x`` is None where the coupling chooses among the whole data set.
+    ``x`` is None where the coupling chooses among the whole data set; ``source`` is None where no data set is read for
+    it, and else samples and conditions.
     """
 
     number: int
     x: Tensor | None
     y: Any
     rows: Tensor
+    source: tuple[Any, Any] | None
 
 
 class OTBatches:
@@ -149,11 +151,15 @@ class OTBatches:
         }
 
     def fetch(self, number: int) -> Fetched:
-        """This process's samples of an OT batch."""
-        index = self._rows(number)
-        if self.whole is not None:
-            return Fetched(number, None, None, index)
-        return Fetched(number, *self._samples(index, derive_seed(self.seed, "fetch", number, self.rank)), index)
+        """This process's samples of an OT batch: all that code of the data sets makes, for one thread at a time."""
+        index, x, y, source = self._rows(number), None, None, None
+        if self.whole is None:
+            x, y = self._samples(index, derive_seed(self.seed, "fetch", number, self.rank))
+        if self.sources.are_read:
+            n, part, targets = self._place(number, len(index))
+            generator = generator_at(self.seed, "noise", number, part)
+            source = self.sources.read(n, generator, derive_seed(self.seed, "source", number, part), targets)
+        return Fetched(number, x, y, index, source)
 
     def _samples(self, index: Tensor, seed: int) -> tuple[Tensor, Any]:
         """Collated samples and conditions."""
@@ -167,16 +173,14 @@ class OTBatches:
 
     def couple(self, fetched: Fetched, device: torch.device) -> CoupledBatch:
         """Noise for fetched samples, and their pairs."""
-        number, samples, y, index = fetched
+        number, samples, y, index, _ = fetched
         if samples is None:
-            return self._couple_whole(number, len(index), device)
+            return self._couple_whole(fetched, device)
         x1, y = samples.to(device, non_blocking=True), to_device(y, device)
-        together = self.scope == "global"
-        part = 0 if together else self.rank  # together: as one process would draw
-        total = len(x1) * (self.world if together else 1)
-        x0, y0 = self._source(total, x1, number, part, together)
+        x0, y0 = self._source(fetched, x1)
         labels0 = None if self.coupling.ignores_conditions else y0
-        generator = generator_at(self.seed, "coupling", number, part, device=device)
+        together = self.scope == "global"
+        generator = generator_at(self.seed, "coupling", number, 0 if together else self.rank, device=device)
         if together and self.world > 1:
             whole = GlobalCoupling(self.coupling, self.group, source="shared")
             pairs = whole(x0, x1, labels0, y, generator=generator, place=self._positions(len(x1))).here()
@@ -188,23 +192,35 @@ class OTBatches:
         """The data set as one batch."""
         return self._samples(torch.arange(self.size), derive_seed(self.seed, "fetch"))
 
-    def _couple_whole(self, number: int, n: int, device: torch.device) -> CoupledBatch:
+    def _couple_whole(self, fetched: Fetched, device: torch.device) -> CoupledBatch:
         """Fresh noise with its points of the whole data set; every process by itself, as the potentials are global."""
         if self.whole is None:
             raise RuntimeError("the data set was not loaded")
         if self.whole[0].device != device:
             self.whole = self.whole[0].to(device), to_device(self.whole[1], device)
         data, labels = self.whole
-        x0, y0 = self._source(n, data, number, self.rank)
-        generator = generator_at(self.seed, "coupling", number, self.rank, device=device)
+        x0, y0 = self._source(fetched, data)
+        generator = generator_at(self.seed, "coupling", fetched.number, self.rank, device=device)
         labels0 = None if self.coupling.ignores_conditions else y0
         pairs = self.coupling(x0, data, labels0, labels, generator=generator)
         return CoupledBatch.of(pairs, x0, data, labels, torch.arange(len(data)), y0=y0)
 
-    def _source(self, n: int, like: Tensor, number: int, part: int, every_rank: bool = False) -> tuple[Tensor, Any]:
-        generator = generator_at(self.seed, "noise", number, part, device=like.device)
-        targets = self._rows(number, every_rank) if self.sources.sampling == "matched" else None
-        return self.sources.draw(n, like, generator, derive_seed(self.seed, "source", number, part), targets)
+    def _place(self, number: int, n: int) -> tuple[int, int, Tensor | None]:
+        """How many sources this process draws for its n targets, as which part, and for which targets.
+
+        One global coupling is of sources that one process would draw: every process draws all of them.
+        """
+        together = self.scope == "global" and self.whole is None
+        targets = self._rows(number, together) if self.sources.sampling == "matched" else None
+        return (n * self.world, 0, targets) if together else (n, self.rank, targets)
+
+    def _source(self, fetched: Fetched, like: Tensor) -> tuple[Tensor, Any]:
+        """Source samples of an OT batch and their conditions, where the targets are."""
+        n, part, targets = self._place(fetched.number, len(fetched.rows))
+        if fetched.source is not None:
+            return self.sources.fitted(fetched.source, n, like)
+        generator = generator_at(self.seed, "noise", fetched.number, part, device=like.device)
+        return self.sources.fitted(self.sources.draw(n, like, generator, targets), n, like)
 
     def _rows(self, number: int, every_rank: bool = False) -> Tensor:
         """Positions in the data set of this process's part of an OT batch, or of all of it."""

@@ -54,33 +54,46 @@ class Sources:
         """Whether they come from a data set of ``(sample, condition)``."""
         return has_conditions(self.source, derive_seed(self.seed, "look"), self.collate)
 
-    def draw(
-        self, n: int, like: Tensor, generator: torch.Generator, seed: int, targets: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """Source samples ``(n, d…)`` and their conditions (or None).
+    @property
+    def are_read(self) -> bool:
+        """Whether they are read from a data set, whose code may draw from the global generators."""
+        return self.size is not None and not isinstance(self.source, Tensor)
+
+    def read(self, n: int, generator: torch.Generator, seed: int, targets: Tensor | None) -> tuple[Any, Any]:
+        """Items of the data set and their conditions (or None), in the thread that may seed the global generators.
+
+        Args:
+            n: how many.
+            generator: decides which.
+            seed: of random transforms.
+            targets: positions of the targets in their data set, where sources are matched to them.
+        """
+        return read(self.source, self._rows(n, generator, targets), seed, self.collate)
+
+    def draw(self, n: int, like: Tensor, generator: torch.Generator, targets: Tensor | None) -> tuple[Tensor, Any]:
+        """Noise, or samples of the callable or tensor that was given, and their conditions (or None).
 
         Args:
             n: how many.
             like: targets, for shape, dtype and device.
             generator: decides which.
-            seed: of random transforms.
-            targets: positions of the targets in their data set, where sources are matched to them.
+            targets: as in `read`.
         """
-        shape, y0 = like.shape[1:], None
         if self.source is None:
-            return torch.randn(n, *shape, generator=generator, device=like.device, dtype=like.dtype), None
+            return torch.randn(n, *like.shape[1:], generator=generator, device=like.device, dtype=like.dtype), None
         if callable(self.source):
             drawn = self.source(n, generator)
-            x0, y0 = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, None)
-        else:
-            rows = self._rows(n, generator, targets)
-            if isinstance(self.source, Tensor):
-                x0 = self.source[rows.to(self.source.device)]
-            else:
-                x0, y0 = read(self.source, rows, seed, self.collate)
-        if not isinstance(x0, Tensor) or x0.shape != (n, *shape):
+            return drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, None)
+        assert isinstance(self.source, Tensor)
+        return self.source[self._rows(n, generator, targets).to(self.source.device)], None
+
+    @staticmethod
+    def fitted(drawn: tuple[Any, Any], n: int, like: Tensor) -> tuple[Tensor, Any]:
+        """Source samples ``(n, d…)`` of the targets' shape, dtype and device, and their conditions (or None)."""
+        (x0, y0), shape = drawn, (n, *like.shape[1:])
+        if not isinstance(x0, Tensor) or x0.shape != shape:
             got = tuple(x0.shape) if isinstance(x0, Tensor) else type(x0).__name__
-            raise ValueError(f"source must give samples of shape {(n, *shape)}, as the data; got {got}")
+            raise ValueError(f"source must give samples of shape {shape}, as the data; got {got}")
         return floating(x0, "source samples").to(like.device, like.dtype), to_device(y0, like.device)
 
     def _rows(self, n: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:

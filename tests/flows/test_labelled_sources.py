@@ -1,5 +1,6 @@
 """Flows between two labelled data sets: conditions of both sides reach the coupling, and follow their samples."""
 
+import threading
 import warnings
 
 import numpy as np
@@ -50,6 +51,14 @@ class Shaken(TensorDataset):
         return x + torch.rand(2), y
 
 
+class Watched(TensorDataset):
+    """Notes the threads that read it."""
+
+    def __getitem__(self, i):
+        self.readers.add(threading.get_ident())
+        return super().__getitem__(i)
+
+
 def loader(coupling=None, source=SOURCE, data=DATA, batch_size=6, ot_batch_size=24, **settings):
     return CoupledLoader(data, source, coupling or mbot.ConditionalOTCoupling(), batch_size, ot_batch_size, **settings)
 
@@ -61,6 +70,22 @@ def rows_of(x, data):
 
 def classes(x, shift=0.0):
     return ((x[:, 0] - shift) / 100).round().long()
+
+
+@pytest.mark.filterwarnings("ignore:the source has conditions")
+@pytest.mark.parametrize("coupling", [mbot.ConditionalOTCoupling(), "semidiscrete"])
+def test_data_sets_are_read_in_one_thread(coupling):
+    """While an item is made the global generators are seeded, so no two threads may make items at once."""
+    if coupling == "semidiscrete":
+        coupling = mbot.SemidiscreteCoupling(steps=10, batch_size=32, tol=1e9).fit(DATA.tensors[0])
+    data, source = Watched(*DATA.tensors), Watched(*SOURCE.tensors)
+    data.readers = source.readers = set()
+    state = torch.get_rng_state()
+    one = loader(coupling, source, data)
+    for _ in range(20):
+        one.next_batch()
+    assert data.readers == {threading.get_ident()}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_flow_matching_hands_the_conditions_of_both_sides_to_the_coupling():
