@@ -305,7 +305,7 @@ def _advice(
         side = "x0" if tilt[0] > tilt[1] else "x1"
         return (
             f"Samples of {side} do not count alike (tilt {max(tilt):.2f}), so the model learns another distribution: "
-            "raise reg, set correction='sinkhorn' (weighted) or refill='independent' (partial)."
+            "raise reg, set correction='sinkhorn' (weighted), refill='independent' (partial) or a smaller k (nearest)."
         )
     if unique < 0.9:
         return f"Only {unique:.0%} of the batch are distinct pairs: draw without replacement, or use exact transport."

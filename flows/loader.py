@@ -67,6 +67,9 @@ class CoupledLoader:
             other. Neither takes a sample twice in an OT batch while there are enough.
         groups: with ``"matched"``: groups of all source samples and of all samples in place of their conditions
             (control cells of the same cell line, say). Without them conditions are read once from the two data sets.
+        sources_per_target: source samples drawn for each target of an OT batch, of which its partner is one. None for
+            as many as the coupling chooses among: k of `mbot.NearestNoiseCoupling`, else 1. Transport of more sources
+            than targets takes its share of each, and a pair's source is drawn from its column.
         timeout: seconds that a process waits for the others in a global coupling; if one is lost, an error follows.
         multiprocessing_context: start method of the workers (None: the platform's).
 
@@ -100,6 +103,7 @@ class CoupledLoader:
         coupling_scope: str = "rank",
         source_sampling: str = "independent",
         groups: tuple[Labels, Labels] | None = None,
+        sources_per_target: int | None = None,
         timeout: float = 1800.0,
         multiprocessing_context: str | None = None,
     ) -> None:
@@ -120,6 +124,7 @@ class CoupledLoader:
             timeout=timeout,
             source_sampling=source_sampling,
             groups=groups,
+            sources_per_target=sources_per_target,
         )
         self.given_coupling = coupling
         self.multiprocessing_context = multiprocessing_context

@@ -60,6 +60,7 @@ class OTBatches:
         timeout: float,
         source_sampling: str = "independent",
         groups: tuple[Labels, Labels] | None = None,
+        sources_per_target: int | None = None,
     ) -> None:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise TypeError(
@@ -95,6 +96,9 @@ class OTBatches:
                 + (f" ({self.world} processes × {ot_batch_size})" if self.world > 1 else "")
                 + "; lower ot_batch_size or batch_size, or pass drop_last=False"
             )
+        if sources_per_target is not None:
+            sources_per_target = checks.count(sources_per_target, "sources_per_target")
+        self.sources_per_target = sources_per_target
         self.sources = Sources(source, dataset, source_sampling, groups, self.seed, collate)
         self.use_coupling(coupling)
 
@@ -104,7 +108,11 @@ class OTBatches:
         matched = self.sources.sampling == "matched"
         if matched and coupling.needs_data_set:
             raise ValueError(f"source_sampling='matched' draws for the targets of a batch; {coupling!r} chooses them")
-        as_drawn = matched and isinstance(coupling, IndependentCoupling)
+        own = coupling.sources_per_target
+        self.times = self.sources_per_target or own or 1
+        if coupling.needs_data_set and self.times > 1:
+            raise ValueError(f"sources_per_target={self.times} are drawn for each target; {coupling!r} chooses targets")
+        as_drawn = matched and self.times == own
         if coupling.ignores_conditions and not as_drawn and self.sources.have_conditions:
             warn(
                 f"the source has conditions, which {type(coupling).__name__} ignores: it pairs any class with any. "
@@ -148,6 +156,7 @@ class OTBatches:
             "processes": self.world,
             "source_samples": self.sources.size,
             "source_sampling": self.sources.sampling,
+            "sources_per_target": self.times,
         }
 
     def fetch(self, number: int) -> Fetched:
@@ -211,7 +220,10 @@ class OTBatches:
         One global coupling is of sources that one process would draw: every process draws all of them.
         """
         together = self.scope == "global" and self.whole is None
-        targets = self._rows(number, together) if self.sources.sampling == "matched" else None
+        targets = None
+        if self.sources.sampling == "matched":
+            targets = self._rows(number, together).repeat_interleave(self.times)
+        n = n * self.times
         return (n * self.world, 0, targets) if together else (n, self.rank, targets)
 
     def _source(self, fetched: Fetched, like: Tensor) -> tuple[Tensor, Any]:

@@ -5,6 +5,7 @@ from mbot.couplings.bomb import BoMbCoupling
 from mbot.couplings.conditional import ConditionalOTCoupling
 from mbot.couplings.independent import IndependentCoupling
 from mbot.couplings.mismatch import Condition
+from mbot.couplings.nearest import NearestNoiseCoupling
 from mbot.couplings.optimal import OTCoupling
 from mbot.couplings.semidiscrete import DualPotentials, SemidiscreteCoupling
 from mbot.couplings.sinkhorn import SinkhornCoupling
@@ -17,6 +18,7 @@ __all__ = [
     "Coupling",
     "DualPotentials",
     "IndependentCoupling",
+    "NearestNoiseCoupling",
     "OTCoupling",
     "Pairs",
     "RegCurve",

@@ -100,6 +100,11 @@ class Coupling(ABC):
         """Whether x1 must be a whole data set, always the same, in place of a batch of it."""
         return False
 
+    @property
+    def sources_per_target(self) -> int | None:
+        """How many sources each target chooses among, rows in its place; None where any target may get any source."""
+        return None
+
     @abstractmethod
     def _pair(
         self,

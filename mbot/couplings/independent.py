@@ -24,6 +24,11 @@ class IndependentCoupling(Coupling):
 
     ignores_conditions = True
 
+    @property
+    def sources_per_target(self) -> int:
+        """The one in its place."""
+        return 1
+
     def _pair(
         self,
         x0: Tensor,

@@ -38,6 +38,7 @@ COUPLINGS = {
         mbot.ConditionalOTCoupling("continuous", weight=3.0, condition_cost="sqeuclidean"),
         mbot.ConditionalOTCoupling("continuous", target_ratio=0.1, condition_cost="sqeuclidean"),
     ],
+    "NearestNoiseCoupling": [mbot.NearestNoiseCoupling(), mbot.NearestNoiseCoupling(1), mbot.NearestNoiseCoupling(50)],
     "SinkhornCoupling": [mbot.SinkhornCoupling(reg=0.5), mbot.SinkhornCoupling(reg=1.0, relative=False, cells=20)],
     "SemidiscreteCoupling": [
         mbot.SemidiscreteCoupling(steps=20, batch_size=16),
@@ -52,7 +53,9 @@ COUPLINGS = {
 CONDITIONAL = {"ConditionalOTCoupling"}
 
 # Couplings that draw: renaming the samples renames the pairs in distribution only.
-_DRAWING = [case for name in ("SinkhornCoupling", "SemidiscreteCoupling") for case in COUPLINGS[name]]
+_DRAWING = [
+    case for name in ("SinkhornCoupling", "SemidiscreteCoupling", "NearestNoiseCoupling") for case in COUPLINGS[name]
+]
 _OPTIMAL = [c for c in COUPLINGS["OTCoupling"] if c.replacement or not isinstance(c.transport, mbot.ExactOT)]
 RANDOM = _OPTIMAL + _DRAWING + COUPLINGS["BoMbCoupling"]
 

@@ -32,7 +32,8 @@ def served(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-COUPLINGS = {"ot": mbot.OTCoupling(), "c2ot": mbot.ConditionalOTCoupling(), "w": mbot.WeightedCoupling(reg=2.0)}
+COUPLINGS = {"ot": mbot.OTCoupling(), "c2ot": mbot.ConditionalOTCoupling(), "w": mbot.WeightedCoupling(reg=2.0),
+             "nearest": mbot.NearestNoiseCoupling(3)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COUPLINGS)

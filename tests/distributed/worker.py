@@ -28,6 +28,7 @@ def batches(folder, rank):
             ("ot", mbot.OTCoupling()),
             ("c2ot", mbot.ConditionalOTCoupling()),
             ("w", mbot.WeightedCoupling(reg=2.0)),
+            ("nearest", mbot.NearestNoiseCoupling(3)),
         ):
             for drop_last in (True, False):
                 one = loader(scope, coupling, batch_size=3, ot_batch_size=6, drop_last=drop_last)

@@ -190,6 +190,45 @@ def test_a_coupling_that_ignores_the_labels_of_the_source_says_so_once():
         mbot.OTCoupling()(x0, x1, y0)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_sources_for_each_target(workers):
+    """Those of the nearest noise follow from the coupling; with matched sampling all are of the target's class."""
+    noise = loader(mbot.NearestNoiseCoupling(5), None, num_workers=workers)
+    one = loader(mbot.NearestNoiseCoupling(3), source_sampling="matched", num_workers=workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(12):
+            served, batch = noise.next_batch(), one.next_batch()
+            assert served.x0.shape == served.x1.shape
+            assert torch.equal(classes(batch.x0, 7.0), classes(batch.x1))
+            assert torch.equal(batch.y0, batch.y)
+    for each in (noise, one):
+        again = loader(each.coupling, each.batches.sources.source, source_sampling=each.batches.sources.sampling)
+        again.load_state_dict(each.state_dict())
+        first, second = each.next_batch(), again.next_batch()
+        assert torch.equal(first.x0, second.x0)
+        each.close()
+
+
+def test_the_number_of_sources_may_be_given():
+    """Transport of four sources a target: every target once, cheaper pairs."""
+    costs, data = [], TensorDataset(torch.randn(240, 4, generator=torch.Generator().manual_seed(0)))
+    for times in (1, 4):
+        one = loader(mbot.OTCoupling(), None, data, sources_per_target=times)
+        assert one.batches.settings()["sources_per_target"] == times
+        batches = list(one)
+        assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(240))
+        costs.append(sum(float((b.x0 - b.x1).square().sum()) for b in batches))
+    assert costs[1] < 0.9 * costs[0]
+    one = loader(mbot.NearestNoiseCoupling(2), None, sources_per_target=6)
+    assert one.batches.times == 6
+    with pytest.warns(UserWarning, match="IndependentCoupling ignores"):  # it pairs any of them with any
+        loader(mbot.IndependentCoupling(), source_sampling="matched", sources_per_target=2)
+    for bad, says in ((0, "sources_per_target must"), (2, "SemidiscreteCoupling.* chooses targets")):
+        with pytest.raises(ValueError, match=says):
+            loader(mbot.SemidiscreteCoupling(steps=1), None, sources_per_target=bad)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
