@@ -205,19 +205,19 @@ def test_wrong_cells(cells, tmp_path):
 
 
 def test_the_thread_is_early_by_no_more_than_it_may():
-    made = []
+    made, fifth = [], threading.Event()
 
     def make():
         for i in range(20):
             made.append(i)
+            if len(made) == 5:
+                fifth.set()
             yield torch.tensor(i)
 
     items = io._ahead(make, 3)
     assert int(next(items)) == 0
-    for _ in range(200):
-        if len(made) == 5:
-            break
-        time.sleep(0.01)
+    fifth.wait()
+    time.sleep(0.1)  # for a thread that would not stop there
     assert made == [0, 1, 2, 3, 4], "one with the caller, three in the queue, one waiting"
     assert [int(i) for i in items] == list(range(1, 20))
 
