@@ -156,7 +156,7 @@ class OTPlanSampler:
         """
         cost, size = self._cost(x0, x1), max(len(x0), len(x1))
         square = torch.nn.functional.pad(cost, (0, size - len(x1), 0, size - len(x0)))  # dummies take what is left
-        col = ExactOT().plan(square).col[: len(x0)]  # type: ignore[index]
+        col = ExactOT().plan(square).entries()[1][: len(x0)]
         kept = col < len(x1)
         return x0.flatten(1)[kept], x1.flatten(1)[col[kept]]
 
@@ -246,6 +246,8 @@ class OTPlanSampler:
 
 def _transposed(plan: Plan) -> Plan:
     """The plan from target to source."""
-    if plan.is_sparse:
-        return Plan(plan.mass, (plan.size[1], plan.size[0]), plan.col, plan.row)
-    return Plan(plan.mass.T, (plan.size[1], plan.size[0]))
+    size = plan.size[::-1]
+    if not plan.is_sparse:
+        return Plan(plan.mass.T, size)
+    row, col, mass = plan.entries()
+    return Plan(mass, size, col, row)

@@ -59,15 +59,15 @@ def plan_entropy(plan: Plan) -> Tensor:
     """
     if plan.matching() is not None:
         return plan.total_mass().new_zeros(plan.batch_shape, dtype=torch.float64)
-    mass = plan.mass if not plan.is_sparse else plan._merged(plan.mass)
     total = plan.total_mass().double()
     total = torch.where(total > 0, total, 1)
 
-    def entropy(part: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return total.log() - torch.xlogy(part, part).sum(axes, dtype=torch.float64) / total
+    def entropy(part: Tensor) -> Tensor:
+        part = part.flatten(len(plan.batch_shape))
+        return total.log() - torch.xlogy(part, part).sum(-1, dtype=torch.float64) / total
 
-    rows, cols = entropy(plan.row_mass().double(), (-1,)), entropy(plan.col_mass().double(), (-1,))
-    whole = entropy(mass, (-1,) if plan.is_sparse else (-2, -1))
+    rows, cols = entropy(plan.row_mass().double()), entropy(plan.col_mass().double())
+    whole = entropy(plan.distinct_mass())
     larger, smaller = torch.maximum(rows, cols), torch.minimum(rows, cols)
     return torch.where(smaller > 1e-9, (whole - larger) / smaller.clamp_min(1e-9), 0.0).clamp(0, 1)
 

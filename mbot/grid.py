@@ -225,13 +225,12 @@ class PlanBlock:
     def _transported(self, weight: Tensor) -> Tensor:
         plan, x, y = self.plan, self.x.flatten(0, 1), self.y.flatten(0, 1)
         n, m = plan.size
-        if plan.row is not None and plan.col is not None and self.matched is not None:
+        if self.matched is not None:
             at = torch.nonzero(weight, as_tuple=True)
-            row, col = at[0][:, None] * n + plan.row[at], at[-1][:, None] * m + plan.col[at]
-            mass, matched = weight[at][:, None] * plan.mass[at], self.matched[at]
-            return matched_values(x, y, row.flatten(), col.flatten(), mass.flatten(), matched.flatten(), 1, self.cost)[
-                0
-            ]
+            row, col, mass = (part[at] for part in plan.entries())
+            row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
+            mass, matched = (weight[at][:, None] * mass).flatten(), self.matched[at].flatten()
+            return matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
         mass = plan.mass * weight[..., None, None]
         if self.aligned:
             return first_order((mass * pairwise(self.x, self.y, self.cost)).sum())
@@ -240,12 +239,8 @@ class PlanBlock:
 
     def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""
-        plan, weight = self.plan, weight.reshape(*self.plan.batch_shape, 1)
-        if plan.row is not None and plan.col is not None:
-            return plan.row, plan.col, weight * plan.mass
-        n, m = plan.size
-        index = torch.arange(n * m, device=plan.mass.device).expand(*plan.batch_shape, -1)
-        return index // m, index % m, weight * plan.mass.flatten(-2)
+        row, col, mass = self.plan.entries()
+        return row, col, weight.reshape(*self.plan.batch_shape, 1) * mass
 
 
 Block = ValueBlock | PlanBlock
@@ -329,11 +324,12 @@ def batch_weights(
 
 def _valued(plan: Plan, costs: Tensor) -> tuple[Tensor, Tensor | None]:
     """Values of the problems, and the costs of the plans' entries (None of dense plans)."""
-    if plan.row is None or plan.col is None:
+    if not plan.is_sparse:
         return plan.cost(costs) + plan.penalty, None
-    matched = costs.flatten(-2).gather(-1, plan.row * costs.shape[-1] + plan.col)
-    matched = torch.where(plan.mass > 0, matched, 0)  # padding may sit at a forbidden pair
-    return (matched * plan.mass).sum(-1) + plan.penalty, matched
+    row, col, mass = plan.entries()
+    matched = costs.flatten(-2).gather(-1, row * costs.shape[-1] + col)
+    matched = torch.where(mass > 0, matched, 0)  # padding may sit at a forbidden pair
+    return (matched * mass).sum(-1) + plan.penalty, matched
 
 
 def _all_pairs(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,6 +11,113 @@ from torch import Tensor
 from mbot import checks
 from mbot.numerics import product, running_sum
 from mbot.random import draw
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Masses ``(…, n, m)`` of all cells."""
+
+    mass: Tensor
+    size: tuple[int, int]
+
+    kind, axes = "dense", (-2, -1)
+
+    def matrix(self) -> Tensor:
+        return self.mass
+
+    def located(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns of masses, by their index ``(…, k)`` in the flattened ones."""
+        return index // self.size[1], index % self.size[1]
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        mass = self.mass.flatten(-2)
+        return *self.located(torch.arange(mass.shape[-1], device=mass.device).expand_as(mass)), mass
+
+    def costs(self, cost: Tensor) -> Tensor:
+        """The cost of each mass."""
+        return cost
+
+    def marginal(self, axis: int) -> Tensor:
+        """Row sums (axis 0) or column sums (axis 1)."""
+        return self.mass.sum((-1, -2)[axis])
+
+    def times(self, y: Tensor) -> Tensor:
+        """``(P y)_i = sum_j P_ij y_j``, ``(…, n, d)``."""
+        return product(self.mass.to(y.dtype), y)
+
+    def distinct(self) -> Tensor:
+        """The masses, repeated cells added up."""
+        return self.mass
+
+    def matching(self) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """Masses ``(…, e)`` of the cells ``(row, col)``; methods as of `_Dense`."""
+
+    mass: Tensor
+    size: tuple[int, int]
+    row: Tensor
+    col: Tensor
+
+    axes = (-1,)
+
+    @property
+    def kind(self) -> str:
+        return f"sparse, {self.mass.shape[-1]} entries"
+
+    @property
+    def cell(self) -> Tensor:
+        """Numbers of the cells, row by row."""
+        return self.row * self.size[1] + self.col
+
+    def matrix(self) -> Tensor:
+        n, m = self.size
+        dense = self.mass.new_zeros(*self.mass.shape[:-1], n * m)
+        return dense.scatter_add_(-1, self.cell, self.mass).unflatten(-1, (n, m))
+
+    def located(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.row.gather(-1, index), self.col.gather(-1, index)
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.row, self.col, self.mass
+
+    def costs(self, cost: Tensor) -> Tensor:
+        flat, index = cost.flatten(-2), self.cell
+        batch = torch.broadcast_shapes(flat.shape[:-1], index.shape[:-1])
+        return flat.expand(*batch, -1).gather(-1, index.expand(*batch, -1))
+
+    def marginal(self, axis: int) -> Tensor:
+        sums = self.mass.new_zeros(*self.mass.shape[:-1], self.size[axis])
+        return sums.scatter_add_(-1, (self.row, self.col)[axis], self.mass)
+
+    def times(self, y: Tensor) -> Tensor:
+        y = y.expand(*self.mass.shape[:-1], *y.shape[-2:])
+        arriving = torch.take_along_dim(y, self.col[..., None], -2) * self.mass.to(y.dtype)[..., None]
+        moved = y.new_zeros(*y.shape[:-2], self.size[0], y.shape[-1])
+        return moved.scatter_add(-2, self.row[..., None].expand_as(arriving), arriving)
+
+    def distinct(self) -> Tensor:
+        """The masses, those of a repeated cell added up at its first entry."""
+        cell = self.cell
+        order = cell.argsort(dim=-1, stable=True)
+        ordered = cell.gather(-1, order)
+        first = torch.ones_like(ordered, dtype=torch.bool)
+        first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+        group = first.cumsum(-1) - 1
+        sums = torch.zeros_like(self.mass).scatter_add_(-1, group, self.mass.gather(-1, order))
+        merged = torch.where(first, sums.gather(-1, group), 0)
+        return torch.zeros_like(self.mass).scatter_(-1, order, merged)
+
+    def matching(self) -> Tensor | None:
+        n, m = self.size
+        if n != m or self.mass.shape[-1] != n or not bool((self.mass > 0).all()):
+            return None
+        source = torch.full_like(self.col, -1).scatter_(-1, self.col, self.row)
+        used = torch.zeros_like(source, dtype=torch.bool).scatter_(-1, source.clamp_min(0), True)
+        return source if bool((source >= 0).all() & used.all()) else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,29 +175,34 @@ class Plan:
                 object.__setattr__(self, name, torch.full(batch, value, dtype=dtype, device=device))
 
     def __repr__(self) -> str:
-        kind = "dense" if self.row is None else f"sparse, {self.mass.shape[-1]} entries"
         return (
-            f"Plan({self.size[0]} x {self.size[1]}, batch {tuple(self.batch_shape)}, {kind}, {self.mass.dtype}, "
-            f"converged={bool(self.converged.all())})"
+            f"Plan({self.size[0]} x {self.size[1]}, batch {tuple(self.batch_shape)}, {self._form.kind}, "
+            f"{self.mass.dtype}, converged={bool(self.converged.all())})"
         )
+
+    @cached_property
+    def _form(self) -> _Dense | _Sparse:
+        if self.row is None or self.col is None:
+            return _Dense(self.mass, self.size)
+        return _Sparse(self.mass, self.size, self.row, self.col)
 
     @property
     def batch_shape(self) -> torch.Size:
         """Shape of the batch of problems."""
-        return self.mass.shape[: -2 if self.row is None else -1]
+        return self.mass.shape[: -len(self._form.axes)]
 
     @property
     def is_sparse(self) -> bool:
         """Whether the plan is held as entries."""
-        return self.row is not None
+        return isinstance(self._form, _Sparse)
 
     def to_dense(self) -> Tensor:
         """The plan as ``(…, n, m)``; repeated entries are added up."""
-        if self.row is None or self.col is None:
-            return self.mass
-        n, m = self.size
-        dense = self.mass.new_zeros(*self.batch_shape, n * m)
-        return dense.scatter_add_(-1, self.row * m + self.col, self.mass).unflatten(-1, (n, m))
+        return self._form.matrix()
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(row, col, mass)``, each ``(…, e)``: the entries of a sparse plan, all cells of a dense one."""
+        return self._form.entries()
 
     def cost(self, cost: Tensor) -> Tensor:
         """Transport cost ``<C, P>`` of the plan under ``cost`` ``(…, n, m)``: ``(…,)``, differentiable in ``cost``.
@@ -98,45 +211,27 @@ class Plan:
         """
         if tuple(cost.shape[-2:]) != self.size:
             raise ValueError(f"cost must have shape (…, {self.size[0]}, {self.size[1]}); got {tuple(cost.shape)}")
-        if self.row is not None and self.col is not None:
-            flat = cost.flatten(-2)
-            index = self.row * self.size[1] + self.col
-            batch = torch.broadcast_shapes(flat.shape[:-1], index.shape[:-1])
-            cost = flat.expand(*batch, -1).gather(-1, index.expand(*batch, -1))
-            return torch.where(self.mass > 0, cost * self.mass, 0).sum(-1)
-        return torch.where(self.mass > 0, cost, 0).mul(self.mass).sum((-2, -1))
-
-    def _marginal(self, index: Tensor | None, size: int, axis: int) -> Tensor:
-        if index is None:
-            return self.mass.sum(axis)
-        return self.mass.new_zeros(*self.batch_shape, size).scatter_add_(-1, index, self.mass)
+        return torch.where(self.mass > 0, self._form.costs(cost), 0).mul(self.mass).sum(self._form.axes)
 
     def row_mass(self) -> Tensor:
         """Mass that leaves each source point, ``(…, n)``."""
-        return self._marginal(self.row, self.size[0], -1)
+        return self._form.marginal(0)
 
     def col_mass(self) -> Tensor:
         """Mass that reaches each target point, ``(…, m)``."""
-        return self._marginal(self.col, self.size[1], -2)
+        return self._form.marginal(1)
 
     def total_mass(self) -> Tensor:
         """All mass that moves, ``(…,)``."""
-        return self.mass.sum(-1) if self.is_sparse else self.mass.sum((-2, -1))
+        return self.mass.sum(self._form.axes)
+
+    def distinct_mass(self) -> Tensor:
+        """The masses, those of a repeated cell added up at one of its entries and 0 at the others; as `mass`."""
+        return self._form.distinct()
 
     def matching(self) -> Tensor | None:
         """The source index of each target, ``(…, m)`` int64, if every plan is a one-to-one matching; None otherwise."""
-        n, m = self.size
-        if (
-            self.row is None
-            or self.col is None
-            or n != m
-            or self.mass.shape[-1] != n
-            or not bool((self.mass > 0).all())
-        ):
-            return None
-        source = torch.full_like(self.col, -1).scatter_(-1, self.col, self.row)
-        used = torch.zeros_like(source, dtype=torch.bool).scatter_(-1, source.clamp_min(0), True)
-        return source if bool((source >= 0).all() & used.all()) else None
+        return self._form.matching()
 
     def sample(
         self, num: int, replacement: bool = False, generator: torch.Generator | None = None
@@ -156,9 +251,8 @@ class Plan:
             ValueError: a plan without mass, or fewer cells with mass than ``num`` without replacement.
         """
         checks.count(num, "num")
-        mass = self.mass if self.is_sparse else self.mass.flatten(-2)
-        if self.is_sparse and not replacement:
-            mass = self._merged(mass)
+        mass = self.mass if replacement else self.distinct_mass()
+        mass = mass.flatten(len(self.batch_shape))
         support = (mass > 0).sum(-1)
         if bool((support == 0).any()):
             raise ValueError("cannot sample from a plan without mass")
@@ -180,23 +274,7 @@ class Plan:
             uniform = draw(torch.rand, *mass.shape, generator=generator, device=mass.device, dtype=torch.float64)
             arrival = -torch.log1p(-uniform) / mass
             cell = arrival.masked_fill(mass <= 0, torch.inf).topk(num, largest=False).indices
-        if self.row is None or self.col is None:
-            return cell // self.size[1], cell % self.size[1]
-        return self.row.gather(-1, cell), self.col.gather(-1, cell)
-
-    def _merged(self, mass: Tensor) -> Tensor:
-        """Masses with repeated cells added up at their first entry and zero at the others."""
-        assert self.row is not None
-        assert self.col is not None
-        cell = self.row * self.size[1] + self.col
-        order = cell.argsort(dim=-1, stable=True)
-        ordered = cell.gather(-1, order)
-        first = torch.ones_like(ordered, dtype=torch.bool)
-        first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-        group = first.cumsum(-1) - 1
-        sums = torch.zeros_like(mass).scatter_add_(-1, group, mass.gather(-1, order))
-        merged = torch.where(first, sums.gather(-1, group), 0)
-        return torch.zeros_like(mass).scatter_(-1, order, merged)
+        return self._form.located(cell)
 
     def barycentric_map(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Where each source point goes on average: the mass-weighted mean of its targets.
@@ -210,17 +288,6 @@ class Plan:
         y = checks.floating(y, "y")
         if y.ndim < 2 or y.shape[-2] != self.size[1]:
             raise ValueError(f"y must have shape (…, {self.size[1]}, d); got {tuple(y.shape)}")
-        mass = self.mass.to(y.dtype)
         row_mass = self.row_mass().to(y.dtype)
-        if self.row is None or self.col is None:
-            moved = product(mass, y)
-        else:
-            y = y.expand(*self.batch_shape, *y.shape[-2:])
-            index = self.col[..., None].expand(*self.col.shape, y.shape[-1])
-            arriving = y.gather(-2, index) * mass[..., None]
-            target = self.row[..., None].expand_as(arriving)
-            moved = torch.zeros(
-                *self.batch_shape, self.size[0], y.shape[-1], dtype=y.dtype, device=y.device
-            ).scatter_add(-2, target, arriving)
         reached = row_mass > 0
-        return moved / torch.where(reached, row_mass, 1)[..., None], reached
+        return self._form.times(y) / torch.where(reached, row_mass, 1)[..., None], reached

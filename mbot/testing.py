@@ -151,10 +151,9 @@ def _plans(transport: Transport, device: torch.device) -> None:
                 fact = getattr(plan, name)
                 require(fact.shape == (2, 3) and fact.dtype == kind, f"{name} is {fact.dtype} of {tuple(fact.shape)}")
             require(bool(plan.converged.all()), f"not converged (error {float(plan.error.max()):.3g})")
-            for index, size, name in ((plan.row, n, "row"), (plan.col, m, "col")):
-                if index is not None:
-                    good = index.dtype == torch.int64 and 0 <= int(index.min()) <= int(index.max()) < size
-                    require(good, f"{name} indices are no int64 in [0, {size})")
+            for index, size, name in zip(plan.entries()[:2], plan.size, ("row", "column"), strict=True):
+                good = index.dtype == torch.int64 and 0 <= int(index.min()) <= int(index.max()) < size
+                require(good, f"{name} indices are no int64 in [0, {size})")
             dense = plan.to_dense()
             require(torch.equal(_plan(transport, cost).to_dense(), dense), "the same call gives another plan")
             close(plan.row_mass(), dense.sum(-1), "row_mass is not the plan's")

@@ -173,10 +173,9 @@ class ConditionalOTCoupling(Coupling):
         sizes = torch.tensor([[len(part) for part in side] for side in zip(*blocks, strict=True)], device=x0.device)
         n, m = sizes[:, :, None]
         starts = (sizes.cumsum(1) - sizes)[:, :, None]
-        assert plan.row is not None
-        assert plan.col is not None
-        used = (found.mass > 0) & (plan.col < m)
-        of, at = plan.row % n, plan.col.minimum(m - 1)
+        row, col, mass = plan.entries()
+        used = (mass > 0) & (col < m)
+        of, at = row % n, col.minimum(m - 1)
         source = torch.full((len(x1),), -1, device=x1.device)
         source[cols[(at + starts[1])[used]]] = rows[(of + starts[0])[used]]
         target = torch.nonzero(source >= 0)[:, 0]

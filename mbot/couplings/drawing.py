@@ -33,17 +33,18 @@ def _search(cumulative: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
 def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) -> Tensor:
     """A source for each of the targets ``(k,)``, drawn from the target's column of one plan; columns must have mass."""
     uniform = _uniform(len(target), generator, plan.mass)
-    if plan.row is not None and plan.col is not None:
-        order = plan.col.argsort(stable=True)
-        mass = plan.mass[order].double()
+    if plan.is_sparse:
+        row, col, mass = plan.entries()
+        col, order = col.sort(stable=True)
+        mass = mass[order].double()
         ends = running_sum(mass, 0)
         column = torch.arange(plan.size[1], device=target.device)
-        last = torch.searchsorted(plan.col[order].contiguous(), column, right=True) - 1
-        first = torch.searchsorted(plan.col[order].contiguous(), column)
+        last = torch.searchsorted(col, column, right=True) - 1
+        first = torch.searchsorted(col, column)
         before = ends[first.clamp_max(len(ends) - 1)] - mass[first.clamp_max(len(ends) - 1)]
         wanted = before[target] + uniform * (ends[last.clamp_min(0)] - before)[target]
         cell = torch.searchsorted(ends, wanted, right=True).clamp(first[target], last[target])
-        return plan.row[order][_to_mass(cell, mass)]
+        return row[order][_to_mass(cell, mass)]
     # First the block of rows, then the row in it: one pass in the order of memory, and no cumulative sums of the plan.
     n = plan.size[0]
     blocks = -(-n // _BLOCK)

@@ -195,13 +195,11 @@ def weighted_points(points: Any, weight: Any) -> Any:
 
 def _sparse_values(plan: Plan, x: Tensor, y: Tensor, costs: Tensor, cost: str) -> Tensor:
     """``<C, P>`` of each problem from its matched pairs, so that backward never touches an n × m matrix."""
-    assert plan.row is not None
-    assert plan.col is not None
     batch = plan.batch_shape
-    problems, entries = batch.numel(), plan.row.shape[-1]
+    problems = batch.numel()
     x, y = (points.expand(*batch, *points.shape[-2:]).reshape(-1, points.shape[-1]) for points in (x, y))
-    problem = torch.arange(problems, device=x.device)[:, None].expand(-1, entries)
-    row, col, mass = (part.reshape(problems, entries) for part in (plan.row, plan.col, plan.mass))
+    row, col, mass = (part.reshape(problems, part.shape[-1]) for part in plan.entries())
+    problem = torch.arange(problems, device=x.device)[:, None]
     n, m = plan.size
     matched = costs.reshape(problems, n * m).gather(-1, row * m + col)
     values = matched_values(

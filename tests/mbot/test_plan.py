@@ -134,3 +134,13 @@ def test_repr_says_what_it_is():
     sparse, dense = sparse_and_dense()
     assert repr(sparse) == "Plan(3 x 4, batch (2,), sparse, 4 entries, torch.float32, converged=True)"
     assert "dense" in repr(dense)
+
+
+def test_entries_and_distinct_masses_of_both_forms_make_the_same_plan():
+    sparse, dense = sparse_and_dense()
+    for plan in (sparse, dense):
+        row, col, mass = plan.entries()
+        assert torch.equal(Plan(mass, (3, 4), row, col).to_dense(), plan.to_dense())
+        assert plan.distinct_mass().shape == plan.mass.shape
+    assert sparse.distinct_mass().tolist() == [[0.25, 0.5, 0.0, 0.0], [0.5, 0.25, 0.125, 0.0]]
+    assert torch.equal(dense.distinct_mass(), dense.mass)
