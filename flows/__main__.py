@@ -114,7 +114,7 @@ def train(arguments: list[str]) -> None:
         with trainer.lock:
             if not (config.resume or config.resume_from) and checkpoint.latest(config.out / "checkpoints"):
                 raise ConfigError(
-                    f"{config.out} holds a run already: --resume goes on with it, --out names another folder"
+                    f"{config.out} holds a run already: --resume continues it, --out names another folder"
                 )
             resume = config.resume_from or (checkpoint.latest(config.out / "checkpoints") if config.resume else None)
             if resume is not None:

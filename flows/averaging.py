@@ -1,4 +1,4 @@
-"""Exponential moving averages of a model's weights, which are what is sampled from."""
+"""Exponential moving averages of a model's weights, which samples are drawn with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def averaged_model(model: nn.Module, decay: float, steps: Callable[[], int]) -> 
     Args:
         model: its weights are in float32 or better.
         decay: in [0, 1).
-        steps: the number of steps done, asked at each update.
+        steps: returns the number of steps done; called at each update.
 
     Raises:
         ValueError: weights of half precision, in which the average would stand still.

@@ -30,7 +30,7 @@ _FITTING: tuple[Model, ...] = ("digits", "mnist", "cifar10-otcfm")  # U-Nets fro
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A data set and what a model of it must know.
+    """A data set, and facts about it that a model is built from.
 
     Attributes:
         dataset: map-style.
@@ -169,7 +169,7 @@ def build_times(config: TrainConfig) -> TimeLaw:
 
 
 def build_loader(config: TrainConfig, task: Task, device: torch.device | str | None = None) -> CoupledLoader:
-    """The loader of a configuration, with a coupling that is fitted to the data where it asks for that."""
+    """The loader of a configuration, with a coupling that is fitted to the data if it can be."""
 
     def loader(coupling: mbot.Coupling | None) -> CoupledLoader:
         return CoupledLoader(

@@ -63,7 +63,7 @@ class TrainConfig:
     conditional: bool = True
     """Train with the data's labels or condition vectors, where it has some."""
     source_data: Data | None = None
-    """Where flows start: a data set in place of noise, with samples of the same shape."""
+    """Start of the flows: a data set instead of noise, with samples of the same shape."""
     source_root: Path | None = None
     """Folder or file of that data."""
     source_labels: bool = True
@@ -168,7 +168,7 @@ class DiagnoseConfig:
     conditional: bool = True
     """Use the data's conditions."""
     source_data: Data | None = None
-    """Where flows start: a data set in place of noise, with samples of the same shape."""
+    """Start of the flows: a data set instead of noise, with samples of the same shape."""
     source_root: Path | None = None
     """Folder or file of that data."""
     source_labels: bool = True

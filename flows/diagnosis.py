@@ -1,4 +1,4 @@
-"""What a coupling does to training, in one call: gain, bias and price, measured on samples without any network."""
+"""Diagnosis of a coupling in one call: gain, bias and price, measured on samples without any network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Diagnosis:
         unique: distinct pairs as a share of the x1 samples; 1 for a permutation, .63 for draws with replacement.
         effective: effective sample size of the pairs' weights (repeats add up) as a share of the x1 samples.
         tilt: relative variance of the weight with which a sample takes part in training, for x0 and x1, without the
-            part that is chance; 0 means that all samples count alike.
+            part that is chance; 0 means that all samples count equally.
         plan_entropy: 0 for a matching, 1 for the independent coupling; None if the coupling has no plan.
         seconds: of one call, the median.
         advice: one line.

@@ -48,19 +48,19 @@ def train_classifier(
     x, y = task.draw(largest, generator)
     if y is None:
         raise ValueError("a classifier needs labels")
-    held = len(x) // 10
+    tested = len(x) // 10
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classifier"))
         model = SmallClassifier(task.shape[0], task.num_classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(steps):
-        rows = held + torch.randint(len(x) - held, (128,), generator=generator)
+        rows = tested + torch.randint(len(x) - tested, (128,), generator=generator)
         loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.eval()
-    accuracy = metrics.condition_consistency(model, x[:held], y[:held]).accuracy
+    accuracy = metrics.condition_consistency(model, x[:tested], y[:tested]).accuracy
     return model, accuracy
 
 
@@ -77,7 +77,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model with each of `SOLVERS`.
 
-    Images with labels: consistency and Fréchet distance by a small classifier that is trained here; other images:
+    Images with labels: consistency and Fréchet distance by a small classifier, trained in the call; other images:
     sliced W2. Points: squared W2 (exact), straightness. The row "data" compares the data with themselves: what a
     perfect model would reach.
 
@@ -87,7 +87,7 @@ def evaluate(
         num: samples a row; at most half of the data.
         seed: of noise and classifier.
         guidance: guidance scale.
-        classifier: to measure by, in place of a fresh one.
+        classifier: used instead of a newly trained one.
         shape: of a sample of the model, where that is not the data's: a flow in a latent space.
         decode: from such samples to the data's space.
 

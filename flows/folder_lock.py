@@ -66,7 +66,7 @@ class FolderLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = os.path.realpath(self.folder)
         with _guard:
-            if _held.get(name) == os.getpid():  # asked before the file is opened, as closing it again would unlock it
+            if _held.get(name) == os.getpid():  # checked before the file is opened, as closing it again would unlock it
                 raise self._in_use("another trainer of this process")
             file = os.open(self.folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
             try:

@@ -75,7 +75,7 @@ class NumberGuard:
             said = f"the gradient overflows at every loss scale down to {2 * self.scale:g}"
         raise NonFiniteLoss(
             f"step {step}: {said}, at learning rate {rate:g} in {precision}. {self._what_is_left()} Lower the learning "
-            "rate, clip gradients, or use bf16 or fp32 in place of fp16"
+            "rate, clip gradients, or use bf16 or fp32 instead of fp16"
         )
 
     def check_weights(self, step: int, rate: float, *models: nn.Module) -> None:

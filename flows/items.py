@@ -1,4 +1,4 @@
-"""Samples and conditions of map-style data sets: read by position, collated, the same whoever reads them."""
+"""Samples and conditions of map-style data sets: read by position and collated, equal in every thread and process."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def floating(x: Tensor, what: str) -> Tensor:
 
 
 def _served_by(dataset: Any) -> type | None:
-    """The class that says how samples are made: a subclass with a ``__getitem__`` of its own is asked item by item."""
+    """The class whose method reads samples; a subclass with its own ``__getitem__`` is read item by item."""
     for kind in type(dataset).__mro__:
         if "__getitem__" in vars(kind) or "__getitems__" in vars(kind):
             return kind

@@ -65,7 +65,7 @@ class CoupledLoader:
             ``"matched"``: for each target one of its class, so that rare classes never lack sources and class counts
             agree; classes then come as often as among the targets, and within a class each source as often as any
             other. Neither takes a sample twice in an OT batch while there are enough.
-        groups: with ``"matched"``: groups of all source samples and of all samples in place of their conditions
+        groups: with ``"matched"``: groups of all source samples and of all samples, used instead of conditions
             (control cells of the same cell line, say). Without them conditions are read once from the two data sets.
         sources_per_target: source samples drawn for each target of an OT batch, of which its partner is one. None for
             as many as the coupling chooses among: k of `mbot.NearestNoiseCoupling`, else 1. Transport of more sources
@@ -77,7 +77,7 @@ class CoupledLoader:
         TypeError: an unsuitable data set, source or coupling; samples that are not floating point.
         ValueError: sizes that do not fit: ``ot_batch_size`` no multiple of ``batch_size``, fewer samples than one OT
             batch.
-        WorkerDied: (iterating) a worker process ended by itself; the position is kept.
+        WorkerDied: (iterating) a worker process died; the position is kept.
 
     >>> data = torch.utils.data.TensorDataset(torch.randn(64, 2))
     >>> loader = CoupledLoader(data, None, mbot.OTCoupling(), batch_size=8, ot_batch_size=32)
@@ -196,7 +196,7 @@ class CoupledLoader:
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def close(self) -> None:
-        """Stop the background work; iterating starts it again at the same place."""
+        """Stop the background work; iterating starts it again at the same batch."""
         stream, self._stream, self._served = self._stream, None, None
         if stream is not None:
             stream.close()  # type: ignore[attr-defined]
@@ -240,7 +240,7 @@ class CoupledLoader:
 
 
 class WorkerDied(RuntimeError):
-    """A worker process of a loader ended by itself; the loader keeps its position."""
+    """A worker process of a loader died; the loader keeps its position."""
 
     def __init__(self, reason: BaseException) -> None:
         super().__init__(

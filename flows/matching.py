@@ -195,7 +195,7 @@ class FlowMatching:
         self.path.check_coupling(check_coupling(self.coupling))
 
     def settings(self) -> dict[str, str]:
-        """What runs are compared by, besides the coupling: path, times and the name of the time weight, as text."""
+        """Settings by which runs are compared, as text: path, times and the name of the time weight."""
         weight = getattr(self.time_weight, "__qualname__", repr(self.time_weight))
         return {"path": repr(self.path), "times": repr(self.times), "time_weight": weight}
 

@@ -110,7 +110,7 @@ def squared_mmd(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> floa
 
 
 class ConditionConsistency(NamedTuple):
-    """How well a classifier finds the condition in generated samples: share found, mean cross-entropy."""
+    """Accuracy and mean cross-entropy of a classifier that predicts the condition of generated samples."""
 
     accuracy: float
     cross_entropy: float
@@ -245,7 +245,7 @@ def straightness(model: VelocityModel, x0: Tensor, *, y: Any = None, steps: int 
 
 
 class PriorSkew(NamedTuple):
-    """How well the condition can be predicted from the noise: cross-validated accuracy or R², and its chance level."""
+    """Cross-validated accuracy or R² of predicting the condition from the noise, and its chance level."""
 
     score: float
     chance: float

@@ -1,4 +1,4 @@
-"""OT batches by number: which samples, their noise, their pairs; each a function of the seed and the number alone."""
+"""OT batches by number: samples, noise and pairs, each a function of the seed and the number alone."""
 
 from __future__ import annotations
 
@@ -138,12 +138,12 @@ class OTBatches:
         return self.full * (self.ot_batch_size // self.batch_size) + -(-self.rest // self.batch_size)
 
     def locate(self, epoch: int, batch: int) -> tuple[int, int]:
-        """The OT batch that holds training batch ``batch`` of an epoch, and the place inside it."""
+        """The OT batch that holds training batch ``batch`` of an epoch, and its position inside it."""
         inside, step = divmod(batch, self.ot_batch_size // self.batch_size)
         return epoch * self.per_epoch + inside, step
 
     def settings(self) -> dict[str, Any]:
-        """What a saved position is only valid under."""
+        """Settings that must be unchanged for a saved position to be valid."""
         return {
             "samples": self.size,
             "batch_size": self.batch_size,
@@ -165,7 +165,7 @@ class OTBatches:
         if self.whole is None:
             x, y = self._samples(index, derive_seed(self.seed, "fetch", number, self.rank))
         if self.sources.are_read:
-            n, part, targets = self._place(number, len(index))
+            n, part, targets = self._share(number, len(index))
             generator = generator_at(self.seed, "noise", number, part)
             source = self.sources.read(n, generator, derive_seed(self.seed, "source", number, part), targets)
         return Fetched(number, x, y, index, source)
@@ -202,7 +202,7 @@ class OTBatches:
         return self._samples(torch.arange(self.size), derive_seed(self.seed, "fetch"))
 
     def _couple_whole(self, fetched: Fetched, device: torch.device) -> CoupledBatch:
-        """Fresh noise with its points of the whole data set; every process by itself, as the potentials are global."""
+        """Fresh noise with its points of the whole data set; each process alone, as the potentials are global."""
         if self.whole is None:
             raise RuntimeError("the data set was not loaded")
         if self.whole[0].device != device:
@@ -214,8 +214,8 @@ class OTBatches:
         pairs = self.coupling(x0, data, labels0, labels, generator=generator)
         return CoupledBatch.of(pairs, x0, data, labels, torch.arange(len(data)), y0=y0)
 
-    def _place(self, number: int, n: int) -> tuple[int, int, Tensor | None]:
-        """How many sources this process draws for its n targets, as which part, and for which targets.
+    def _share(self, number: int, n: int) -> tuple[int, int, Tensor | None]:
+        """Number of sources that this process draws for its n targets, which part they are, and of which targets.
 
         One global coupling is of sources that one process would draw: every process draws all of them.
         """
@@ -228,7 +228,7 @@ class OTBatches:
 
     def _source(self, fetched: Fetched, like: Tensor) -> tuple[Tensor, Any]:
         """Source samples of an OT batch and their conditions, where the targets are."""
-        n, part, targets = self._place(fetched.number, len(fetched.rows))
+        n, part, targets = self._share(fetched.number, len(fetched.rows))
         if fetched.source is not None:
             return self.sources.fitted(fetched.source, n, like)
         generator = generator_at(self.seed, "noise", fetched.number, part, device=like.device)

@@ -54,11 +54,11 @@ class Path(ABC):
         return False
 
     def default_coupling(self) -> Coupling:
-        """The coupling that the path's theory asks for; independent pairs unless a path says otherwise."""
+        """The coupling that the path's theory requires; independent pairs unless a path overrides this."""
         return IndependentCoupling()
 
     def check_coupling(self, coupling: Coupling) -> None:  # noqa: B027  # most paths take any coupling
-        """Refuse a coupling that contradicts the path, with a ValueError; any is taken unless a path says otherwise."""
+        """Refuse a coupling that contradicts the path, with a ValueError; any is taken unless a path overrides this."""
 
 
 @dataclass(frozen=True)

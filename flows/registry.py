@@ -1,6 +1,6 @@
-"""What the command line can name: the couplings, paths, time laws, data sets and models that the packages export.
+"""Names on the command line: the couplings, paths, time laws, data sets and models that the packages export.
 
-A new one is there by being exported (in ``mbot.__all__``, ``flows.__all__`` or ``flows.datasets.__all__``). Its name is
+A new one is known once exported (in ``mbot.__all__``, ``flows.__all__`` or ``flows.datasets.__all__``). Its name is
 that of its class or function, in lower case with dashes; where papers use another name, `_KNOWN_AS` holds it. Settings
 without a flag of their own are written ``coupling.num_batches=4``.
 """

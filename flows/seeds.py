@@ -1,4 +1,4 @@
-"""Seeds derived from a run's seed and a position in it, so that randomness does not depend on who computes it."""
+"""Seeds derived from a run's seed and a position in it, so that every process draws the same numbers."""
 
 from __future__ import annotations
 

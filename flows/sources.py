@@ -1,4 +1,4 @@
-"""Where flows start: noise, or samples of another data set with their conditions, drawn for the targets of a batch."""
+"""Starts of flows: noise, or samples of another data set with their conditions, drawn for the targets of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few steps that are placed well: BOSS (Nguyen et al., ICLR 2024, arXiv 2312.16414).
+"""Step times for few Euler steps: BOSS (Nguyen et al., ICLR 2024, arXiv 2312.16414).
 
 One Euler jump of a trained field from grid time ``t_j`` to ``t_k`` misses the fine trajectory by
 ``c_jk = E |x_k - x_j - (t_k - t_j) v(x_j, t_j)|²``. Stage 1 finds the path from 0 to 1 with a given number of jumps of

@@ -1,4 +1,4 @@
-"""The contract of a path, for anybody's: `check_path` raises an AssertionError with the input that fails."""
+"""The contract of a path: `check_path` raises an AssertionError with the input that fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _samples(device: torch.device, shape: tuple[int, ...] = (3,), dtype: torch.d
 
 
 def _at(path: Path, time: float | Tensor, x0: Tensor, x1: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The path at one time, or at one a row; whatever it raises is told with its input."""
+    """The path at one time, or at one a row; its errors are raised again with the input."""
     t = time if isinstance(time, Tensor) else torch.full((len(x0),), time, dtype=torch.float64, device=x0.device)
     try:
         point, velocity = path.sample(x0, x1, t, noise)
@@ -72,7 +72,7 @@ def _case(path: Path, says: str, t: Tensor, inputs: Any, row: int = 0) -> str:
 def _equal(
     path: Path, says: str, got: Tensor, want: Tensor, t: Tensor, inputs: Any, *, rtol: float = 0.0, atol: float = 0.0
 ) -> None:
-    """Rows that are close; the first that is not is told."""
+    """Rows that are close; the error names the first that is not."""
     miss = (got - want).abs().flatten(1)
     good = (miss <= atol + rtol * want.abs().flatten(1)).all(1)  # NaN is not
     if not bool(good.all()):

@@ -37,11 +37,11 @@ class TimeLaw(ABC):
             dtype: of the result; None for float32. Half precision is drawn in float32 and rounded.
         """
         checks.count(n, "n", at_least=0)
-        place = torch.device("cpu" if generator is None else generator.device) if device is None else device
+        where = torch.device("cpu" if generator is None else generator.device) if device is None else device
         dtype = torch.float32 if dtype is None else dtype
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point type; got {dtype}")
-        return self._draw(n, generator, torch.device(place), torch.promote_types(dtype, torch.float32)).to(dtype)
+        return self._draw(n, generator, torch.device(where), torch.promote_types(dtype, torch.float32)).to(dtype)
 
     def log_density(self, t: Tensor) -> Tensor:
         """Logarithm of the density at times of any shape; ``-inf`` outside [0, 1]."""
@@ -60,7 +60,7 @@ class TimeLaw(ABC):
 
 @dataclass(frozen=True)
 class UniformTimes(TimeLaw):
-    """All times alike: density 1.
+    """Uniform times: density 1.
 
     >>> UniformTimes().log_density(torch.tensor([0.5, 1.5]))
     tensor([0., -inf])

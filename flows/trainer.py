@@ -158,7 +158,7 @@ class Trainer:
 
     @property
     def path(self) -> Path:
-        """How pairs are connected."""
+        """The path that connects pairs."""
         return self.matching.path
 
     @property
@@ -170,8 +170,8 @@ class Trainer:
         """Train to ``steps``.
 
         Args:
-            resume: True goes on from the newest checkpoint in ``out`` (from the start where there is none); a path
-                goes on from that one.
+            resume: True continues from the newest checkpoint in ``out`` (from the start where there is none); a path
+                continues from that one.
 
         Raises:
             CheckpointError: the checkpoint to resume from is damaged, foreign or of another run; one could not be
@@ -179,7 +179,7 @@ class Trainer:
             NonFiniteLoss: NaN or infinity in the loss, the gradient, or weights about to be saved; in fp16 a gradient
                 that overflows at every loss scale.
             Interrupted: a signal came; the state is saved.
-            WorkerDied: a worker process of the loader ended by itself; the last checkpoint is good.
+            WorkerDied: a worker process of the loader died; the last checkpoint is good.
         """
         with self.lock:
             return self._fit(resume)
@@ -274,7 +274,7 @@ class Trainer:
         )
 
     def load(self, path: str | FilePath) -> dict[str, Any]:
-        """Take over the state of a checkpoint, where `fit` then goes on; returns the ``config`` saved with it.
+        """Take over the state of a checkpoint, from which `fit` then continues; returns the ``config`` saved with it.
 
         Raises:
             CheckpointError: it cannot be read, or was written by a run with other settings or another model.
@@ -313,7 +313,7 @@ class Trainer:
         self._guard.check_weights(self.step, self._rate, self.model, self.sampling_model)
 
     def _settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the saved one."""
+        """Settings that a resumed run must share with the saved one."""
         return {
             **self.matching.settings(),
             "seed": self.seed,
@@ -332,7 +332,7 @@ class Trainer:
         return every is not None and step % every == 0
 
     def _one_step(self, signals: Signals) -> bool:
-        """One optimiser step; returns whether a signal asks to stop after it."""
+        """One optimiser step; returns whether a signal requests a stop after it."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for part in range(self.accumulate):

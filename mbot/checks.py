@@ -1,4 +1,4 @@
-"""Checks of user input: every error text of the package is written here, once.
+"""Checks of user input, with their error messages.
 
 Each function returns its input in the form the caller computes with, or raises a ``TypeError`` (wrong kind of object)
 or a ``ValueError`` (wrong shape, size or value) that says what was given and what is allowed.
@@ -148,7 +148,7 @@ def weights(weight: Any, size: int, like: Tensor, name: str) -> Tensor | None:
 
 
 def constant_weights(weight: Any, name: str, where: str) -> None:
-    """Weights without gradients, where these are not to be had."""
+    """Weights that require no gradients, for methods that have none in the weights."""
     if torch.is_grad_enabled() and isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError(f"{where} has no gradients in the weights; pass {name}.detach()")
 
@@ -167,7 +167,7 @@ def equal_totals(a: Tensor, b: Tensor) -> Tensor:
 
 
 def store(settings: Any, **values: Any) -> None:
-    """Replace settings of a frozen dataclass by their checked values: plain numbers compare, pickle and print alike."""
+    """Replace settings of a frozen dataclass by their checked values: plain numbers compare and pickle well."""
     for name, value in values.items():
         object.__setattr__(settings, name, value)
 

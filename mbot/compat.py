@@ -24,7 +24,7 @@ from mbot.random import draw
 from mbot.transport import ExactOT, Transport, UnbalancedOT
 from mbot.transport.streaming import Held, solve
 
-# What a draw of pairs can tell apart; POT's own limits are 1000 iterations and 1e-9.
+# Looser than POT's limits (1000 iterations, 1e-9), and still below what a draw of pairs can show.
 _MAX_ITER = 1000
 _TOL = 1e-3  # L1, of the marginals; a draw of n pairs scatters by 1 / sqrt(n)
 
@@ -155,7 +155,7 @@ class OTPlanSampler:
         For unequal sizes the smaller batch is matched completely.
         """
         cost, size = self._cost(x0, x1), max(len(x0), len(x1))
-        square = torch.nn.functional.pad(cost, (0, size - len(x1), 0, size - len(x0)))  # dummies take what is left
+        square = torch.nn.functional.pad(cost, (0, size - len(x1), 0, size - len(x0)))  # dummy points take the others
         col = ExactOT().plan(square).entries()[1][: len(x0)]
         kept = col < len(x1)
         return x0.flatten(1)[kept], x1.flatten(1)[col[kept]]
@@ -225,7 +225,7 @@ class OTPlanSampler:
 
     def _draw(self, plan: Plan, count: int, replace: bool) -> tuple[Tensor, Tensor]:
         matched = plan.matching() if replace and count == plan.size[1] else None
-        if matched is not None:  # what the draw below comes to
+        if matched is not None:  # the draw below would give the same
             return matched, torch.arange(count, device=matched.device)
         if replace:
             return stratified(plan, count, self._generator())
@@ -245,7 +245,7 @@ class OTPlanSampler:
 
 
 def _transposed(plan: Plan) -> Plan:
-    """The plan from target to source."""
+    """The transposed plan, from targets to sources."""
     size = plan.size[::-1]
     if not plan.is_sparse:
         return Plan(plan.mass.T, size)

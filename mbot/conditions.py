@@ -1,4 +1,4 @@
-"""What a condition may be, for couplings, loaders, models and samplers alike, and how one is read.
+"""Conditions of samples: their containers, classes and missing values, the same for couplings, loaders and models.
 
 The conditions of n samples are one of
 
@@ -194,7 +194,7 @@ def class_codes(
         classes, codes = _numbered([*given[0], *given[1]], " and ".join(names))
         words, others = ({isinstance(value, (str, bytes)) for row in part for value in row} for part in given)
         if words ^ others == {True, False}:
-            raise ValueError(f"{' and '.join(names)} must hold labels of one kind, not numbers here and strings there")
+            raise ValueError(f"{' and '.join(names)} must hold labels of one kind: numbers, or strings")
     code1, code0 = (np.full(len(out), len(classes), np.int64) for out in gone)
     code1[~gone[0]], code0[~gone[1]] = codes[: len(given[0])], codes[len(given[0]) :]
     return code0, code1, [*(row[0] if len(row) == 1 else row for row in classes), "dropped"]

@@ -1,4 +1,4 @@
-"""Warnings of solvers that stop early: one a batch of problems, and at the line of the caller's own code."""
+"""Warnings of solvers that stop early: one for a batch of problems, at the user's own line."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def count_unconverged(solver: str, failed: int, problems: int, worst: float, adv
 
 @contextmanager
 def one_warning() -> Iterator[None]:
-    """Within: problems that did not converge are counted, and each solver warns once, at the end of the outermost."""
+    """Count the problems inside that did not converge; each solver warns once, at the end of the outermost block."""
     if _pending.get() is not None:
         yield
         return
@@ -84,7 +84,7 @@ def one_warning() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[list[tuple[str, type[Warning]]]]:
-    """Within: warnings are kept, for `tell` to write where the user's line is: not in a thread or a worker process."""
+    """Keep the warnings raised inside, in a thread or a worker process, for `tell` to write at the user's line."""
     kept: list[tuple[str, type[Warning]]] = []
     token = _kept.set(kept)
     try:

@@ -28,7 +28,7 @@ def effective_sample_size(weight: Tensor) -> Tensor:
 
 
 def marginal_tilt(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """How unequally samples count: relative variances ``Var(τ) / E[τ]²`` of the row and the column sums τ, ``(…,)``.
+    """Inequality of weights: relative variances ``Var(τ) / E[τ]²`` of the row and the column sums τ, ``(…,)``.
 
     Args:
         weight: ``(…, n, m)`` non-negative weights of all pairs, on any scale, with a positive total.
@@ -47,7 +47,7 @@ def marginal_tilt(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plan_entropy(plan: Plan) -> Tensor:
-    """How spread out plans are, ``(…,)``: 0 for a matching, 1 for the independent coupling of the plan's marginals.
+    """Normalised entropy of plans, ``(…,)``: 0 for a matching, 1 for the independent coupling of the plan's marginals.
 
     ``(H(P) - max(H(a), H(b))) / min(H(a), H(b))`` with the entropies of the plan and of its two marginals. For
     uniform weights and n = m this is the renormalised entropy ``H(P) / log n - 1`` of Zhang et al. 2025 (large

@@ -1,4 +1,4 @@
-"""Calls that ``torch.compile`` leaves as they are: solvers are loops over numbers, not graphs of tensors."""
+"""Calls that ``torch.compile`` keeps out of its graphs: solvers are loops over numbers, not graphs of tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def outside_graphs(function: Function) -> Function:
     """The function, which breaks the graph that calls it and runs as without ``torch.compile``, gradients included.
 
-    ``torch.compiler.disable`` does that, and imports the compiler: here it is asked only where the compiler is loaded.
+    ``torch.compiler.disable`` does that, but imports the compiler; it is used only once the compiler is loaded.
     """
     disabled: list[Callable[..., Any]] = []
 

@@ -88,10 +88,12 @@ class _MatchedValues(torch.autograd.Function):
         x, y, row, col, mass, costs = ctx.saved_tensors
         weight = mass * grad.repeat_interleave(len(mass) // max(ctx.groups, 1))
         needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # for second derivatives, which the costs above are constants for
+        if (
+            torch.is_grad_enabled()
+        ):  # for second derivatives: the saved costs are constants, so the costs are computed again
             left, right = x[row], y[col]
             total = (weight * _matched_costs(left, right, ctx.cost)).sum()
-            # In the matched points, which the incoming gradient does not depend on.
+            # In the matched points: the incoming gradient does not depend on them.
             grads = [
                 torch.autograd.grad(total, ends, create_graph=True)[0] if wanted else None
                 for ends, wanted in zip((left, right), needed, strict=True)
@@ -121,7 +123,7 @@ def _matched_costs(x: Tensor, y: Tensor, cost: str) -> Tensor:
 
 def _weighted_differences(x: Tensor, y: Tensor, row: Tensor, col: Tensor, weight: Tensor, own: bool) -> Tensor:
     """``sum_e weight_e (x_i - y_col(e))`` over the entries of each row i; without the ``x_i`` if not ``own``."""
-    if x.is_cuda or bool((row[1:] < row[:-1]).any()):  # to ask costs more there than to sort
+    if x.is_cuda or bool((row[1:] < row[:-1]).any()):  # on a device, asking would cost more than sorting
         order = row.argsort(stable=True)  # sums in a fixed order: the same result on every run
         row, col, weight = row[order], col[order], weight[order]
     starts = torch.searchsorted(row, torch.arange(len(x), device=x.device))
@@ -137,7 +139,7 @@ def first_order(
     value: Tensor, a: Tensor | None = None, b: Tensor | None = None, slope_a: Tensor | None = None,
     slope_b: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Values ``(…,)`` with given derivatives in weights; to differentiate their gradients again is an error.
+    """Values ``(…,)`` with given derivatives in weights. Differentiating their gradients is an error.
 
     Args:
         value: values whose plan is held constant, which is right for first derivatives alone.
@@ -152,7 +154,7 @@ def first_order(
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Forward: the value. Backward: its derivatives, which lead to `_Refused` if they are differentiated again."""
+    """Forward: the value. Backward: its derivatives; differentiating these raises the error of `_Refused`."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, a: Tensor | None, b: Tensor | None, slope_a: Tensor | None,

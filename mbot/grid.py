@@ -37,7 +37,7 @@ class Side:
     Attributes:
         points: the mini-batches.
         name: of the side, for messages.
-        index: ``(k, m)`` where the points are in the cloud that they were drawn from; None for given mini-batches.
+        index: ``(k, m)`` positions of the points in the cloud that they were drawn from; None for given mini-batches.
         inside: ``(k, m)`` weights inside the mini-batches; None for uniform ones.
         factor: ``(k,)`` factors on the weights of the mini-batches, of expectation 1; None for 1.
     """
@@ -64,7 +64,7 @@ class Side:
         return [points.shape[1]] * len(points) if isinstance(points, Tensor) else [len(batch) for batch in points]
 
     def runs(self) -> list[tuple[slice, Tensor]]:
-        """Neighbouring mini-batches of one shape, stacked and flattened to ``(k, m, d)``, and where they stand."""
+        """Neighbouring mini-batches of one shape, stacked and flattened to ``(k, m, d)``, with their positions."""
         points = self.batches()
         if isinstance(points, Tensor):
             return [(slice(0, len(points)), points.flatten(2))]
@@ -82,7 +82,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the problems of a grid are made.
+    """Settings of the problems of a grid.
 
     Attributes:
         transport: the inner transport.
@@ -189,7 +189,7 @@ class ValueBlock:
         return torch.where(weight > 0, weight * self.values, 0).sum()
 
     def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """None: there is no plan."""
+        """An error: there is no plan."""
         raise TypeError("only mbot transports that have plans give one; SlicedOT and callables have values alone")
 
 

@@ -76,7 +76,7 @@ class MiniBatchLoss(nn.Module):
 
     @property
     def scheme(self) -> Scheme:
-        """How the inner problems are made."""
+        """Settings of the inner problems."""
         return Scheme(self.transport, self.cost, aligned=False, generator=self.generator)
 
     def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -261,7 +261,7 @@ class MiniBatchOT(MiniBatchLoss):
 
     @property
     def scheme(self) -> Scheme:
-        """How the inner problems are made."""
+        """Settings of the inner problems."""
         return replace(super().scheme, aligned=self.pairing == "aligned")
 
     def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -315,8 +315,8 @@ class BoMbOT(MiniBatchLoss):
     """BoMb-OT: optimal transport between mini-batches, whose ground cost is a transport between their points.
 
     e-BoMb-OT is ``reg > 0``: an entropic outer problem, between BoMb-OT (``reg -> 0``) and m-OT on the grid
-    (``reg -> inf``). ``reg`` is in units of the inner values; choose it relative to their spread. The value includes
-    the outer penalty ``reg KL(gamma | u ⊗ v)``, as its gradient does.
+    (``reg -> inf``). ``reg`` is in units of the inner values; choose it relative to their standard deviation. The
+    value includes the outer penalty ``reg KL(gamma | u ⊗ v)``, as its gradient does.
 
     The outer cost of two mini-batches is the whole value of the inner transport, penalties included. The authors' code
     takes ``<C, P>`` alone, which differs over `EntropicOT`, `UnbalancedOT` and entropic `PartialOT`: for that, give a

@@ -36,7 +36,7 @@ def draw_batches(
         name: of the point cloud, for messages.
 
     Raises:
-        ValueError: more points asked for than there are, without replacement.
+        ValueError: more points than there are, without replacement.
     """
     if replacement:
         if weight is None:

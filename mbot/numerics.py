@@ -1,8 +1,8 @@
-"""Arithmetic that settings of the process must not change: float32 products, and sums that are the same on each run.
+"""Float32 products in full precision, and sums that are equal on each run, whatever the settings of the process.
 
 ``torch.set_float32_matmul_precision("high")``, which training scripts use for their networks, lets float32 products be
 computed with 10 bits (TF32), "medium" on some CPUs with 7. A squared distance ``|x|^2 + |y|^2 - 2 <x, y>`` cancels, and
-would keep few of them; a Sinkhorn loop would not meet its tolerance. So the setting is lifted while mbot computes.
+would keep few of them; a Sinkhorn loop would not meet its tolerance. So the setting is raised while mbot computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 _lock = threading.Lock()
 _depth = 0
-_restore: Callable[[], None] | None = None  # takes the raised precision back; None where there was nothing to raise
+_restore: Callable[[], None] | None = None  # restores the setting of the process; None if it was not changed
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _raise_precision() -> Callable[[], None] | None:
-    """Set float32 products to float32; the function that takes it back, None if they were."""
+    """Set float32 products to full precision. Returns a function that restores the setting, or None if it was set."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # set a backend at a time (torch 2.9 and later), where the one setting has no answer
@@ -113,7 +113,7 @@ def _must_repeat(x: Tensor) -> bool:
 
 
 def running_sum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    """``x.cumsum(dim)``, which ``torch.use_deterministic_algorithms`` refuses of floats on CUDA: there in log n steps.
+    """``x.cumsum(dim)``, in log n steps where ``torch.use_deterministic_algorithms`` refuses it (floats on CUDA).
 
     >>> running_sum(torch.tensor([1.0, 2.0, 4.0]), 0)
     tensor([1., 3., 7.])
@@ -124,7 +124,7 @@ def running_sum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Ten
 
 
 def _doubling(x: Tensor, dim: int) -> Tensor:
-    """The running sum by adding what stands 1, 2, 4, … places before; differentiable, the same on each run."""
+    """The running sum, by adding the entries 1, 2, 4, … positions before; differentiable, equal on each run."""
     size, reach = x.shape[dim], 1
     while reach < size:
         head, tail = x.narrow(dim, 0, reach), x.narrow(dim, reach, size - reach)

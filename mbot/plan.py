@@ -1,4 +1,4 @@
-"""Transport plans: who sends how much to whom, dense or sparse, for a whole batch of problems."""
+"""Transport plans of a batch of problems, dense or sparse."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class Plan:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the plan is held as entries."""
+        """Whether the plan is kept as entries."""
         return isinstance(self._form, _Sparse)
 
     def to_dense(self) -> Tensor:
@@ -277,7 +277,7 @@ class Plan:
         return self._form.located(cell)
 
     def barycentric_map(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each source point goes on average: the mass-weighted mean of its targets.
+        """The barycentric projection: each source point is mapped to the mass-weighted mean of its targets.
 
         Args:
             y: ``(…, m, d)`` target points.

@@ -1,4 +1,4 @@
-"""The contracts of transports and couplings, for anybody's: an AssertionError says which input fails."""
+"""The contracts of transports and couplings: checks that raise an AssertionError with the input that fails."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _clouds(
 
 
 def _plan(transport: Transport, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
-    """A plan; whatever the transport raises or changes is told with its input."""
+    """A plan; errors of the transport, and inputs that it changed, are raised with the input."""
     inputs = {"cost": cost, "a": a, "b": b}
     before = {name: None if value is None else value.clone() for name, value in inputs.items()}
     try:
@@ -264,7 +264,7 @@ def _samples(
 
 
 def _couple(coupling: Coupling, x0: Tensor, x1: Tensor, y1: Tensor, *, seed: int = 7) -> Pairs:
-    """Pairs; whatever the coupling raises is told with its input."""
+    """Pairs; errors of the coupling are raised again with the input."""
     try:
         return coupling(x0, x1, y1=y1, generator=torch.Generator().manual_seed(seed))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Checks of user input: every error text of the package is written here, once.
+"""Checks of user input, with their error messages.
 
 Each function returns its input in the form the caller computes with, or raises a ``TypeError`` (wrong kind of object)
 or a ``ValueError`` (wrong shape, size or value) that says what was given and what is allowed.
@@ -22,7 +22,7 @@ from setenc.state import SetState
 def count(value: Any, name: str, *, at_least: int = 1) -> int:
     """A whole number of at least ``at_least``; an integer of numpy or torch is one too."""
     if torch.compiler.is_compiling():
-        return value  # a symbol: its value may not be asked for
+        return value  # a symbol of a traced graph: it has no value yet
     try:
         if _is_bool(value):
             raise TypeError
@@ -54,7 +54,7 @@ def flag(value: Any, name: str) -> bool:
 
 
 def _is_bool(value: Any) -> bool:
-    """Whether ``value`` is a bool of Python, numpy or torch: those are no numbers here."""
+    """Whether ``value`` is a bool of Python, numpy or torch, which does not count as a number."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
@@ -101,7 +101,7 @@ def elements(x: Any, mask: Any, weights: Any, name: str = "x") -> tuple[Tensor, 
     if weights is not None:
         weights, positive = element_weights(weights, x, mask)
         if not positive:
-            # Negative weights and NaN stay, and make the state NaN where they were not looked at.
+            # Where values are not checked, negative weights and NaN stay and make the state NaN.
             mask = weights.detach() != 0 if mask is None else mask & (weights.detach() != 0)
     return x, mask, weights
 
@@ -193,9 +193,9 @@ def no_mask(mask: Any) -> None:
 
 
 def may_look(x: Tensor) -> bool:
-    """Whether values may be looked at as they stream: on an accelerator that would wait for the device.
+    """Whether values are checked as they stream. On an accelerator a check would wait for the device.
 
-    What is not finite (or a negative weight) there becomes NaN in the state, never goes away, and `finite` finds it.
+    Values that are not finite, and negative weights, then become NaN in the state; `finite` finds it at the read-out.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -203,7 +203,7 @@ def may_look(x: Tensor) -> bool:
 def finite_features(features: Tensor, witness: Tensor | None = None) -> Tensor:
     """Features of the real elements without NaN and infinity.
 
-    ``witness`` is what became of them, and is not finite if they are not: it is looked at instead where it is smaller.
+    ``witness`` is computed from them and is not finite if they are not; where it is smaller, it is checked instead.
     """
     if not may_look(features):
         return features
@@ -220,7 +220,7 @@ def finite_features(features: Tensor, witness: Tensor | None = None) -> Tensor:
 
 
 def finite(pooled: Tensor) -> Tensor:
-    """What is read from a state."""
+    """The read-out of a state, which must be finite."""
     if not torch.compiler.is_compiling() and not bool(pooled.detach().isfinite().all()):
         raise ValueError(
             "the pooled slots must be finite; they hold NaN or infinity. An element had features or a weight that are "
@@ -230,7 +230,7 @@ def finite(pooled: Tensor) -> Tensor:
 
 
 def features(x: Any, in_dim: int, sets: Sequence[int] | None = None) -> Tensor:
-    """What an extractor made of ``(B, n, …)`` elements: ``(B, n, in_dim)``."""
+    """Features ``(B, n, in_dim)`` that an extractor made of ``(B, n, …)`` elements."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"features must be a floating-point tensor; got {given}. Convert them, or give an extractor")

@@ -1,4 +1,4 @@
-"""Where `setenc.encode` gets its chunks from: slices of a tensor, windows of ragged sets, or a user's iterators."""
+"""Sources of the chunks of `setenc.encode`: slices of a tensor, windows of ragged sets, or a user's iterators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
     index: Any = None
 
     def clone(self) -> Chunk:
-        """A copy that nobody else writes to."""
+        """A copy in memory of its own."""
         x = Ragged(self.x.values.clone(), self.x.offsets) if isinstance(self.x, Ragged) else self.x.clone()
         mask, weights = (None if t is None else t.clone() for t in (self.mask, self.weights))
         return Chunk(x, mask, weights, self.index)
@@ -32,7 +32,7 @@ class Source:
 
     ``x`` is the tensor they come from, if there is one. ``chunks_of_set`` ``(B,)`` counts each set's own chunks where
     every set has its own order, of which the first ones are drawn for the gradient; None where all sets share chunks.
-    ``reuses_memory``: a chunk may be overwritten when the next one is asked for.
+    ``reuses_memory``: a chunk may be overwritten by the next one.
     """
 
     x: Tensor | None = None

@@ -1,4 +1,4 @@
-"""What the slots of an encoder do with a batch: whether they are apart, what they attend to, how much each holds."""
+"""Diagnosis of the slots of an encoder on a batch: their similarity, their attention, and the mass of each."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SlotDiagnosis:
     """Means over the sets of a batch, and over heads where they differ.
 
     Args:
-        slot_cosine: mean cosine between two slots of a set; 1 = all slots read alike.
+        slot_cosine: mean cosine between two slots of a set; 1 = all slots have one read-out.
         effective_rank: of the ``K`` slots of a set: exp of the entropy of their squared singular values, from 1 to K.
-        entropy: of a slot's attention, divided by log n; 1 = all elements alike, 0 = a single one.
-        overlap: mean cosine between the attention maps of two slots; 1 = all slots attend alike.
+        entropy: of a slot's attention, divided by log n; 1 = uniform over the elements, 0 = a single one.
+        overlap: mean cosine between the attention maps of two slots; 1 = all slots attend to the same elements.
         mass: ``(K,)`` share of each slot in the weight that all slots gave.
         advice: one line.
     """
@@ -61,7 +61,7 @@ def diagnose_slots(
 
     Args:
         enc: a `UMBC`, or a pooling whose features ``x`` are; its pooling gives elements attention.
-        x: ``(B, N, …)`` whole sets, or with ``state`` the elements to look at.
+        x: ``(B, N, …)`` whole sets, or with ``state`` the elements to examine.
         mask: ``(B, N)`` bool, True = a real element.
         weights: ``(B, N)`` multiplicities >= 0.
         state: of a stream that has seen these elements, and others; None is that of ``x``.

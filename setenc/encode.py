@@ -75,7 +75,7 @@ def encode(
         num_gradient_chunks: chunks that ``sampled`` draws.
         mask: ``(B, N)`` bool, True = a real element.
         weights: ``(B, N)`` multiplicities >= 0 (``(T,)`` with a ragged batch), constants in backward.
-        generator: of everything random here: slots, dropout in the extractor, drawn chunks; None is torch's default.
+        generator: of all random numbers: slots, dropout in the extractor, drawn chunks; None is torch's default.
         group: process group over whose ranks the elements of the sets are spread, a part on each. Every rank gets the
             output for the whole sets; averaged over the ranks, as DistributedDataParallel does, the gradients of
             parameters are those of the average loss.
@@ -115,7 +115,7 @@ def _state(
     group: dist.ProcessGroup | None,
     enc: UMBC,
 ) -> SetState:
-    """The state of the whole sets, with the graph that the gradient mode asks for."""
+    """The state of the whole sets, with the graph that the gradient mode needs."""
     device = enc.pooling.like.device
     where = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**48, (), generator=generator, device=where))

@@ -30,11 +30,11 @@ class UMBC(nn.Module):
     slot can be) give ``mass_feature=True``: the logarithms of the mean weight that the slot gave in each head, mapped
     linearly, are added to the slot.
 
-    The extractor must treat every element by itself. The first chunk is used to test that (see ``probe``). BatchNorm
+    The extractor must treat every element alone. The first chunk is used to test that (see ``probe``). BatchNorm
     is allowed where it uses its running statistics: call ``.eval()`` on it after the model's ``.train()``.
 
     Args:
-        extractor: maps elements ``(B, n, …)`` to features ``(B, n, in_dim)``, each by itself; None is the identity.
+        extractor: maps elements ``(B, n, …)`` to features ``(B, n, in_dim)``, each independently; None is the identity.
             `PerElement` makes one from a module for batches ``(N, …)``, such as an image network.
         pooling: a `Pooling` over these features.
         decoder: any module on slots ``(B, K, dim)``; None is the identity.
@@ -132,7 +132,7 @@ class UMBC(nn.Module):
         generator: torch.Generator | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> SetState:
-        """The state of new streams; random slots are sampled here. See `Pooling.init_state`."""
+        """The state of new streams. It samples random slots. See `Pooling.init_state`."""
         return self.pooling.init_state(batch_size, generator=generator, group=group)
 
     def update(
@@ -247,7 +247,7 @@ class UMBC(nn.Module):
 
 
 def _filled(x: Tensor, mask: Tensor) -> Tensor:
-    """A real element in place of padding: what an extractor makes of it is finite, and so are its derivatives."""
+    """Padding replaced by a real element, of which an extractor has finite features and derivatives."""
     elements, real = x.detach().flatten(0, 1), mask.flatten()
     if real.shape[0] == 0:
         return x

@@ -1,7 +1,7 @@
 """Readers of sets that stay on disk: callables that `setenc.encode` takes, with a fresh iterator at every call.
 
-Chunks are ``(1, n, …)`` tensors, one set at a time. They are read ahead in a thread, which is at most ``prefetch``
-chunks early; 0 reads in the caller's thread.
+Chunks are ``(1, n, …)`` tensors, one set at a time. They are read in a thread, at most ``prefetch`` chunks
+ahead; 0 reads in the caller's thread.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class AnnDataChunks(Mapping[Any, Chunks]):
 
     ``sets = AnnDataChunks("cells.h5ad", by="perturbation", obsm="X_pca")`` and ``setenc.encode(model, sets["drug"])``.
 
-    A file is opened in backed mode: cells are read when they are asked for, sparse ones become dense chunk by chunk.
+    A file is opened in backed mode: cells are read, and made dense, chunk by chunk.
     Cells without a condition (NaN) belong to no set.
 
     Args:
@@ -268,7 +268,7 @@ def _package(name: str, extra: str) -> Any:
 
 
 def _ahead(make: Callable[[], Iterator[Tensor]], depth: int) -> Iterator[Tensor]:
-    """What ``make`` yields, made in a thread that is at most ``depth`` items early; its errors are raised here."""
+    """Items of ``make``, made in a thread at most ``depth`` items ahead; the iterator raises the thread's errors."""
     done = object()
     queue: Queue[Any] = Queue(depth)
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""A probe of extractors: what they make of an element must not depend on the other elements of the chunk."""
+"""A probe of extractors: the features of an element must not depend on the other elements of the chunk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def probe(extractor: nn.Module, x: Tensor) -> bool:
     call = partial(_features, plain, device=x.device)
     features = call(x, seed=0)
     if not isinstance(features, Tensor) or features.shape[:2] != x.shape[:2] or not bool(features.isfinite().all()):
-        return False  # the caller's checks have better words for it
+        return False  # the caller's checks raise a clearer error
     if bool((call(x, seed=1) == features).all()):
         how = "when the chunk is cut in parts"
         cut = max(size // 2, 1)

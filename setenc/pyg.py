@@ -18,7 +18,7 @@ from setenc.ragged import Ragged
 
 
 class SetAggregation(Aggregation):
-    """A set encoder in place of a sum or mean over neighbours, or over the nodes of a graph.
+    """A set encoder that replaces a sum or mean over neighbours, or over the nodes of a graph.
 
     Args:
         encoder: a `UMBC`, or a `Pooling` over the features.

@@ -1,4 +1,4 @@
-"""Targets that ask the slots: every target reads the slots that are responsible for its place."""
+"""Attention of targets over slots: every target reads the slots that attended to elements like it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from setenc.pooling import SlotPooling
 class SlotQuery(nn.Module):
     """Attention of targets over decoded slots, with the keys and queries of the pooling that filled them.
 
-    The pooling gives element ``i`` to slot ``k`` by ``<q_k, key(x_i)>``. A target asks by the same product, normalised
-    over the slots instead of the set: ``softmax_k(exp(τ) <q_k, key(t)> / sqrt(dim / H))`` mixes the values, a linear
-    map of the decoded slots. A target thus finds the slots that saw the elements around it from the first step on;
-    attention with weights of its own takes long to learn that, and one vector for the whole set cannot know it.
+    The pooling gives element ``i`` to slot ``k`` by ``<q_k, key(x_i)>``. The logits of a target are the same product,
+    normalised over the slots instead of the set: ``softmax_k(exp(τ) <q_k, key(t)> / sqrt(dim / H))`` mixes the values,
+    a linear map of the decoded slots. A target thus finds the slots that saw the elements around it from the first step
+    on; attention with weights of its own takes long to learn that, and one vector for the whole set cannot know it.
 
     Targets do not see each other: any number of them, also in chunks, gives the same results in memory that grows with
     the chunk.
@@ -57,7 +57,7 @@ class SlotQuery(nn.Module):
         return weight, self.pooling.queries()
 
     def forward(self, slots: Tensor, targets: Tensor) -> Tensor:
-        """What targets ``(B, M, c)`` read from decoded slots ``(B, K, dim)``: ``(B, M, dim)``."""
+        """Read-outs ``(B, M, dim)`` of targets ``(B, M, c)`` from decoded slots ``(B, K, dim)``."""
         own = self.key is not None and self.queries is not None
         key, queries = (self.key, self.queries) if own else self._shared()
         heads, count = self.pooling.num_heads, self.pooling.num_slots

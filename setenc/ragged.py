@@ -15,7 +15,7 @@ class Ragged:
     """``B`` sets in one tensor: set ``j`` is ``values[offsets[j]:offsets[j + 1]]``.
 
     Wherever an encoder takes a batch ``(B, n, …)`` it takes a `Ragged`, a list of sets ``(n_j, …)`` or a nested
-    tensor (``torch.jagged``) too; weights are then packed alike, ``(T,)``. The extractor sees all elements as one
+    tensor (``torch.jagged``) too; weights are then packed too, ``(T,)``. The extractor sees all elements as one
     batch of one set ``(1, T, …)``.
 
     Args:

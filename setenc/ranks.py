@@ -1,4 +1,4 @@
-"""Collectives of a process group: differentiable sums, and errors that every rank hears of."""
+"""Collectives of a process group: differentiable sums, and errors that are raised on every rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def together(
 ) -> Iterator[None]:
     """An error inside is raised on every rank, and so is a difference between the ranks in ``facts`` at the end.
 
-    Otherwise the ranks that have no error would wait for ever for the one that has.
+    Otherwise the ranks without an error would wait for the failed one without end.
 
     Raises:
         RuntimeError: another rank has an error; its own one is raised there.
@@ -78,5 +78,5 @@ def together(
     for (name, mine), high, low in zip(facts.items(), bounds[: len(facts)], bounds[len(facts) :], strict=True):
         if high != -low:
             raise ValueError(
-                f"all ranks must have the same {name}; it ranges from {-low} to {high}, and is {mine} here"
+                f"all ranks must have the same {name}; it ranges from {-low} to {high}, and is {mine} on this rank"
             )

@@ -1,6 +1,6 @@
 """Gradients of the state in a second pass over the elements, one chunk in memory at a time.
 
-The first pass is over when backward begins. Whatever the second one needs as it was then is kept, or compared: tensors
+The first pass is over when backward begins. What the second one needs unchanged is kept, or compared: tensors
 by their version, parameters and buffers by themselves, modules by their mode, data by the state that they make.
 """
 
@@ -37,7 +37,7 @@ class Run:
 
     def contribution(self, t: int, chunk: Chunk, start: SetState, peak: Any = None) -> tuple[SetState, Tensor | None]:
         """State of chunk ``t``, with random numbers that depend on ``t`` alone, and the features of its elements."""
-        # An iterator may fill its buffer again before a copy that nobody waits for has read it.
+        # An iterator may fill its buffer again before an asynchronous copy has read it.
         to = partial(_to, device=self.device, non_blocking=not self.source.reuses_memory)
         checks.batch(chunk.x, start.batch_size)
         x, mask, weights = to(chunk.x), to(chunk.mask), to(chunk.weights)
@@ -75,7 +75,7 @@ class SecondPass:
     Args:
         run: the encoding.
         draws: chunks of which gradients are taken, as estimates for all; None takes all chunks.
-        group: process group whose ranks hear of each other's errors.
+        group: process group; an error on one of its ranks is raised on all.
     """
 
     def __init__(self, run: Run, draws: int | None, group: dist.ProcessGroup | None) -> None:
@@ -94,7 +94,7 @@ class SecondPass:
 
     @property
     def leaves(self) -> list[Tensor | None]:
-        """What backward gives gradients to: the slots, the elements, the parameters."""
+        """Tensors that backward gives gradients to: the slots, the elements, the parameters."""
         return [*self.slots, self.run.source.x, *self.parameters.values()]
 
     def note(self, t: int, state: SetState, part: SetState) -> None:
@@ -254,7 +254,7 @@ class SecondPass:
 
 
 class _Body(nn.Module):
-    """What the second pass calls again, under the names that its parameters have in the encoder."""
+    """The module that the second pass calls, with its parameters under their names in the encoder."""
 
     def __init__(self, enc: UMBC) -> None:
         super().__init__()

@@ -83,7 +83,7 @@ class SelectedState(SetState):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
 
         def gathered(values: Tensor) -> Tensor:
-            # Nothing but zeros from the other ranks: the sum puts every rank's values in their place.
+            # Nothing but zeros from the other ranks: the sum puts every rank's values where they belong.
             mine = torch.zeros((size, *values.shape), dtype=values.dtype, device=values.device)
             return sum_over_ranks(mine.index_copy(0, torch.tensor([rank], device=values.device), values[None]), group)
 
@@ -111,7 +111,7 @@ class JointState(SetState):
 
     def __getattr__(self, name: str) -> Any:
         if name in ("total", "mass", "peak"):
-            raise AttributeError(f"a JointState has several {name}s: look into its parts")
+            raise AttributeError(f"a JointState has several {name}s: use those of its parts")
         raise AttributeError(name)
 
     @property
@@ -139,7 +139,7 @@ class JointState(SetState):
         return JointState(parts)
 
     def reference(self) -> Any:
-        """What `Pooling.contribution` takes as ``peak``: one of each part."""
+        """The argument ``peak`` of `Pooling.contribution`: one of each part."""
         return tuple(part.reference() for part in self.members)
 
     def relative_to(self, other: SetState) -> SetState:

@@ -27,7 +27,7 @@ from setenc.ranks import first_rank_at, sum_over_ranks
 
 @dataclass(eq=False)
 class SetState:
-    """What ``B`` streams have accumulated, in float32 or better: plain tensors, to be saved, copied and sent.
+    """The sums of ``B`` streams, in float32 or better: plain tensors, to be saved, copied and sent.
 
     ``torch.save`` and ``torch.load`` (also with ``weights_only=True``) and ``copy.deepcopy`` work mid-stream; what is
     saved is detached from the autograd graph.
@@ -80,7 +80,7 @@ class SetState:
         return replace(self, **changes)
 
     def reference(self) -> Any:
-        """What `Pooling.contribution` takes as ``peak``, so that its results add up to this state."""
+        """The argument ``peak`` of `Pooling.contribution` with which its results add up to this state."""
         return None if self.selects else self.peak
 
     def relative_to(self, other: SetState) -> SetState:

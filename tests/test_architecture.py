@@ -17,7 +17,7 @@ ORDER = (
     {"cost": ("cost",), "plan": ("plan",)},
     {"kernels": ("kernels",), "envelope": ("envelope",), "minibatch": ("minibatch",), "diagnostics": ("diagnostics",)},
     {"geometry": ("geometry",)},
-    {"problem": ("problem",)},
+    {"problem": ("problem", "certify")},
     {"solvers": ("solvers",)},
     {"transport": ("transport",)},
     {"losses": ("grid", "losses", "low_memory"), "couplings": ("couplings",)},
@@ -27,7 +27,7 @@ ORDER = (
 LINE = {part: line for line, parts in enumerate(ORDER) for part in parts}
 PART = {module: part for parts in ORDER for part, modules in parts.items() for module in modules}
 # Who may call compiled kernels. Numbers are checked before they get there.
-KNOW_KERNELS = ("kernels", "geometry", "problem", "solvers", "transport.sinkhorn", "transport.streaming")
+KNOW_KERNELS = ("kernels", "geometry", "certify", "solvers", "transport.sinkhorn", "transport.streaming")
 
 
 @cache

@@ -113,7 +113,7 @@ class CellSeries:
 
     @property
     def times(self) -> int:
-        """How many times there are."""
+        """Number of times."""
         return int(self.t.max()) + 1
 
     def at(self, time: int) -> Tensor:

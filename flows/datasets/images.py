@@ -153,10 +153,10 @@ def cifar10(root: str | Path, *, train: bool = True, flip: bool = False, downloa
 
 
 class ImageFolder(Dataset[Any]):
-    """A folder of images, read when asked for: square crops of one size, in colour, float32 in [-1, 1].
+    """A folder of images, each read when it is indexed: square crops of one size, in colour, float32 in [-1, 1].
 
     Sub-folders with images are classes, in alphabetical order; a folder without them has no labels. Files and folders
-    whose names begin with a dot are left out (caches, thumbnails, forks of other systems). Images are turned upright as
+    whose names begin with a dot are left out (caches, thumbnails, forks of other systems). Images are rotated as
     their EXIF orientation says, as viewers show them; 16 bits of grey keep their range; transparency is dropped.
 
     Args:

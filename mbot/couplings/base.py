@@ -47,8 +47,8 @@ class Pairs:
 class Coupling(ABC):
     """A rule that pairs a batch of source samples (noise) with a batch of target samples (data).
 
-    Immutable settings, no memory between calls: the same inputs and generator state give the same pairs.
-    A subclass implements ``_pair`` and is done; one that never looks at conditions says so by ``ignores_conditions``.
+    Settings are immutable and calls leave no state: equal inputs and generator states give equal pairs.
+    A subclass implements ``_pair``; one that never reads conditions sets ``ignores_conditions``.
     """
 
     ignores_conditions = False
@@ -97,22 +97,17 @@ class Coupling(ABC):
 
     @property
     def needs_data_set(self) -> bool:
-        """Whether x1 must be a whole data set, always the same, in place of a batch of it."""
+        """Whether x1 must be a whole data set, the same in every call, and not a batch of it."""
         return False
 
     @property
     def sources_per_target(self) -> int | None:
-        """How many sources each target chooses among, rows in its place; None where any target may get any source."""
+        """Number of sources that each target chooses among, its own rows; None where any target may get any source."""
         return None
 
     @abstractmethod
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         """Pair checked samples ``(n, d)`` and ``(m, d)``."""
 
@@ -132,8 +127,8 @@ def fingerprint(points: Tensor, codes: Tensor | None = None) -> int:
         if codes is not None:
             row += (codes[begin : begin + step] + 1) * keys[0]
         row = (row ^ (row >> 29)) * keys[0]  # mixed, so that sums over rows do not take one for another
-        place = torch.arange(begin, begin + len(row), device=row.device)
-        total += ((row ^ (row >> 32)) * (2 * place + 1)).sum()
+        position = torch.arange(begin, begin + len(row), device=row.device)
+        total += ((row ^ (row >> 32)) * (2 * position + 1)).sum()
     return int(total)
 
 

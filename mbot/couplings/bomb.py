@@ -69,12 +69,7 @@ class BoMbCoupling(Coupling):
         check_cost(self.cost)
 
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         n, device = len(x1), x1.device
         even = in_order(x0, x1, generator)[0]

@@ -67,7 +67,7 @@ class ConditionalOTCoupling(Coupling):
     **Labelled sources**, samples of another data set with ``y0`` of their own: pairs form between equal classes of the
     two sides. Their counts may differ: within a class every target is used once and the sources equally often, up to
     rounding, in the cheapest such way (exact transport with these marginals). A class that one side lacks is an error,
-    or left out with ``missing="drop"``. To draw sources as the targets ask for them, see ``source_sampling="matched"``
+    or left out with ``missing="drop"``. To draw sources of the targets' classes, see ``source_sampling="matched"``
     of `flows.CoupledLoader`.
 
     ``info`` holds ``transport_cost``, ``error`` (the largest duality gap of the assignments, relative to their cost),
@@ -126,12 +126,7 @@ class ConditionalOTCoupling(Coupling):
                 raise ValueError(f"target_ratio must lie in (0, 1); got {self.target_ratio!r}")
 
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         if y1 is None:
             raise ValueError("a conditional coupling needs y1, the condition of each sample of x1")
@@ -150,7 +145,7 @@ class ConditionalOTCoupling(Coupling):
             own = all(m.shape[0] == m.shape[1] and not bool(m.diagonal().any()) for m in mismatches)
             if self.weight is None and not own:
                 raise ValueError(
-                    "target_ratio counts partners beside the random one, whose condition the noise takes: with y0 of "
+                    "target_ratio compares with the random partner, whose condition the noise takes: with y0 of "
                     "its own give weight"
                 )
             weight = (
@@ -267,7 +262,7 @@ def _weight_for_ratio(costs: list[Tensor], mismatches: list[Tensor], target: flo
     wanted = round(target * total)
     if wanted == 0:
         _warn_unreachable(
-            target, f"r moves in steps of {1 / total:.4g} here, its floor above 0", "the weight at that floor is used"
+            target, f"r moves in steps of {1 / total:.4g}, and cannot be 0", "the weight of the smallest r is used"
         )
         wanted = 1
     # Midway between the wanted-th largest threshold and the next smaller one: robust to rounding when r is evaluated.

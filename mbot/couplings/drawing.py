@@ -95,7 +95,7 @@ def kept_targets(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor,
 
 
 def stratified(plan: Plan, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """``count`` pairs, each cell as often as its mass says in expectation, each target so up to rounding."""
+    """``count`` pairs, in proportion to mass: each cell in expectation, each target up to rounding."""
     mass = plan.col_mass().double()
     target = systematic(mass * (count / mass.sum()), generator)
     return sources_of(plan, target, generator), target

@@ -30,11 +30,6 @@ class IndependentCoupling(Coupling):
         return 1
 
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         return Pairs(*in_order(x0, x1, generator))

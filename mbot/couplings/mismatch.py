@@ -1,4 +1,4 @@
-"""Conditions of C²OT: which keep a pair apart, and which set a price on it."""
+"""Conditions of C²OT: some forbid a pair, others add a price to its cost."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def named_conditions(condition: Any, condition_cost: str) -> dict[str, Condition
 
 @dataclass
 class Sides:
-    """Checked conditions of both sides: what must be equal, and what costs.
+    """Checked conditions of both sides: classes that must be equal, and values whose difference has a price.
 
     Attributes:
         codes0, codes1: ``(n,)`` class of each sample; only equal ones may pair.

@@ -25,10 +25,10 @@ class NearestNoiseCoupling(Coupling):
     other up to rounding; one noise may then serve several points.
 
     **The chosen noise is not normal any more.** A noise is the likelier chosen the nearer it is to the data, while
-    sampling starts from all noises alike. Data at the origin choose short noises; data far away choose noises that
+    sampling starts from any noise. Data at the origin choose short noises; data far away choose noises that
     lie on their side, by ``E max`` of k normals: .56, 1.03, 1.54, 2.04 for k = 2, 4, 10, 32. Two clusters, opposite
     classes or a mean that is not zero make that a bias of the prior, and given a class it is larger than over all.
-    *Choosing a method* in the documentation has it measured over d and k. Transport of a batch has no such bias: it
+    *Choosing a method* in the documentation has measurements over d and k. Transport of a batch has no such bias: it
     uses every noise once. Small k, centred data and high dimension bias least, and gain least.
 
     Conditions are ignored: each point chooses for itself. With ``source_sampling="matched"`` of the loader the k
@@ -56,12 +56,7 @@ class NearestNoiseCoupling(Coupling):
         return self.k
 
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         source, least = [], []
         offered = self._offered(len(x0), len(x1), generator, x1.device)

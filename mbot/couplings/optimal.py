@@ -85,12 +85,7 @@ class OTCoupling(Coupling):
                 raise ValueError("give refill or replacement, not both: draws with replacement fill the whole batch")
 
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         cost = pairwise(x0, x1, self.cost)
         n, m = cost.shape

@@ -78,7 +78,7 @@ class SemidiscreteCoupling(Coupling):
     independent. Class-agnostic potentials skew the noise of a class as any class-agnostic coupling does; under strong
     classifier-free guidance that can be the better choice, see `ConditionalOTCoupling`.
 
-    A coupling without potentials learns them in the call, from the noise at hand: good for a look, too slow to train.
+    A coupling without potentials learns them in every call, from the noise of that call: too slow for training.
 
     ``info`` holds ``chi2`` and ``transport_cost`` (mean squared distance of the pairs).
 
@@ -86,7 +86,7 @@ class SemidiscreteCoupling(Coupling):
         conditional: whether classes are paired apart; needs labels.
         steps: gradient steps of ``fit``.
         batch_size: noises a step.
-        rate: first step length, in units of the spread of the inner products; it falls as 1 / steps.
+        rate: first step length, in units of the standard deviation of the inner products; it falls as 1 / steps.
         tol: χ² above which ``fit`` warns.
         potentials: what ``fit`` found.
 
@@ -182,8 +182,8 @@ class SemidiscreteCoupling(Coupling):
             raise ValueError(
                 f"state must hold settings of SemidiscreteCoupling, {sorted(known)}; got {sorted(unknown)}"
             )
-        held = state.get("potentials")
-        return cls(**{**state, "potentials": None if held is None else DualPotentials(**held)})
+        saved = state.get("potentials")
+        return cls(**{**state, "potentials": None if saved is None else DualPotentials(**saved)})
 
     @property
     def needs_data_set(self) -> bool:
@@ -212,12 +212,7 @@ class SemidiscreteCoupling(Coupling):
         return torch.from_numpy(class_codes(y, y)[1]).to(points.device)
 
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         x, points = at_least_float32(x0), at_least_float32(x1)
         codes = self._codes(y1, points, "y1")
@@ -268,9 +263,9 @@ class SemidiscreteCoupling(Coupling):
         if self.potentials is not None:
             self._check_data_set(points, codes, "data")
             first, last = self.potentials.steps, self.potentials.point.to(points).clone()
-        # The spread of <x, y> over y, for noise of this size: what potentials are measured in.
-        norm, spread = fresh(256).square().sum(1).mean().sqrt(), points.var(0, correction=0).mean().sqrt()
-        scale = float(norm * spread)
+        # The unit of the potentials: the standard deviation of <x, y> over y, for noise of this size.
+        norm, deviation = fresh(256).square().sum(1).mean().sqrt(), points.var(0, correction=0).mean().sqrt()
+        scale = float(norm * deviation)
         if not math.isfinite(256 * max(scale, float(points.abs().amax() ** 2 * points.shape[1]))):
             raise ValueError(f"the squared distances of these points do not fit into {points.dtype}: rescale them")
         size = _class_sizes(points, codes)

@@ -1,7 +1,7 @@
 """Several processes: couplings over the batch of all of them, and losses whose grid of problems is spread over them.
 
-On ``torch.distributed`` alone: initialise a process group with a ``timeout=``, and every call here is made by all its
-ranks. A rank that dies or hangs ends the call with an error on the others, at the timeout at the latest. Inputs are
+On ``torch.distributed`` alone: initialise a process group with a ``timeout=``, and every call is made by all its ranks.
+ A rank that dies or hangs ends the call with an error on the others, at the timeout at the latest. Inputs are
 checked on every rank before anything is exchanged, and an error on one is raised on all.
 """
 

@@ -1,4 +1,4 @@
-"""One coupling over the batch of all ranks: shared out where the method allows it, else solved on rank 0."""
+"""One coupling over the batch of all ranks, solved by all of them where the method allows it, else on rank 0."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class GlobalPairs(Pairs):
         return arrived[back]
 
     def exchange(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples of this rank's pairs, sources from wherever they are; ``x1`` keeps its gradients, ``x0`` none."""
+        """The samples of this rank's pairs, sources sent by their ranks; ``x1`` keeps its gradients, ``x0`` none."""
         return self.fetch(x0), x1[self.here().target.to(x1.device)]
 
 
@@ -89,10 +89,10 @@ def _owner(index: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
 class GlobalCoupling:
     """A coupling of the batch of all ranks: the pairs that one process would make of the concatenated batch.
 
-    `mbot.SinkhornCoupling` is shared out: each rank holds the costs of its sources against all targets (or makes them
-    tile by tile), and each iteration the ranks gather 8 bytes a source and reduce 16 bytes a target. Its pairs are
-    those of one process up to the rounding of these sums. Every other coupling is solved on rank 0, with the samples
-    gathered there and the pairs sent back: exact solvers do not split, and one solve cannot disagree with itself.
+    `mbot.SinkhornCoupling` is solved by all: each rank holds the costs of its sources against all targets (or makes
+    them tile by tile), and in each iteration the ranks gather 8 bytes a source and reduce 16 bytes a target. Its pairs
+    are those of one process up to the rounding of these sums. Every other coupling is solved on rank 0: the samples are
+    gathered there and the pairs sent back. Exact solvers do not split, and one solve cannot disagree with itself.
 
     Random numbers are rank 0's. So give every rank a generator of the same seed, used for nothing else.
 
@@ -135,7 +135,7 @@ class GlobalCoupling:
 
         Raises:
             TypeError, ValueError: on every rank, what any rank's input raises in `mbot.Coupling`, or inputs of
-                different kinds or places that are no order of the batch.
+                different kinds, or positions that are no order of the batch.
         """
         ranks = Ranks(self.group)
 
@@ -148,26 +148,26 @@ class GlobalCoupling:
             kind = (flat1.dtype, tuple(x1.shape[1:]), y0 is None, y1 is None, place is None)
             return len(flat0), len(flat1), kind, None if place is None else place.cpu()
 
-        sizes0, sizes1, kinds, places = (list(part) for part in zip(*ranks.from_all(checked), strict=True))
+        sizes0, sizes1, kinds, positions = (list(part) for part in zip(*ranks.from_all(checked), strict=True))
         if any(kind != kinds[0] for kind in kinds):
             raise ValueError(f"the ranks must pass samples of one dtype and shape, and the same arguments; got {kinds}")
         shared = self.source == "shared"
         if shared and len(set(sizes0)) > 1:
             raise ValueError(f"source='shared' means that every rank passes all of x0; got {sizes0} rows")
-        order = torch.arange(sum(sizes1)) if place is None else torch.cat(places)
+        order = torch.arange(sum(sizes1)) if place is None else torch.cat(positions)
         if not torch.equal(order.sort().values, torch.arange(sum(sizes1))):
-            raise ValueError("the places of all ranks together must be every position of the batch once")
+            raise ValueError("place of all ranks together must hold every position of the batch once")
         with torch.no_grad():
             if isinstance(self.coupling, SinkhornCoupling) and (not shared or len(x0) >= ranks.size):
-                pairs = self._shared_out(ranks, x0, x1, sizes0, sizes1, order, generator)
+                pairs = self._on_all(ranks, x0, x1, sizes0, sizes1, order, generator)
             else:
-                pairs = self._on_the_first(ranks, x0, x1, y0, y1, sizes0, sizes1, order, generator)
+                pairs = self._on_first(ranks, x0, x1, y0, y1, sizes0, sizes1, order, generator)
         return GlobalPairs(
             pairs.source, pairs.target, pairs.weight, pairs.info, ranks=ranks, sizes=None if shared else sizes0,
             place=order.to(x1.device), counts=sizes1,
         )  # fmt: skip
 
-    def _shared_out(self, ranks: Ranks, x0: Tensor, x1: Tensor, sizes0: list[int], sizes1: list[int], order: Tensor,
+    def _on_all(self, ranks: Ranks, x0: Tensor, x1: Tensor, sizes0: list[int], sizes1: list[int], order: Tensor,
                     generator: torch.Generator | None) -> Pairs:  # fmt: skip
         assert isinstance(self.coupling, SinkhornCoupling)
         x0, x1 = x0.flatten(1), ranks.gather(x1.flatten(1), sizes1)[order.argsort().to(x1.device)]
@@ -177,7 +177,7 @@ class GlobalCoupling:
         with full_float32():
             return self.coupling.couple(x0, x1, SpreadRows(ranks, sizes0), generator)
 
-    def _on_the_first(self, ranks: Ranks, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None,
+    def _on_first(self, ranks: Ranks, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None,
                       sizes0: list[int], sizes1: list[int], order: Tensor,
                       generator: torch.Generator | None) -> Pairs:  # fmt: skip
         back = order.argsort()

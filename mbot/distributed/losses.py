@@ -49,7 +49,7 @@ def spread(loss: MiniBatchLoss, group: dist.ProcessGroup | None = None) -> MiniB
 
 @dataclass(frozen=True)
 class SpreadGrid(Grid):
-    """All values and weights of a grid, and the blocks of it that were solved here."""
+    """All values and weights of a grid, and the part of it that this rank solved."""
 
     ranks: Ranks
     part: Grid | None  # none with fewer problems than ranks
@@ -87,7 +87,7 @@ def _solve_spread(ranks: Ranks, scheme: Scheme, x: Side, y: Side) -> SpreadGrid:
     if left and right:
         inside = x.weights_inside(at), y.weights_inside(at if aligned else across)
         part = scheme.solve(Side(left, x.name, inside=inside[0]), Side(right, y.name, inside=inside[1]))
-    elif draws:  # as the others do, so that the generators stay together
+    elif draws:  # draw as the other ranks do, so that the generators stay equal
         scheme.solve(Side(x.points[:1], x.name), Side(y.points[:1], y.name))
     exact = torch.promote_types(x.points[0].dtype, torch.float32)
     values = x.points[0].new_zeros((len(sizes_x), 1 if aligned else len(sizes_y)), dtype=exact)
@@ -99,7 +99,7 @@ def _solve_spread(ranks: Ranks, scheme: Scheme, x: Side, y: Side) -> SpreadGrid:
 
 
 class _Batches(NamedTuple):
-    """What the ranks tell each other about their mini-batches."""
+    """Facts that the ranks exchange about their mini-batches."""
 
     kind: tuple[Any, ...]
     sizes_x: list[int]
@@ -140,7 +140,7 @@ def _all_sizes(found: list[_Batches], drawn: bool) -> tuple[list[int], list[int]
 
 
 def _block_of(ranks: Ranks, found: list[_Batches], drawn: bool, aligned: bool) -> tuple[slice, slice]:
-    """This rank's block of the grid: its own batches; of drawn ones some rows, or columns of them if ranks abound."""
+    """This rank's block of the grid: its own rows; of drawn batches a share of the rows (and columns, if few rows)."""
     if not drawn:
         begin = sum(len(one.sizes_x) for one in found[: ranks.rank])
         total = sum(len(one.sizes_y) for one in found)

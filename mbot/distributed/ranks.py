@@ -1,4 +1,4 @@
-"""The ranks of a process group, and what they exchange; every function here must be called by all of them.
+"""The ranks of a process group and their collectives: each is a call that all ranks make together.
 
 Collectives run where the group's backend does: NCCL's on the current CUDA device, all others' on the CPU.
 """
@@ -40,13 +40,13 @@ class Ranks:
         self.root = 0 if group is None else dist.get_global_rank(group, 0)
 
     def from_all(self, local: Callable[[], Any]) -> list[Any]:
-        """What ``local`` returns on each rank; an error on one is raised on all."""
+        """The results of ``local`` on each rank; an error on one is raised on all."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, _outcome(local), self.group)
         return [_result(outcome, rank) for rank, outcome in enumerate(found)]
 
     def from_first(self, local: Callable[[], Any]) -> Any:
-        """What ``local`` returns on rank 0, where alone it is called; its error is raised on all."""
+        """The result of ``local`` on rank 0, the only rank that calls it; its error is raised on all."""
         box: list[Any] = [_outcome(local) if self.rank == 0 else None]
         dist.broadcast_object_list(box, self.root, self.group)
         return _result(box[0], 0)
@@ -66,7 +66,7 @@ class Ranks:
         return None if parts is None else _unpacked(parts, sizes, values)
 
     def exchange(self, values: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Send ``send[q]`` consecutive rows to each rank q; what came, ``receive[p]`` rows from each p in order."""
+        """Send ``send[q]`` consecutive rows to each rank q. Returns ``receive[p]`` rows of each p, in order."""
         mine = _bytes(values).to(self.device)
         theirs = mine.new_empty((sum(receive), mine.shape[1]))
         dist.all_to_all_single(theirs, mine, list(receive), list(send), self.group)
@@ -109,7 +109,7 @@ def _unpacked(parts: Sequence[Tensor], sizes: Sequence[int], like: Tensor) -> Te
 
 
 def _outcome(local: Callable[[], Any]) -> tuple[Exception | None, Any]:
-    """What a function returned or raised, in a form that can be sent."""
+    """The result or error of a function, in a form that can be sent."""
     try:
         return None, local()
     except Exception as error:

@@ -2,13 +2,13 @@
 
 Two stages a problem:
 
-1. an auction with epsilon-scaling (Bertsekas 1988) in float32 on costs shifted and scaled to unit spread: prices that
+1. an auction with epsilon-scaling (Bertsekas 1988) in float32 on costs scaled to least 0 and mean 1: prices that
    are nearly optimal, for about 15 to 40 vectorised scans a row;
 2. an exact finish in float64 from those prices (Jonker and Volgenant 1987): greedy matching on each row's cheapest
    column, augmenting row reduction, then shortest augmenting paths for the rows that are left, usually a handful.
 
 Stage 1 only decides how short stage 2 is: the result is optimal whatever the prices. The final prices are dual
-variables, by which `mbot.problem` certifies it.
+variables, by which `mbot.certify` certifies it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 
-FIRST_EPSILON = 0.25  # first epsilon of an auction without prices to start from, in units of the costs' spread
+FIRST_EPSILON = (
+    0.25  # first epsilon of an auction without prices to start from, in units of the mean minus the least cost
+)
 _FACTOR, _STOP = 0.15, 0.1  # ratio of the steps; the last one, times n
 
 
@@ -28,18 +30,18 @@ _FACTOR, _STOP = 0.15, 0.1  # ratio of the steps; the last one, times n
 def unusual(entries, low, total):  # type: ignore[no-untyped-def]
     """Whether costs are not finite, or few of them huge, given their least, their sum and a sample."""
     count, small = len(entries), 0
-    spread, step = total / count - low, count // SAMPLE + 1
-    if not (abs(low) <= LARGEST_COST and spread <= LARGEST_COST):  # or NaN
+    excess, step = total / count - low, count // SAMPLE + 1
+    if not (abs(low) <= LARGEST_COST and excess <= LARGEST_COST):  # or NaN
         return True
     for k in range(SAMPLE):
         above = np.float64(entries[k * step % count]) - low
-        small += above > 0.0 and above * HUGE < spread
+        small += above > 0.0 and above * HUGE < excess
     return SMALL * small >= SAMPLE
 
 
 @njit(**OPTIONS)
 def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-untyped-def]
-    """Epsilon-scaled auction from given prices: near-optimal ones are left. ``cost`` has unit spread."""
+    """Epsilon-scaled auction from given prices: near-optimal ones are left. ``cost`` has least 0 and mean 1."""
     n = cost.shape[0]
     last = max(_STOP / n, 1e-5)
     while True:
@@ -170,12 +172,12 @@ def room_for(largest):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS, inline="always")
-def _both_stages(cost, low, spread, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
-    """An auction from the prices, whose first step is ``epsilon`` (in units of the spread), and the exact finish."""
+def _both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
+    """An auction from the prices with first step ``epsilon`` ``excess`` (mean minus least cost), and the finish."""
     n = cost.shape[0]
     scaled_flat, price32, dist, open_dist, row_of, parent, free, zero = room
-    if spread > 0 and n > 2:
-        scale = 1.0 / spread
+    if excess > 0 and n > 2:
+        scale = 1.0 / excess
         entries, scaled = cost.reshape(n * n), scaled_flat[: n * n]
         for e in range(n * n):
             scaled[e] = (entries[e] - low) * scale
@@ -183,7 +185,7 @@ def _both_stages(cost, low, spread, price, epsilon, col_of, room):  # type: igno
             price32[j] = price[j] * scale
         auction(scaled.reshape(n, n), price32[:n], epsilon, col_of, row_of[:n], free[:n])
         for j in range(n):
-            price[j] = price32[j] * spread
+            price[j] = price32[j] * excess
     _finish(cost, price, col_of, row_of[:n], dist[:n], open_dist[:n], parent[:n], free[:n], zero)
 
 
@@ -194,7 +196,7 @@ def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-d
     Args:
         cost: ``(n, n)`` float32.
         price: ``(n,)`` float64 prices of the columns to start from; optimal ones on return.
-        epsilon: first step of the auction, in units of the costs' spread; from `FIRST_EPSILON` on prices are ignored.
+        epsilon: first step of the auction, in units of mean minus least cost; from `FIRST_EPSILON` prices are ignored.
         col_of: ``(n,)`` the column of each row, written.
         room: from `room_for`.
     """
@@ -224,13 +226,13 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
         price = col_dual[at : at + n]
         low = least_of(entries, room[7])
         total = total_of(entries)
-        spread = total / (n * n) - low
+        excess = total / (n * n) - low
         if not capped and unusual(entries, low, total):
             for i in range(n):
                 col_of[i], row_dual[at + i], price[i] = i, np.nan, np.nan
             continue
         price[:] = 0.0
-        _both_stages(cost, low, spread, price, FIRST_EPSILON, col_of, room)
+        _both_stages(cost, low, excess, price, FIRST_EPSILON, col_of, room)
         for i in range(n):
             row_dual[at + i], _, _ = two_smallest(cost[i], price, n)
 

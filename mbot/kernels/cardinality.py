@@ -279,16 +279,16 @@ def _solve(flat, size, q, capped, begin, stop, column, row_dual, col_dual):  # t
         entries = flat[p * n * n : (p + 1) * n * n]
         cost = entries.reshape(n, n)
         low, total = least_of(entries, zero), total_of(entries)
-        spread = total / (n * n) - low
+        excess = total / (n * n) - low
         if not capped and unusual(entries, low, total):
             column[:, p] = -1
             row_dual[p], col_dual[p] = np.nan, np.nan
             continue
         price[:] = 0.0
-        if spread > 0 and n > _COLD:
-            start = _start(cost, low, 1.0 / spread, q, work)
+        if excess > 0 and n > _COLD:
+            start = _start(cost, low, 1.0 / excess, q, work)
             for j in range(n):
-                price[j] = start[j] * spread
+                price[j] = start[j] * excess
         theta, tau = _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
         _write(cost, theta, tau, price, col_of, column[0, p], row_dual[p], col_dual[p])
         if len(column) > 1:

@@ -1,4 +1,4 @@
-"""What certifies plans by their potentials, for a batch of problems: one pass over the plans' entries."""
+"""Duality gaps of a batch of plans, in one pass over their entries."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def errors(flat, start, stride, row, col, mass, f, g, a, b, moved, floor):  # ty
     """Gap between the cost of each plan and its dual value, relative to the cost.
 
     By complementary slackness the gap is ``sum P (C - f - g)``, less what is missing at the points times their
-    potentials, so nothing large cancels. What rounding may hide of it is added, and mass in the wrong place: it counts
-    as the part of the plan's cost that it is of all mass.
+    potentials, so nothing large cancels. Two terms are added: what rounding may hide of it, and the share of the mass
+    that violates the marginals.
 
     Args:
         flat: costs; entry e of problem p costs ``flat[start[p] + stride[p] * row + col]``, or ``flat[start[p] + e]``

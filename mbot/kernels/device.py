@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can be used, asked once a process."""
+"""Whether Triton's kernels can be used, found out once a process."""
 
 from __future__ import annotations
 

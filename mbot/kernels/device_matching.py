@@ -5,7 +5,7 @@ Three stages, none of which waits for the device:
 1. a short epsilon-scaled Sinkhorn in float32 for column prices that are nearly optimal: after it, all but a few rows
    can have their cheapest column (measured at n = 128: 2 to 4 rows are left, at n = 2048 about 25);
 2. these pairs, then shortest augmenting paths in float64 for the rows that are left (Jonker and Volgenant 1987);
-3. a scan of the rows at the final prices: dual variables, by which `mbot.problem` certifies the result.
+3. a scan of the rows at the final prices: dual variables, by which `mbot.certify` certifies the result.
 
 Stage 1 only decides how long stage 2 takes: the result is optimal whatever the prices. A matching with k < n pairs is
 the assignment with n - k dummy rows and columns, whose costs are never written to memory.
@@ -27,7 +27,7 @@ from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
 from mbot.kernels.device import triton_module
 
 LARGEST = 16384  # columns (dummies included) of a problem whose state fits one thread block
-_FIRST, _RATIO = 0.25, 0.7  # epsilon: first and ratio, in units of the costs' spread
+_FIRST, _RATIO = 0.25, 0.7  # epsilon: first and ratio, in units of the mean minus the least cost
 _TINY = 1e-30
 
 
@@ -49,17 +49,17 @@ class Problems:
         cost: ``(B, n, n)`` finite costs, float32 or float64, contiguous.
         size: rows with the dummies.
         outside: ``(B,)`` float64, cost between a dummy and a real point.
-        wall: ``(B,)`` float64, cost between two dummies; no optimal matching pays it.
+        big_m: ``(B,)`` float64, cost between two dummies; no optimal matching pays it.
         low: ``(B,)`` float64, least cost.
-        spread: ``(B,)`` float64, mean minus least cost.
+        excess: ``(B,)`` float64, mean minus least cost.
     """
 
     cost: Tensor
     size: int
     outside: Tensor
-    wall: Tensor
+    big_m: Tensor
     low: Tensor
-    spread: Tensor
+    excess: Tensor
 
     @property
     def n(self) -> int:
@@ -74,7 +74,7 @@ class Problems:
         return levels, rounds
 
     def levels(self) -> list[float]:
-        """Epsilon of each level, in units of the spread."""
+        """Epsilon of each level, in units of the excess."""
         return [_FIRST * _RATIO**level for level in range(self.schedule()[0])]
 
 
@@ -83,15 +83,15 @@ def problems_of(cost: Tensor, cardinality: int) -> Problems:
     count, n, _ = cost.shape
     flat = cost.reshape(count, -1)
     low = flat.amin(1).double()
-    spread = (flat.mean(1, dtype=torch.float64) - low).clamp_min(0)
-    size, outside, wall = 2 * n - cardinality, low, low
+    excess = (flat.mean(1, dtype=torch.float64) - low).clamp_min(0)
+    size, outside, big_m = 2 * n - cardinality, low, low
     if size > n:
         # The cost of going outside is free to choose; near that of a marginal pair few rows fight over it.
         outside = cost.amin(2).sort(dim=1).values[:, cardinality - 1].double().contiguous()
-        typical = spread + low.abs()
+        typical = excess + low.abs()
         # k + t pairs cost at least t * low more than the best k of them, so this is never worth paying.
-        wall = 2 * outside - low + torch.where(typical > 0, typical, 1)
-    return Problems(cost.contiguous(), size, outside, wall, low, spread)
+        big_m = 2 * outside - low + torch.where(typical > 0, typical, 1)
+    return Problems(cost.contiguous(), size, outside, big_m, low, excess)
 
 
 class Reference:
@@ -102,22 +102,22 @@ class Reference:
         """Costs with the dummies, ``(B, size, size)`` float64."""
         count, n, size = len(problems.cost), problems.n, problems.size
         full = problems.outside[:, None, None].expand(count, size, size).clone()
-        full[:, n:, n:] = problems.wall[:, None, None]
+        full[:, n:, n:] = problems.big_m[:, None, None]
         full[:, :n, :n] = problems.cost
         return full
 
     @classmethod
     def start(cls, problems: Problems) -> Tensor:
         """Prices ``(B, size)`` in float64 that are nearly optimal."""
-        spread = torch.where(problems.spread > 0, problems.spread, 1)
-        unit = ((cls._full(problems) - problems.low[:, None, None]) / spread[:, None, None]).float()
+        excess = torch.where(problems.excess > 0, problems.excess, 1)
+        unit = ((cls._full(problems) - problems.low[:, None, None]) / excess[:, None, None]).float()
         price = unit.new_zeros(unit.shape[:2])
         rounds = problems.schedule()[1]
         for epsilon in problems.levels():
             for _ in range(rounds):
                 plan = ((price[:, None, :] - unit) / epsilon).softmax(2)
                 price = price - epsilon * plan.sum(1).clamp_min(_TINY).log()
-        return price.double() * problems.spread[:, None]
+        return price.double() * problems.excess[:, None]
 
     @classmethod
     def scan(cls, problems: Problems, price: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,10 +210,10 @@ def match(
 def _unusual(flat: Tensor) -> Tensor:
     """See `mbot.kernels.assignment.unusual`; of each row of ``flat``."""
     low = flat.amin(1).double()
-    spread = flat.mean(1, dtype=torch.float64) - low
+    excess = flat.mean(1, dtype=torch.float64) - low
     above = flat[:, :: flat.shape[1] // SAMPLE + 1].double() - low[:, None]
-    small = (above > 0) & (above * HUGE < spread[:, None])
-    return ~((low.abs() <= LARGEST_COST) & (spread <= LARGEST_COST)) | (SMALL * small.sum(1) >= above.shape[1])
+    small = (above > 0) & (above * HUGE < excess[:, None])
+    return ~((low.abs() <= LARGEST_COST) & (excess <= LARGEST_COST)) | (SMALL * small.sum(1) >= above.shape[1])
 
 
 def _real(col_of: Tensor, n: int) -> Tensor:

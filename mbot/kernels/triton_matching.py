@@ -26,44 +26,44 @@ _PROGRAMS = 528  # programs that a pass is spread over: four a multiprocessor of
 
 
 @triton.jit
-def _entries(cost, rows, cols, n, outside, wall, DUMMIES: tl.constexpr):
+def _entries(cost, rows, cols, n, outside, big_m, DUMMIES: tl.constexpr):
     """Costs in float64 at broadcast rows and columns; 0 beyond the last where there are no dummies."""
     real = (rows < n) & (cols < n)
     entries = tl.load(cost + rows * n + cols, mask=real, other=0.0).to(tl.float64)
     if DUMMIES:
-        entries = tl.where(real, entries, tl.where((rows >= n) & (cols >= n), wall, outside))
+        entries = tl.where(real, entries, tl.where((rows >= n) & (cols >= n), big_m, outside))
     return entries
 
 
 @triton.jit
-def _units(cost, lows, spreads, outsides, walls, problem):
-    """What takes costs to units of the spread above the least one, and the dummies' costs half-way there.
+def _units(cost, lows, excesses, outsides, big_ms, problem):
+    """Factors that scale costs to units of their excess above the least one, and the dummies' costs half-way scaled.
 
-    In two steps, each with the root of the spread: neither overflows nor underflows for costs of float32's range.
+    In two steps, each with the root of the excess: neither overflows nor underflows for costs of float32's range.
     """
-    low, spread = tl.load(lows + problem), tl.load(spreads + problem)
-    spread = tl.where(spread > 0, spread, 1.0)
-    root = 1 / tl.sqrt(spread)
-    outside, wall = tl.load(outsides + problem) - low, tl.load(walls + problem) - low
+    low, excess = tl.load(lows + problem), tl.load(excesses + problem)
+    excess = tl.where(excess > 0, excess, 1.0)
+    root = 1 / tl.sqrt(excess)
+    outside, big_m = tl.load(outsides + problem) - low, tl.load(big_ms + problem) - low
     entry = cost.dtype.element_ty
     return (
         root.to(entry),
         (low * root).to(entry),
         root.to(tl.float32),
         (outside * root).to(tl.float32),
-        (wall * root).to(tl.float32),
+        (big_m * root).to(tl.float32),
     )
 
 
 @triton.jit
 def _column_masses(
-    cost, level, begin, stop, sharpness, n, size, scale, shift, outside, wall,
+    cost, level, begin, stop, sharpness, n, size, scale, shift, outside, big_m,
     DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Column sums over some rows of the plan whose rows sum to one.
 
     ``level`` are the prices over epsilon, -inf beyond the last column; ``sharpness`` is the second step to units of
-    the spread, over epsilon. Exponents are in base 2. The start spends its time here.
+    the excess, over epsilon. Exponents are in base 2. The start spends its time here.
     """
     cols = tl.arange(0, BLOCK)[None, :]
     masses = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -72,7 +72,7 @@ def _column_masses(
         real = (rows < n) & (cols < n)
         halfway = (tl.load(cost + rows * n + cols, mask=real, other=0.0) * scale - shift).to(tl.float32)
         if DUMMIES:
-            halfway = tl.where(real, halfway, tl.where((rows >= n) & (cols >= n), wall, outside))
+            halfway = tl.where(real, halfway, tl.where((rows >= n) & (cols >= n), big_m, outside))
         exponent = level[None, :] - halfway * sharpness
         plan = tl.exp2(exponent - tl.max(exponent, 1)[:, None])
         share = tl.where(first + tl.arange(0, ROWS) < stop, 1 / tl.sum(plan, 1), 0.0)
@@ -82,20 +82,20 @@ def _column_masses(
 
 @triton.jit
 def _start_kernel(
-    cost, lows, spreads, outsides, walls, prices, n, size, levels, rounds, inverse, growth,
+    cost, lows, excesses, outsides, big_ms, prices, n, size, levels, rounds, inverse, growth,
     DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole epsilon-scaled Sinkhorn of one problem in one block."""
     problem = tl.program_id(0).to(tl.int64)
     cost += problem * n * n
-    scale, shift, stretch, outside, wall = _units(cost, lows, spreads, outsides, walls, problem)
+    scale, shift, stretch, outside, big_m = _units(cost, lows, excesses, outsides, big_ms, problem)
     cols = tl.arange(0, BLOCK)
     price = tl.zeros([BLOCK], tl.float32)
     for _level in range(levels):
         for _round in range(rounds):
             level = tl.where(cols < size, price * inverse, float("-inf"))
             masses = _column_masses(
-                cost, level, 0, size, stretch * inverse, n, size, scale, shift, outside, wall, DUMMIES, ROWS, BLOCK
+                cost, level, 0, size, stretch * inverse, n, size, scale, shift, outside, big_m, DUMMIES, ROWS, BLOCK
             )
             price -= tl.log2(tl.maximum(masses, 1e-30)) / inverse
         inverse = inverse * growth
@@ -104,19 +104,19 @@ def _start_kernel(
 
 @triton.jit
 def _pass_kernel(
-    cost, lows, spreads, outsides, walls, prices, masses, n, size, inverse, share,
+    cost, lows, excesses, outsides, big_ms, prices, masses, n, size, inverse, share,
     DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Column masses of ``share`` rows of one problem: one iteration's work of one block."""
     problem, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cost += problem * n * n
-    scale, shift, stretch, outside, wall = _units(cost, lows, spreads, outsides, walls, problem)
+    scale, shift, stretch, outside, big_m = _units(cost, lows, excesses, outsides, big_ms, problem)
     cols = tl.arange(0, BLOCK)
     level = tl.load(prices + problem * size + cols, mask=cols < size, other=float("-inf")) * inverse
     begin = part * share
     stop = tl.minimum(begin + share, size)
     sums = _column_masses(
-        cost, level, begin, stop, stretch * inverse, n, size, scale, shift, outside, wall, DUMMIES, ROWS, BLOCK
+        cost, level, begin, stop, stretch * inverse, n, size, scale, shift, outside, big_m, DUMMIES, ROWS, BLOCK
     )
     tl.store(masses + (problem * tl.num_programs(1) + part) * size + cols, sums, mask=cols < size)
 
@@ -135,17 +135,17 @@ def _price_kernel(prices, masses, size, parts, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scan_kernel(
-    cost, prices, outsides, walls, least, want, n, size,
+    cost, prices, outsides, big_ms, least, want, n, size,
     DUMMIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Least reduced cost of some rows, and the first column that has it."""
     problem = tl.program_id(0).to(tl.int64)
     cost += problem * n * n
-    outside, wall = tl.load(outsides + problem), tl.load(walls + problem)
+    outside, big_m = tl.load(outsides + problem), tl.load(big_ms + problem)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     price = tl.load(prices + problem * size + cols, mask=cols < size, other=0.0)
-    reduced = _entries(cost, rows[:, None], cols[None, :], n, outside, wall, DUMMIES) - price[None, :]
+    reduced = _entries(cost, rows[:, None], cols[None, :], n, outside, big_m, DUMMIES) - price[None, :]
     reduced = tl.where(cols[None, :] < size, reduced, float("inf"))
     smallest = tl.min(reduced, 1)
     first = tl.min(tl.where(reduced == smallest[:, None], cols[None, :], BLOCK), 1)
@@ -153,7 +153,7 @@ def _scan_kernel(
     tl.store(want + problem * size + rows, first, mask=rows < size)
 
 
-# What a path search knows of a column, in one integer beside the row that it was reached from.
+# Facts of a path search about a column, in one integer with the row that it was reached from.
 _DUMMY = tl.constexpr(1 << 28)  # its row is a dummy
 _TAKEN = tl.constexpr(1 << 29)  # it has a row
 _SETTLED = tl.constexpr(1 << 30)  # its distance is final
@@ -170,7 +170,7 @@ def _nearest(dist, tag, asleep, cols, BLOCK: tl.constexpr):
 
 @triton.jit
 def _finish_kernel(
-    cost, prices, outsides, walls, rows_of, cols_of, parents, n, size,
+    cost, prices, outsides, big_ms, rows_of, cols_of, parents, n, size,
     DUMMIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Shortest augmenting paths of one problem, for each row whose column is -1.
@@ -184,7 +184,7 @@ def _finish_kernel(
     rows_of += problem * size
     cols_of += problem * size
     parents += problem * size
-    outside, wall = tl.load(outsides + problem), tl.load(walls + problem)
+    outside, big_m = tl.load(outsides + problem), tl.load(big_ms + problem)
     cols = tl.arange(0, BLOCK)
     inside = cols < size
     for start in range(size):
@@ -196,17 +196,17 @@ def _finish_kernel(
                 tag += tl.where(row_of >= n, _DUMMY, 0)
                 asleep = tl.where(start >= n, _DUMMY, 0)
             price = tl.load(prices + cols, mask=inside, other=0.0)
-            dist = _entries(cost, tl.zeros([BLOCK], tl.int32) + start, cols, n, outside, wall, DUMMIES) - price
+            dist = _entries(cost, tl.zeros([BLOCK], tl.int32) + start, cols, n, outside, big_m, DUMMIES) - price
             least, end = _nearest(dist, tag, asleep, cols, BLOCK)
             row = tl.load(rows_of + end)
             while row >= 0:
                 tag = tl.where(cols == end, tag | _SETTLED, tag)
                 if DUMMIES:
                     asleep = tl.where(row >= n, _DUMMY, asleep)
-                shift = _entries(cost, row, end, n, outside, wall, DUMMIES) - tl.load(prices + end) - least
+                shift = _entries(cost, row, end, n, outside, big_m, DUMMIES) - tl.load(prices + end) - least
                 price = tl.load(prices + cols, mask=inside, other=0.0)
                 via = tl.zeros([BLOCK], tl.int32) + row
-                through = _entries(cost, via, cols, n, outside, wall, DUMMIES) - price - shift
+                through = _entries(cost, via, cols, n, outside, big_m, DUMMIES) - price - shift
                 better = (tag < _SETTLED) & (through < dist)
                 dist = tl.where(better, through, dist)
                 tag = tl.where(better, (tag & (_DUMMY | _TAKEN)) | row, tag)
@@ -266,7 +266,7 @@ def start(problems: Problems) -> Tensor:
     count, tile = len(cost), _tile(size)
     price = torch.zeros(count, size, dtype=torch.float32, device=cost.device)
     levels, rounds = problems.levels(), problems.schedule()[1]
-    given = (cost, problems.low, problems.spread, problems.outside, problems.wall)
+    given = (cost, problems.low, problems.excess, problems.outside, problems.big_m)
     with _on(cost):
         if size <= _BLOCKWISE:
             inverse, growth = 1 / (levels[0] * math.log(2)), levels[0] / levels[1]
@@ -282,7 +282,7 @@ def start(problems: Problems) -> Tensor:
                 for _ in range(rounds):
                     _pass_kernel[(count, parts)](*given, price, masses, n, size, 1 / step, share, size > n, **tile)
                     _price_kernel[(count, triton.cdiv(size, _STRIP))](price, masses, size, parts, step, BLOCK=_STRIP)
-    return price.double() * problems.spread[:, None]
+    return price.double() * problems.excess[:, None]
 
 
 def scan(problems: Problems, price: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ def scan(problems: Problems, price: Tensor) -> tuple[Tensor, Tensor]:
     want = torch.empty(price.shape, dtype=torch.int32, device=cost.device)
     with _on(cost):
         _scan_kernel[(len(cost), triton.cdiv(size, tile["ROWS"]))](
-            cost, price, problems.outside, problems.wall, least, want, problems.n, size, size > problems.n, **tile
+            cost, price, problems.outside, problems.big_m, least, want, problems.n, size, size > problems.n, **tile
         )
     return least, want
 
@@ -303,7 +303,7 @@ def finish(problems: Problems, price: Tensor, row_of: Tensor, col_of: Tensor) ->
     block = _block(size)
     with _on(cost):
         _finish_kernel[(len(cost),)](
-            cost, price, problems.outside, problems.wall, row_of, col_of, torch.empty_like(row_of), problems.n, size,
+            cost, price, problems.outside, problems.big_m, row_of, col_of, torch.empty_like(row_of), problems.n, size,
             size > problems.n, BLOCK=block, num_warps=min(32, max(1, block // 256)), num_stages=1,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Minimum-cost matchings: square problems with points of equal weight, completely or up to a number of pairs.
+"""Minimum-cost matchings of square problems with points of equal weight: of all points, or of a number of pairs.
 
-The backend is chosen here: numba's kernels on the CPU; Triton's on a CUDA device (or, in tests, their plain-torch
+This module chooses the backend: numba's kernels on the CPU; Triton's on a CUDA device (or, in tests, their plain-torch
 reference), where a problem's state fits one thread block.
 """
 
@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbot.certify import certified
 from mbot.kernels import device_matching
-from mbot.problem import Problems, Solution, certified
+from mbot.problem import Problems, Solution
 
 _Columns = list[Tensor]  # of each matching, ``(B, n)`` int64, the column of each row; -1 for none
 
@@ -24,7 +25,7 @@ def match(problems: Problems) -> Solution:
             linear in it between whole numbers. Problems of different sizes are matched completely.
 
     Returns:
-        Certified solutions with potentials; see `mbot.problem.certified`.
+        Certified solutions with potentials; see `mbot.certify.certified`.
     """
     return certified(problems, _match)
 
@@ -49,7 +50,7 @@ def _match(problems: Problems) -> Solution:
 
 
 def _cheapest_pair(problems: Problems, mass: float) -> Solution:
-    """Less than a pair."""
+    """The cheapest pair of each problem, of a mass below 1."""
     count, n = problems.count, problems.size[0]
     least, cell = problems.flat.view(count, -1).min(1, keepdim=True)
     f = least.double().expand(-1, n)
@@ -87,7 +88,7 @@ def _array(flat: Tensor) -> np.ndarray:
 
 
 def _padded(problems: Problems, points: np.ndarray) -> Tensor:
-    """What the rows of all problems have, one after another, as ``(B, n)``."""
+    """Values of the rows of all problems, given one after another, as ``(B, n)``."""
     count, n = problems.count, problems.size[0]
     if problems.sizes is not None:
         full = np.zeros((count, n), points.dtype)
@@ -97,13 +98,13 @@ def _padded(problems: Problems, points: np.ndarray) -> Tensor:
 
 
 def _blocks_on_device(problems: Problems) -> tuple[_Columns, Tensor, Tensor]:
-    """Problems of different sizes in batches of similar ones, completed by points that take each other for nothing."""
+    """Problems of different sizes, in batches of similar ones filled up by dummy points, which match each other."""
     count, n = problems.count, problems.size[0]
     flat, device = problems.flat, problems.flat.device
     column = torch.zeros(count, n, dtype=torch.int64, device=device)
     f, g = torch.zeros(2, count, n, dtype=torch.float64, device=device)
     low = flat.amin().double()
-    wall = low + (flat.amax().double() - low).clamp_min(1) * (1 + n)
+    big_m = low + (flat.amax().double() - low).clamp_min(1) * (1 + n)
     left = np.argsort(problems.rows)[::-1]
     while len(left):
         top = int(problems.rows[left[0]])
@@ -116,7 +117,7 @@ def _blocks_on_device(problems: Problems) -> tuple[_Columns, Tensor, Tensor]:
         inside = real[:, :, None] & real[:, None, :]
         index = start[:, None, None] + at[:, None] * sizes[:, None, None] + at
         cost = flat.double()[torch.where(inside, index, 0)]
-        cost = torch.where(inside, cost, torch.where(real[:, :, None] | real[:, None, :], wall, low))
+        cost = torch.where(inside, cost, torch.where(real[:, :, None] | real[:, None, :], big_m, low))
         (found,), f_some, g_some = device_matching.match(cost, capped=problems.capped)
         column[which, :top] = torch.where(real, found, 0)
         f[which, :top], g[which, :top] = torch.where(real, f_some, 0), torch.where(real, g_some, 0)

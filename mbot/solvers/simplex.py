@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mbot.certify import certified
 from mbot.kernels.threads import run_slices
-from mbot.problem import Problems, Solution, certified
+from mbot.problem import Problems, Solution
 
 
 def simplex(problems: Problems) -> Solution:
     """The cheapest plan of each problem. Points have positive weights.
 
     Returns:
-        Certified solutions with potentials; see `mbot.problem.certified`.
+        Certified solutions with potentials; see `mbot.certify.certified`.
     """
     return certified(problems, _simplex)
 

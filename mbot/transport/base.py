@@ -1,4 +1,4 @@
-"""What every transport shares: a frozen dataclass of settings that solves a batch of problems in one call."""
+"""Base of the transports: a frozen dataclass of settings that solves a batch of problems in one call."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Transport(ABC):
     """A transport problem with its settings; immutable, comparable, picklable.
 
     ``transport.plan(cost)`` gives plans, ``transport(x, y)`` transport costs that differentiate in the points.
-    A subclass implements ``_solve`` and is done.
+    A subclass implements ``_solve``.
 
     Attributes:
-        leaves_mass: whether its settings say how much mass stays where it is.
+        leaves_mass: whether its settings say how much mass moves, which may be less than all.
     """
 
     leaves_mass: ClassVar[bool] = False
@@ -60,12 +60,7 @@ class Transport(ABC):
 
     @outside_graphs
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
-        cost: Cost = "sqeuclidean",
+        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, cost: Cost = "sqeuclidean"
     ) -> Tensor:
         """Transport cost between point clouds.
 

@@ -151,7 +151,7 @@ class _Projected:
         return _Projected(self.values[index], None if self.cumulative is None else self.cumulative[index])
 
     def jumps(self) -> Tensor:
-        """Where the quantile function jumps, increasing to 1."""
+        """Positions of the jumps of the quantile function, increasing to 1."""
         if self.cumulative is not None:
             return self.cumulative
         n = self.values.shape[-1]

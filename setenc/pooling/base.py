@@ -1,4 +1,4 @@
-"""What every pooling is: log-weights and values of single elements, accumulated in a `SetState`, then read out."""
+"""Base of the poolings: log-weights and values of single elements, accumulated in a `SetState`, then read out."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Pooling(nn.Module):
         generator: torch.Generator | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> SetState:
-        """The state of ``batch_size`` streams that have seen nothing; random slots are sampled here, once.
+        """The state of ``batch_size`` streams that have seen nothing. Random slots are sampled once, by this call.
 
         Args:
             batch_size: sets ``B`` that stream side by side; they share their slots.
@@ -289,7 +289,7 @@ def _accumulate(
         if onto is not None:
             peak = torch.maximum(peak, onto[2])
     shift = peak if offset is None else _finite(peak)
-    # In place where autograd does not need the logarithms: allocating is dearer than the exponentials.
+    # In place where autograd does not need the logarithms: allocating costs more than the exponentials.
     in_place = not (log_weights.requires_grad and torch.is_grad_enabled())
     weights = log_weights.sub_(shift[..., None]) if in_place else log_weights - shift[..., None]
     weights = weights.exp_()

@@ -61,7 +61,7 @@ class InstancePooling(Pooling):
         with full_precision(features.device):
             score, bias = (t.to(self._dtype) for t in self.score.parameters())
             scores = (features @ score[0] + bias)[:, None]
-            # An instance that is not finite, or has no weight of this world, becomes NaN and comes first.
+            # An instance whose features or weight are not finite becomes NaN and comes first.
             scores = scores + 0 * features.detach().sum(-1)[:, None]
             if offset is not None:
                 offset = offset[:, 0]
@@ -92,13 +92,13 @@ class InstancePooling(Pooling):
 
 
 class DSMILPooling(Pooling):
-    """Attention from the critical instance: the instance with the largest score asks all others.
+    """Attention from the critical instance: the instance with the largest score is the query, all are keys.
 
     The critical instance ``m`` is that of `InstancePooling`; the bag is ``sum_i a_i W x_i`` with
     ``a = softmax_i(<q(x_i), q(x_m)> / sqrt(dim))``. Slot 0 of the result is the bag, slot 1 the critical instance: its
     score, then its features. (DSMIL: Li, Li and Eliceiri 2021, arXiv 2011.08939.)
 
-    Who the critical instance is must be known before anybody can attend to it, so a bag is seen twice: stream it, take
+    The critical instance must be known before attention from it can start, so a bag is seen twice: stream it, take
     ``state = pooling.next_pass(state)``, and stream it again. `setenc.encode` and calls on whole bags do so themselves.
 
     Args:
@@ -138,11 +138,11 @@ class DSMILPooling(Pooling):
         generator: torch.Generator | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> SetState:
-        """The state of the first pass, which looks for the critical instances; see `Pooling.init_state`."""
+        """The state of the first pass, which finds the critical instances; see `Pooling.init_state`."""
         return self.critical.init_state(batch_size, generator=generator, group=group)
 
     def next_pass(self, state: SetState) -> SetState:
-        """The state of the second pass, in which the critical instances ask all others."""
+        """The state of the second pass, with the critical instances as queries."""
         if not isinstance(state, SelectedState):
             raise ValueError("the state is that of the second pass already; there is no third one")
         instance = state.total[:, 0, 0]
@@ -151,7 +151,7 @@ class DSMILPooling(Pooling):
             asks = (instance @ weight.T + bias) @ weight  # <q(x), q(x_m)>, but for what all instances share
         shape = (state.batch_size, 1, 1)
         zero = instance.detach().new_zeros(shape)
-        # What asks, the score and the features of the critical instance, and whether there is one.
+        # The query, the score and the features of the critical instance, and whether there is one.
         score = torch.where(state.peak[:, 0] == -torch.inf, 0, state.peak[:, 0])
         slots = torch.cat((asks, score, instance, state.mass[:, 0]), 1)
         return SetState(

@@ -102,5 +102,5 @@ class JointPooling(Pooling):
         return torch.cat([p.readout(part) for p, part in zip(self.poolings, state.parts, strict=True)], 1)
 
     def attention(self, state: SetState, features: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Not of several poolings at once: ask one, ``joint.poolings[0].attention(state.parts[0], features)``."""
-        raise NotImplementedError("a JointPooling has the attention of its poolings: ask joint.poolings[i]")
+        """An error: use that of one pooling, ``joint.poolings[0].attention(state.parts[0], features)``."""
+        raise NotImplementedError("a JointPooling has no attention of its own: use joint.poolings[i].attention")

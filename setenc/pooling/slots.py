@@ -105,7 +105,7 @@ class SlotPooling(Pooling):
 
     @property
     def like(self) -> Tensor:
-        """A parameter, found without a search: this is asked for at every chunk."""
+        """A parameter, found without a search: every chunk needs it."""
         weight: Tensor = self.key_value.weight
         return weight
 
@@ -143,7 +143,7 @@ class SlotPooling(Pooling):
     ) -> None:
         """Place the slots at elements far from each other, once, before training.
 
-        New slots attend to all elements alike, get the same gradients, and hardly ever separate: many slots stay one.
+        New slots attend to all elements equally, get the same gradients and hardly ever separate: many slots stay one.
         Here slot ``k`` becomes the key of an element, chosen by farthest-point sampling in key space, minus the mean
         key, scaled so that its logits have the standard deviation ``sharpness``; the map from slots to queries becomes
         the identity.

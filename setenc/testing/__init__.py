@@ -1,4 +1,4 @@
-"""The contract of a pooling, to be run on anybody's: plain functions that raise an ``AssertionError``, without pytest.
+"""The contract of a pooling, as plain functions that raise an ``AssertionError``, without pytest.
 
 Every check works on a copy in float64 and makes its input from fixed seeds. What fails is named with its input.
 """
@@ -138,7 +138,7 @@ def sets_are_sets_and_independent(pooling: Pooling) -> None:
 
 
 def a_mask_is_removal(pooling: Pooling) -> None:
-    """What stands in padding changes nothing, NaN and infinity included; neither do elements of weight 0."""
+    """Values in padding change nothing, NaN and infinity included; neither do elements of weight 0."""
     pool = copied(pooling)
     x = elements(pool, 3, 6)
     mask = torch.tensor([[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0]]).bool().to(x.device)
@@ -199,7 +199,7 @@ def empty_sets_are_defined(pooling: Pooling) -> None:
 
 
 def states_are_left_alone(pooling: Pooling) -> None:
-    """Reading and updating change no state, streams side by side do not see each other, copies go on alike."""
+    """Reading and updating change no state, streams side by side do not see each other, copies continue equally."""
     pool = copied(pooling).train()
     x, y = elements(pool, 2, 6, 0), elements(pool, 2, 6, 1)
     a, b = pool.update(pool.init_state(2), x[:, :3]), pool.update(pool.init_state(2), y[:, :2])
@@ -354,7 +354,7 @@ def bad_input_is_refused(pooling: Pooling) -> None:
         (TypeError, "elements of another dtype", (x.float(),)),
     ]
     for error, what, arguments in bad:
-        # A stream on an accelerator is not looked at until it is read.
+        # Values on an accelerator are not checked until the state is read.
         for call in (pool, lambda *given: pool.readout(pool.update(pool.init_state(2), *given))):
             refused(partial(call, *arguments), error, what, arguments)
     refused(lambda: pool.update(pool.init_state(3), x), ValueError, "a chunk of another number of sets", (x,))

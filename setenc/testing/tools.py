@@ -1,4 +1,4 @@
-"""What the checks of `setenc.testing` are written with."""
+"""Helpers of the checks in `setenc.testing`."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_only_solvers_know_the_kernels():
         ("solvers.matching", "cardinality"),
         ("solvers.matching", "device_matching"),
         ("solvers.simplex", "assignment"),  # its check
-        ("problem", "certificate"),
+        ("certify", "certificate"),
     }
 
 

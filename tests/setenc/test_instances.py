@@ -171,7 +171,7 @@ def test_what_cannot_be_joined():
         joint.init_state(2).merge(slots.init_state(2))
     with pytest.raises(ValueError, match="equal parts"):
         joint.init_state(2).merge(setenc.JointState(joint.init_state(2).parts[:1]))
-    with pytest.raises(NotImplementedError, match=r"ask joint\.poolings"):
+    with pytest.raises(NotImplementedError, match=r"use joint\.poolings"):
         joint.attention(joint.init_state(2), torch.randn(2, 3, 4))
     for pooling in (instance, joint, setenc.DSMILPooling(4, 8)):
         with pytest.raises(ValueError, match="mass_feature needs slots that weigh elements"):
