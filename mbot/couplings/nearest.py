@@ -63,8 +63,8 @@ class NearestNoiseCoupling(Coupling):
         x0, x1 = at_least_float32(x0), at_least_float32(x1)
         step = max(1, _NUMBERS // (offered.shape[1] * x1.shape[1]))
         for rows, points in zip(offered.split(step), x1.split(step), strict=True):
-            distance, place = (x0[rows] - points[:, None]).square().sum(-1).min(1)
-            source.append(rows.gather(1, place[:, None])[:, 0])
+            distance, nearest = (x0[rows] - points[:, None]).square().sum(-1).min(1)
+            source.append(rows.gather(1, nearest[:, None])[:, 0])
             least.append(distance)
         cost = checks.finite(torch.cat(least).double().mean(), "the mean squared distance of the pairs")
         target = torch.arange(len(x1), device=x1.device)

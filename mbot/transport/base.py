@@ -141,25 +141,16 @@ class ValueTransport(ABC):
 
     @abstractmethod
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
-        cost: Cost = "sqeuclidean",
+        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, cost: Cost = "sqeuclidean",
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Values ``(…,)`` between clouds ``(…, n, d)`` and ``(…, m, d)`` with weights, differentiable in the points."""
 
     @abstractmethod
     def grid(
-        self,
-        xs: Tensor,
-        ys: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
+        self, xs: Tensor, ys: Tensor, a: Tensor | None = None, b: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """All ``(k, k')`` values between ``k`` clouds ``(k, n, d)`` and ``k'`` clouds ``(k', m, d)``."""
 
 

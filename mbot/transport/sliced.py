@@ -50,14 +50,9 @@ class SlicedOT(ValueTransport):
 
     @outside_graphs
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
-        cost: Cost = "sqeuclidean",
+        self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None, cost: Cost = "sqeuclidean",
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Sliced transport cost between point clouds.
 
         Args:
@@ -78,13 +73,9 @@ class SlicedOT(ValueTransport):
 
     @outside_graphs
     def grid(
-        self,
-        xs: Tensor,
-        ys: Tensor,
-        a: Tensor | None = None,
-        b: Tensor | None = None,
+        self, xs: Tensor, ys: Tensor, a: Tensor | None = None, b: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """All ``(k, k')`` values between ``k`` clouds ``(k, n, d)`` and ``k'`` clouds ``(k', m, d)``.
 
         Each cloud is projected and sorted once, not once a pair.
