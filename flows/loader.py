@@ -40,6 +40,8 @@ class CoupledLoader:
 
     A coupling that needs the whole data set (`mbot.SemidiscreteCoupling`, fitted to just these samples) pairs each
     noise with one of its points: these come equally often on average, not once an epoch. The data set is loaded once.
+    One that brings noises of its own (`mbot.DataCoupling`, likewise) gives each sample its noise, once an epoch; each
+    process exchanges noises for all, so all hold the same on equal processors.
 
     Args:
         dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating
@@ -135,6 +137,7 @@ class CoupledLoader:
         self._stream: Iterator[CoupledBatch] | None = None
         self._next_number = -1
         self._told: set[str] = set()
+        self._held = self.batches.held
 
     @property
     def coupling(self) -> Coupling:
@@ -146,6 +149,7 @@ class CoupledLoader:
         if coupling != self.coupling:
             self.close()
             self.batches.use_coupling(coupling)
+            self._held = self.batches.held
 
     @property
     def batch_size(self) -> int:
@@ -180,8 +184,11 @@ class CoupledLoader:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and settings; everything else follows from the seed."""
-        return {"epoch": self.epoch, "batch": self._batch, "settings": self.batches.settings()}
+        """Position and settings, and the noises of a coupling that brings its own; all else follows from the seed."""
+        state = {"epoch": self.epoch, "batch": self._batch, "settings": self.batches.settings()}
+        if self.coupling.brings_noise:
+            state["noises"] = {"epoch": self._held[0], "coupling": self._held[1].state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position.
@@ -194,6 +201,9 @@ class CoupledLoader:
             raise ValueError(f"this loader cannot go on from that state; they differ in {differ}")
         self.close()
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
+        if self.coupling.brings_noise:
+            noises, coupling = state["noises"], self.batches.coupling
+            self._held = int(noises["epoch"]), coupling.load_state_dict(noises["coupling"])  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Stop the background work; iterating starts it again at the same batch."""
@@ -209,6 +219,7 @@ class CoupledLoader:
         """OT batch ``number`` of this process, from the running stream where it is the next one there."""
         if self._stream is None or self._next_number != number:
             self.close()
+            self.batches.held = self._held  # the stream before may have run ahead
             self._stream = _run(
                 self.batches, number, self.device, self.num_workers, self.prefetch, self.multiprocessing_context
             )
@@ -221,6 +232,7 @@ class CoupledLoader:
                 raise WorkerDied(error) from error
             raise
         self._next_number = number + 1
+        self._held = batch.info.pop("held", self._held)
         convergence.tell(batch.info.get("warnings", []), self._told)
         return batch
 
@@ -307,7 +319,7 @@ def _run(
 
     Holds no reference to the loader that iterates it, so that dropping the loader stops the workers at once.
     """
-    in_workers = device.type == "cpu" and batches.scope == "rank"
+    in_workers = device.type == "cpu" and batches.scope == "rank" and not batches.coupling.brings_noise
     work = _Work(batches, couple=in_workers)
     fetched: Iterator[Any]
     if num_workers:
@@ -338,8 +350,8 @@ def _run(
             yield ahead.popleft().result()
     finally:
         if pool is not None:
-            # A collective that one process has begun must be finished by all.
-            together = batches.scope == "global"
+            # A collective that one process has begun must be finished by all, and noises be exchanged by one thread.
+            together = batches.scope == "global" or batches.coupling.brings_noise
             pool.shutdown(wait=together, cancel_futures=not together)
         if num_workers:
             # At once, not when the last traceback is dropped: torch watches registered workers by a signal handler.

@@ -17,7 +17,7 @@ from flows.matching import CoupledBatch, check_coupling
 from flows.seeds import derive_seed, generator_at
 from flows.sources import Source, Sources
 from mbot import Coupling, IndependentCoupling, checks
-from mbot.conditions import Labels, to_device
+from mbot.conditions import Labels, select, to_device
 from mbot.convergence import warn
 from mbot.distributed import GlobalCoupling
 
@@ -119,7 +119,13 @@ class OTBatches:
                 "ConditionalOTCoupling pairs within classes",
                 UserWarning,
             )
+        if coupling.brings_noise and self.sources.source is not None:
+            raise ValueError(f"{coupling!r} brings noises of its own: leave source out")
         self.whole = self.load_whole() if coupling.needs_data_set else None  # that chooses among all points
+        own_noise: Any = coupling
+        self.held = -1, own_noise  # the last epoch that noises were exchanged for
+        if coupling.brings_noise and self.whole is not None:
+            own_noise.check_data_set(*self.whole)
 
     @property
     def per_epoch(self) -> int:
@@ -208,11 +214,49 @@ class OTBatches:
         if self.whole[0].device != device:
             self.whole = self.whole[0].to(device), to_device(self.whole[1], device)
         data, labels = self.whole
+        if self.coupling.brings_noise:
+            return self._with_own_noise(fetched, data, labels)
         x0, y0 = self._source(fetched, data)
         generator = generator_at(self.seed, "coupling", fetched.number, self.rank, device=device)
         labels0 = None if self.coupling.ignores_conditions else y0
         pairs = self.coupling(x0, data, labels0, labels, generator=generator)
         return CoupledBatch.of(pairs, x0, data, labels, torch.arange(len(data)), y0=y0)
+
+    def _with_own_noise(self, fetched: Fetched, data: Tensor, labels: Any) -> CoupledBatch:
+        """Points with their noises; ``info["held"]`` is what these came from, with its epoch."""
+        epoch, rows = fetched.number // self.per_epoch, fetched.rows.to(data.device)
+        self.held = epoch, self._at_epoch(epoch, data, labels)
+        x0 = self.held[1].noises(rows, epoch).to(data.dtype)
+        x1 = data[rows]
+        cost = float((x0.double() - x1.double()).square().flatten(1).sum(1).mean())
+        info = {"transport_cost": cost, "held": self.held}
+        return CoupledBatch(x0, x1, select(labels, rows), index=fetched.rows, info=info)
+
+    def _at_epoch(self, epoch: int, data: Tensor, labels: Any) -> Any:
+        """The coupling with the noises of an epoch, which follow from those of the epoch before and its OT batches.
+
+        Batches of one epoch share no point, so what one exchanges does not matter to the others, and every process
+        finds by itself what all of them exchange.
+        """
+        held, coupling = self.held
+        if held > epoch:
+            held, coupling = -1, self.coupling
+        if coupling.refresh:  # the noises before do not matter
+            held = max(held, epoch - epoch % coupling.refresh - 1)
+        for number in range(held + 1, epoch + 1):
+            coupling = coupling.at_epoch(number, data, labels, *self._groups(number))
+        return coupling
+
+    def _groups(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Positions that an epoch serves, and which are coupled together."""
+        rows, groups = [], []
+        for number in range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch):
+            own = self._rows(number, every_rank=True)
+            share = self.batch_size if len(own) == self.world * self.ot_batch_size else self.rest
+            rank = torch.arange(len(own)) // share % self.world
+            rows.append(own)
+            groups.append(number * self.world + rank * (self.scope == "rank"))
+        return torch.cat(rows), torch.cat(groups)
 
     def _share(self, number: int, n: int) -> tuple[int, int, Tensor | None]:
         """Number of sources that this process draws for its n targets, which part they are, and of which targets.

@@ -22,6 +22,7 @@ _KNOWN_AS = {
     "ConditionalOTCoupling": "c2ot",
     "WeightedCoupling": "wcfm",
     "BoMbCoupling": "bomb",
+    "DataCoupling": "whole-data",
     "ImageFolder": "folder",
     "load_arrays": "arrays",
 }

@@ -3,6 +3,7 @@
 from mbot.couplings.base import Coupling, Pairs
 from mbot.couplings.bomb import BoMbCoupling
 from mbot.couplings.conditional import ConditionalOTCoupling
+from mbot.couplings.data import DataCoupling, NoiseAssignment
 from mbot.couplings.independent import IndependentCoupling
 from mbot.couplings.mismatch import Condition
 from mbot.couplings.nearest import NearestNoiseCoupling
@@ -16,9 +17,11 @@ __all__ = [
     "Condition",
     "ConditionalOTCoupling",
     "Coupling",
+    "DataCoupling",
     "DualPotentials",
     "IndependentCoupling",
     "NearestNoiseCoupling",
+    "NoiseAssignment",
     "OTCoupling",
     "Pairs",
     "RegCurve",

@@ -105,6 +105,11 @@ class Coupling(ABC):
         """Number of sources that each target chooses among, its own rows; None where any target may get any source."""
         return None
 
+    @property
+    def brings_noise(self) -> bool:
+        """Whether the points of its data set have noises of their own, see `mbot.DataCoupling`."""
+        return False
+
     @abstractmethod
     def _pair(
         self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None

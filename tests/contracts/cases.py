@@ -38,6 +38,7 @@ COUPLINGS = {
         mbot.ConditionalOTCoupling("continuous", weight=3.0, condition_cost="sqeuclidean"),
         mbot.ConditionalOTCoupling("continuous", target_ratio=0.1, condition_cost="sqeuclidean"),
     ],
+    "DataCoupling": [mbot.DataCoupling(), mbot.DataCoupling(conditional=True, num_noises=2, refresh=3)],
     "NearestNoiseCoupling": [mbot.NearestNoiseCoupling(), mbot.NearestNoiseCoupling(1), mbot.NearestNoiseCoupling(50)],
     "SinkhornCoupling": [mbot.SinkhornCoupling(reg=0.5), mbot.SinkhornCoupling(reg=1.0, relative=False, cells=20)],
     "SemidiscreteCoupling": [

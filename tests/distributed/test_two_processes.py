@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mbot
-from tests.distributed.worker import loader
+from tests.distributed.worker import loader, own_noise
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def served(tmp_path_factory):
 
 
 COUPLINGS = {"ot": mbot.OTCoupling(), "c2ot": mbot.ConditionalOTCoupling(), "w": mbot.WeightedCoupling(reg=2.0),
-             "nearest": mbot.NearestNoiseCoupling(3)}  # fmt: skip
+             "nearest": mbot.NearestNoiseCoupling(3), "own": own_noise()}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COUPLINGS)

@@ -1,6 +1,7 @@
 """What one process of the distributed tests does; started by torchrun. Arguments: the task, the folder."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,22 @@ from flows.folder_lock import FolderLock
 from tests.flows.toy_run import trainer, weights
 
 
+def data():
+    """The same in every process."""
+    g = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(50, 2, generator=g), torch.randint(0, 3, (50,), generator=g))
+
+
 def loader(scope, coupling, **sizes):
     """The data of the comparison with one process."""
-    g = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(50, 2, generator=g), torch.randint(0, 3, (50,), generator=g))
-    return flows.CoupledLoader(data, None, coupling, seed=7, coupling_scope=scope, **sizes)
+    return flows.CoupledLoader(data(), None, coupling, seed=7, coupling_scope=scope, **sizes)
+
+
+def own_noise():
+    """Noises fitted to these data and then shuffled, so that there is much to exchange."""
+    coupling = mbot.DataCoupling(num_noises=2).fit(data().tensors[0], generator=torch.Generator().manual_seed(1))
+    number = torch.randperm(100, generator=torch.Generator().manual_seed(2)).reshape(50, 2)
+    return replace(coupling, assignment=replace(coupling.assignment, number=number))
 
 
 def batches(folder, rank):
@@ -29,6 +41,7 @@ def batches(folder, rank):
             ("c2ot", mbot.ConditionalOTCoupling()),
             ("w", mbot.WeightedCoupling(reg=2.0)),
             ("nearest", mbot.NearestNoiseCoupling(3)),
+            ("own", own_noise()),
         ):
             for drop_last in (True, False):
                 one = loader(scope, coupling, batch_size=3, ot_batch_size=6, drop_last=drop_last)

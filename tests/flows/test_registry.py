@@ -34,7 +34,7 @@ def test_names_cover_everything_exported():
     assert set(registry.data_sets().values()) == {
         getattr(flows.datasets, name) for name in flows.datasets.__all__ if name not in helpers
     }
-    assert {"fm", "ot", "c2ot", "wcfm", "bomb", "sinkhorn", "semidiscrete"} <= set(registry.couplings())
+    assert {"fm", "ot", "c2ot", "wcfm", "bomb", "sinkhorn", "semidiscrete", "whole-data"} <= set(registry.couplings())
     assert {"linear", "schrodinger-bridge", "target", "variance-preserving"} <= set(registry.path_classes())
     assert {"digits", "mnist", "fashion-mnist", "cifar10", "folder", "arrays", "eight-gaussians", "moons",
             "checkerboard"} <= set(registry.data_sets())  # fmt: skip
