@@ -272,8 +272,8 @@ def exchange(x, y, origin, rows, cols, bounds, begin, stop, epsilon, fresh, sour
         bounds: block p is the pairs ``bounds[p]:bounds[p + 1]``.
         begin: first block.
         stop: last block and one.
-        epsilon: first step of the auction; from `FIRST_EPSILON` on it forgets the prices.
-        fresh: the pairs are none yet.
+        epsilon: first step of the auction; from `FIRST_EPSILON` on the prices are ignored.
+        fresh: whether there are no pairs yet.
         source: the row of each column, written.
         price: of each column, written.
     """

@@ -28,7 +28,7 @@ _LEAF = 512  # points that the hierarchy ends at
 _BLOCKS = (512, 1024, 2048, 4096)  # pairs that a sweep matches at once
 _SAMPLE = 4096, 512  # points that directions of the hierarchy and of the sweeps are found from
 _STEP = 4096  # rows of points that a thread takes at a time
-_WORK = 1 << 24  # costs of blocks that are solved between two looks at the clock
+_WORK = 1 << 24  # costs of blocks that are solved between two checks of the time limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,9 @@ class CloudMatching:
     Attributes:
         source: int64; ``x[source[j]]`` belongs to ``y[j]``. ``(n,)``, or ``(n, c)`` for c sources a target.
         cost: mean squared distance of the pairs.
-        bound: a lower bound of the cost of every such matching, or None if it was not asked for.
+        bound: a lower bound of the cost of every such matching, or None without ``certificate``.
         costs: the cost at the start and after each sweep; never rising.
-        converged: whether the last sweep gained less than asked for, or the matching is exact; else time was up.
+        converged: whether the last sweep gained less than ``tol``, or the matching is exact; else time was up.
     """
 
     source: Tensor
@@ -122,7 +122,7 @@ def match_clouds(
 
 
 class _Matching:
-    """A matching in the making. Column j of N is the target ``j % len(y)``, and ``source[j]`` its row of x."""
+    """A matching that is built up. Column j of N is the target ``j % len(y)``, and ``source[j]`` its row of x."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, labels: tuple[Labels, Labels] | None, seed: int) -> None:
         self.given, self.seed, self.size = (x, y), seed, len(x)
@@ -171,7 +171,7 @@ class _Matching:
         self._look()
 
     def sweep(self, tol: float, until: float, progress: bool) -> bool:
-        """Exchange in ever larger groups; returns whether that was all there is to gain."""
+        """Exchange in ever larger groups; returns whether the last sweep gained less than the tolerance."""
         from tqdm import tqdm
 
         sizes = np.diff(self.bounds)
@@ -265,7 +265,7 @@ class _Matching:
     def _exchange(
         self, rows: np.ndarray, cols: np.ndarray, bounds: np.ndarray, until: float, fresh: bool = False
     ) -> None:
-        """Match each block exactly; blocks that time does not suffice for stay as they are."""
+        """Match each block exactly; blocks beyond the time limit stay as they are."""
         # In few dimensions prices from other blocks cost the finish more than they save the auction.
         epsilon = 0.25 if fresh or self.x.shape[1] <= 3 else 0.01
         work = np.diff(bounds).astype(np.float64) ** 2
