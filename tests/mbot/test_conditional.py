@@ -290,7 +290,7 @@ def test_results_do_not_depend_on_history():
 def test_unreachable_targets_warn_with_the_reachable_end():
     x0, x1, _ = data(n=6)
     y = torch.randn(6, 3)
-    with pytest.warns(mbot.ConvergenceWarning, match=r"steps of 0\.03333 here, its floor"):
+    with pytest.warns(mbot.ConvergenceWarning, match=r"steps of 0\.03333, and cannot be 0"):
         info = ConditionalOTCoupling("continuous", target_ratio=0.001)(x0, x1, y1=y).info
     assert info["ratio"] == pytest.approx(1 / 30)
     with pytest.warns(mbot.ConvergenceWarning, match=r"at most r\(0\)"):
