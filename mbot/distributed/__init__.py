@@ -7,5 +7,6 @@ checked on every rank before anything is exchanged, and an error on one is raise
 
 from mbot.distributed.couplings import GlobalCoupling, GlobalPairs
 from mbot.distributed.losses import spread
+from mbot.distributed.semidiscrete import fit
 
-__all__ = ["GlobalCoupling", "GlobalPairs", "spread"]
+__all__ = ["GlobalCoupling", "GlobalPairs", "fit", "spread"]

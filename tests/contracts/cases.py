@@ -44,6 +44,7 @@ COUPLINGS = {
     "SemidiscreteCoupling": [
         mbot.SemidiscreteCoupling(steps=20, batch_size=16),
         mbot.SemidiscreteCoupling(conditional=True, steps=20, batch_size=16),
+        mbot.SemidiscreteCoupling(balanced=True, reg=0.3, stop_at=0.1, steps=20, batch_size=16),
     ],
     "WeightedCoupling": [
         mbot.WeightedCoupling(reg=1.0),

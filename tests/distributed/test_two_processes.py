@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mbot
-from tests.distributed.worker import loader, own_noise
+from tests.distributed.worker import circle, loader, own_noise
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,10 +25,16 @@ def torchrun(task, folder):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """What each rank was served."""
+def folder(tmp_path_factory):
+    """What the ranks wrote."""
     folder = tmp_path_factory.mktemp("batches")
     torchrun("batches", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    """What each rank was served."""
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -77,6 +83,36 @@ def test_workers_that_fetch_for_the_one_solve_change_nothing(served):
 
 def test_an_error_in_the_one_solve_reaches_every_rank(served):
     assert all("needs y1" in rank["error"] for rank in served)
+
+
+@pytest.mark.parametrize("name", ["plain", "soft", "stopped"])
+def test_potentials_of_two_ranks_are_those_of_one_process_with_their_noises(name, folder):
+    one, two = (torch.load(folder / f"fit{rank}.pt")[name] for rank in range(2))
+    assert torch.equal(one["potentials"]["values"], two["potentials"]["values"])
+    assert one["potentials"]["chi2"] == two["potentials"]["chi2"]
+    seed = int(torch.randint(2**62, (1,), generator=torch.Generator().manual_seed(5)))
+    ranks = [torch.Generator().manual_seed(seed + rank) for rank in range(2)]
+
+    def both(n, generator):
+        if n == 256:  # for the scale
+            return torch.stack([circle(n, ranks[rank]) for rank in range(2)])[0]
+        return torch.cat([circle(n // 2, ranks[rank]) for rank in range(2)])
+
+    coupling = mbot.SemidiscreteCoupling.from_state_dict({**one, "batch_size": 128, "potentials": None})
+    points = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    alone = coupling.fit(points, noise=both).potentials
+    assert alone.steps == one["potentials"]["steps"] == (60 if name != "stopped" else alone.steps)
+    assert alone.fingerprint == one["potentials"]["fingerprint"]
+    torch.testing.assert_close(one["potentials"]["values"], alone.values, rtol=1e-3, atol=1e-4)
+    assert one["potentials"]["chi2"] == pytest.approx(alone.chi2, abs=0.02)
+
+
+def test_ranks_fit_one_data_set_with_one_coupling(folder):
+    for found in (torch.load(folder / f"fit{rank}.pt") for rank in range(2)):
+        assert found["classes"]["potentials"]["values"].shape == (40,)
+        assert "same data set, in the same order and with the same classes" in found["bad data"]
+        assert "got 2 data sets" in found["bad classes"]
+        assert "data must be" in found["bad kind"]
 
 
 def test_training_in_two_processes_resumes_exactly_and_writes_once(tmp_path):

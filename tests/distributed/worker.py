@@ -56,6 +56,31 @@ def batches(folder, rank):
     except ValueError as error:
         served["error"] = str(error)
     torch.save(served, folder / f"rank{rank}.pt")
+    fit(folder, rank)
+
+
+def circle(n, generator):
+    """Noises of one norm: their scale is the same, whoever measures it."""
+    angle = torch.rand(n, generator=generator) * 2 * torch.pi
+    return torch.stack((angle.cos(), angle.sin()), 1)
+
+
+def fit(folder, rank):
+    """Potentials of one data set by both ranks, and data sets that differ."""
+    points = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(40) % 3
+    found = {}
+    for name, settings in (("plain", {}), ("soft", {"reg": 0.3}), ("classes", {"conditional": True}),
+                           ("stopped", {"reg": 0.3, "stop_at": 0.5})):  # fmt: skip
+        coupling = mbot.SemidiscreteCoupling(steps=60, batch_size=64, tol=1e9, **settings)
+        generator = torch.Generator().manual_seed(5)
+        found[name] = mbot.distributed.fit(coupling, points, y, noise=circle, generator=generator).state_dict()
+    for name, data, labels in (("data", points + rank, y), ("classes", points, y.roll(rank)), ("kind", [rank], y)):
+        try:
+            mbot.distributed.fit(coupling, data, labels)
+        except (ValueError, TypeError) as error:
+            found[f"bad {name}"] = str(error)
+    torch.save(found, folder / f"fit{rank}.pt")
 
 
 def train(folder, rank):

@@ -1,5 +1,6 @@
 """SemidiscreteCoupling: equal cells, known answers, classes, and what is saved."""
 
+import dataclasses
 import io
 import pickle
 
@@ -12,6 +13,7 @@ import flows
 import mbot
 from mbot import OTCoupling, SemidiscreteCoupling
 from mbot.couplings.base import fingerprint
+from mbot.couplings.cells import balanced_cells, cells, masses
 
 
 def generator(seed=0):
@@ -45,6 +47,119 @@ def test_one_dimension_is_sorting():
     coupling = SemidiscreteCoupling(steps=3000, batch_size=512).fit(points, generator=generator())
     x = torch.tensor([[-1.5], [-0.9], [-0.4], [0.4], [0.9], [1.5]])  # quartiles at -.674, 0, .674
     assert coupling(x, points).target.tolist() == [1, 1, 3, 0, 2, 2]
+
+
+def test_regularisation_that_falls_finds_equal_cells_in_few_steps():
+    """Quartiles again, in 150 steps; in the plane a fraction of the χ² of as many steps without."""
+    points = torch.tensor([[3.0], [-2.0], [10.0], [0.5]])
+    coupling = SemidiscreteCoupling(steps=150, batch_size=512, reg=2.0).fit(points, generator=generator())
+    x = torch.tensor([[-1.5], [-0.8], [-0.6], [-0.1], [0.1], [0.6], [0.8], [1.5]])
+    assert coupling(x, points).target.tolist() == [1, 1, 3, 3, 0, 0, 2, 2]
+    points = data(512)
+    none, some = (
+        SemidiscreteCoupling(steps=150, batch_size=512, reg=reg, tol=9.0).fit(points, generator=generator())
+        for reg in (0.0, 0.3)
+    )
+    assert some.potentials.chi2 < 0.2 * none.potentials.chi2
+    more = some.fit(points, generator=generator(1))
+    assert more.potentials.chi2 < some.potentials.chi2
+    assert more.potentials.steps == 300
+
+
+def test_regularisation_falls_to_a_thousandth_in_half_of_the_steps():
+    coupling = SemidiscreteCoupling(steps=9, reg=0.5, tol=1e9)
+    regs = [coupling._reg(step) for step in range(9)]
+    assert regs == pytest.approx([0.5 * 10 ** -(3 * min(1, step / 4)) for step in range(9)])
+    again = coupling.fit(data(8))
+    assert [again._reg(step) for step in range(9)] == pytest.approx([0.0005] * 9)
+    assert dataclasses.replace(again, tol=1e-9)._reg(0) == 0.5, "cells are not equal yet"
+    assert SemidiscreteCoupling()._reg(3) == 0
+
+
+@pytest.mark.parametrize("codes", [None, torch.arange(20) % 3])
+def test_regularised_masses_are_those_of_softmax(codes, monkeypatch):
+    monkeypatch.setattr("mbot.couplings.cells._CELLS", 70)
+    points, x, values = data(20), torch.randn(33, 2, generator=generator(1)), torch.randn(20, generator=generator(2))
+    wanted = None if codes is None else torch.randint(0, 3, (33,), generator=generator(3))
+    y = points - points.mean(0)
+    score = x @ y.T + values - y.square().sum(1) / 2
+    if codes is not None:
+        score = score.masked_fill(codes != wanted[:, None], -torch.inf)
+    torch.testing.assert_close(masses(x, points, values, codes, wanted, 0.7), (score / 0.7).softmax(1).sum(0))
+    torch.testing.assert_close(
+        masses(x, points, values, codes, wanted, 0.0), torch.bincount(score.argmax(1), minlength=20).float()
+    )
+
+
+def test_a_fit_ends_where_chi2_is_small_enough_on_fresh_noise():
+    points, told = data(64), []
+    settings = {"steps": 800, "batch_size": 512, "reg": 0.3}
+    whole = SemidiscreteCoupling(**settings).fit(points, generator=generator())
+    coupling = SemidiscreteCoupling(**settings, stop_at=0.05).fit(
+        points, generator=generator(), progress=lambda done, steps: told.append(done)
+    )
+    assert coupling.potentials.steps == told[-1] in (100, 200, 400)
+    hits = torch.bincount(coupling(torch.randn(64 * 400, 2, generator=generator(5)), points).target, minlength=64) / 400
+    assert float((hits - 1).square().mean()) < 0.06
+    assert coupling.potentials.chi2 <= 0.05
+    never = SemidiscreteCoupling(**settings, stop_at=1e-9).fit(points, generator=generator())
+    assert never.potentials.steps == whole.potentials.steps == 800
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 3), st.integers(0, 1000), st.booleans())
+def test_balanced_cells_take_every_point_equally_often(n, size, classes, seed, few):
+    """Counts are even, and points keep the first noises of their own cells; by a loop over the noises."""
+    g = generator(seed)
+    points, x, values = (
+        torch.randn(size, 2, generator=g),
+        torch.randn(n, 2, generator=g),
+        torch.randn(size, generator=g),
+    )
+    codes = torch.arange(size) % classes if classes > 1 else None
+    wanted = None if codes is None else torch.randint(0, int(codes.max()) + 1, (n,), generator=g)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mbot.couplings.cells._EXACT", 0 if few else 4096)
+        target, kept = balanced_cells(x, points, values, codes, wanted, generator(1))
+    own = cells(x, points, values, codes, wanted)
+    hits = torch.bincount(target, minlength=size)
+    kept_here = 0
+    for c in range(1 if codes is None else int(codes.max()) + 1):
+        members = torch.arange(size) if codes is None else torch.nonzero(codes == c)[:, 0]
+        asked = torch.arange(n) if wanted is None else torch.nonzero(wanted == c)[:, 0]
+        assert set(hits[members].tolist()) <= {len(asked) // len(members), -(-len(asked) // len(members))}
+        assert int(hits[members].sum()) == len(asked)
+        for j in members.tolist():
+            at_home = asked[own[asked] == j]
+            stay = at_home[: int(hits[j])]  # as many as there is room for
+            assert torch.equal(target[stay], own[stay])
+            kept_here += len(stay)
+    assert kept == pytest.approx(kept_here / n)
+
+
+def test_balanced_pairs_are_nearly_optimal_and_each_point_comes_once(fitted):
+    points, coupling = fitted
+    x = torch.randn(64 * 3, 2, generator=generator(7))
+    even = dataclasses.replace(coupling, balanced=True)
+    pairs = even(x, points, generator=generator())
+    assert torch.equal(torch.bincount(pairs.target), torch.full((64,), 3))
+    assert torch.equal(pairs.source, torch.arange(192))
+    assert 0.7 < pairs.info["kept"] < 0.95
+    exact = OTCoupling()(x, points.repeat(3, 1)).info["transport_cost"]
+    assert exact - 1e-6 < pairs.info["transport_cost"] < 1.03 * exact
+    by_class = SemidiscreteCoupling(conditional=True, balanced=True, steps=5, tol=1e9).fit(points, torch.arange(64) % 5)
+    pairs = by_class(x[:128], points, y1=torch.arange(64) % 5, generator=generator())
+    assert torch.equal(torch.bincount(pairs.target), torch.full((64,), 2))
+
+
+def test_an_epoch_serves_every_point_once(fitted):
+    points, coupling = fitted
+    even = dataclasses.replace(coupling, balanced=True)
+    loader = flows.CoupledLoader(
+        torch.utils.data.TensorDataset(points), None, even, 10, ot_batch_size=70, drop_last=False
+    )
+    for _ in range(2):
+        assert torch.cat([batch.index for batch in loader]).sort().values.tolist() == list(range(64))
 
 
 def test_it_approaches_the_optimal_assignment(fitted):
@@ -136,7 +251,7 @@ def test_scores_do_not_depend_on_the_tiles(monkeypatch):
     coupling = SemidiscreteCoupling(steps=20, tol=100.0).fit(points, generator=generator())
     x = torch.randn(300, 2)
     whole = coupling(x, points).target
-    monkeypatch.setattr("mbot.couplings.semidiscrete._CELLS", 120)
+    monkeypatch.setattr("mbot.couplings.cells._CELLS", 120)
     assert torch.equal(coupling(x, points).target, whole)
 
 
@@ -172,6 +287,9 @@ def test_the_seed_decides_and_progress_is_told():
     [
         (lambda: SemidiscreteCoupling(steps=0), ValueError, "steps"),
         (lambda: SemidiscreteCoupling(rate=-1.0), ValueError, "rate"),
+        (lambda: SemidiscreteCoupling(reg=-1.0), ValueError, "reg must"),
+        (lambda: SemidiscreteCoupling(stop_at=0.0), ValueError, "stop_at must"),
+        (lambda: mbot.distributed.fit(mbot.OTCoupling(), data()), TypeError, "must be an mbot.SemidiscreteCoupling"),
         (lambda: SemidiscreteCoupling().fit(torch.zeros(0, 2)), ValueError, "data must hold"),
         (lambda: SemidiscreteCoupling().fit([1.0]), TypeError, "data must be"),
         (lambda: SemidiscreteCoupling(conditional=True).fit(data()), ValueError, "conditional=True needs y"),
