@@ -16,8 +16,6 @@ from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 from mbot.random import draw
 
-_HASHED = 1 << 20  # numbers hashed at a time
-
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -115,26 +113,6 @@ class Coupling(ABC):
         self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         """Pair checked samples ``(n, d)`` and ``(m, d)``."""
-
-
-def fingerprint(points: Tensor, codes: Tensor | None = None) -> int:
-    """A hash of points ``(n, d)`` and of their classes ``(n,)``, in order; the same for every device and float dtype.
-
-    Two data sets that differ in one number have different ones, but for a chance of about 2^-60.
-    """
-    n, d = points.shape
-    keys = torch.randint(2**62, (-(-d // 2) + 1,), generator=torch.Generator().manual_seed(n)).to(points.device) * 2 + 1
-    total = torch.zeros((), dtype=torch.int64, device=points.device)
-    step = max(1, _HASHED // d)
-    for begin in range(0, n, step):
-        part = torch.nn.functional.pad(points[begin : begin + step].float() + 0.0, (0, d % 2))  # -0 and 0 are one
-        row = (part.contiguous().view(torch.int64) * keys[1:]).sum(1)
-        if codes is not None:
-            row += (codes[begin : begin + step] + 1) * keys[0]
-        row = (row ^ (row >> 29)) * keys[0]  # mixed, so that sums over rows do not take one for another
-        position = torch.arange(begin, begin + len(row), device=row.device)
-        total += ((row ^ (row >> 32)) * (2 * position + 1)).sum()
-    return int(total)
 
 
 def in_order(x0: Tensor, x1: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mbot import checks
-from mbot.conditions import class_codes, select
+from mbot.conditions import select
 from mbot.cost import at_least_float32
-from mbot.couplings.base import Coupling, Labels, Pairs, fingerprint, in_order
+from mbot.couplings.base import Coupling, Labels, Pairs, in_order
+from mbot.couplings.fitted import check_fitted, codes_of, fingerprint, state_of
 from mbot.eager import outside_graphs
 from mbot.random import normals_at
 from mbot.solvers.clouds import match_clouds
@@ -177,13 +178,8 @@ class DataCoupling(Coupling):
         """
         held = self._held()
         flat, _ = checks.samples(data, data, "data", "data")
-        if held.fingerprint != fingerprint(at_least_float32(flat), self._codes(y, flat, "y")):
-            n = len(held.number)
-            what = f"{len(data)} points" if len(data) != n else "as many others, another order or other classes"
-            raise ValueError(
-                f"data must be the data set that the coupling was fitted to, {n} points; got {what} (random transforms "
-                "make others too). Fit a new DataCoupling to it"
-            )
+        codes = self._codes(y, flat, "y")
+        check_fitted(self, held.fingerprint, len(held.number), at_least_float32(flat), codes, "data")
 
     def at_epoch(self, epoch: int, data: Tensor, y: Labels | None, rows: Tensor, groups: Tensor) -> DataCoupling:
         """The coupling for an epoch, from that for the one before: noises refreshed where it is time, and exchanged.
@@ -216,13 +212,7 @@ class DataCoupling(Coupling):
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and assignment as plain values and tensors, for ``torch.save``."""
-        state: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "assignment"
-        }
-        if self.assignment is not None:
-            fields = dataclasses.fields(NoiseAssignment)
-            state["assignment"] = {f.name: getattr(self.assignment, f.name) for f in fields}
-        return state
+        return state_of(self, "assignment")
 
     def load_state_dict(self, state: dict[str, Any]) -> DataCoupling:
         """The coupling with a saved assignment; settings are immutable, so it is another object.
@@ -257,20 +247,10 @@ class DataCoupling(Coupling):
 
     def _codes(self, y: Labels | None, points: Tensor, name: str) -> Tensor | None:
         """Classes of the points as 0 … c-1, or None for one class."""
-        if not self.conditional:
-            return None
-        if y is None or len(y) != len(points):
-            got = "none" if y is None else len(y)
-            raise ValueError(f"conditional=True needs {name}, the class of each of the {len(points)} points; got {got}")
-        return torch.from_numpy(class_codes(y, y)[1]).to(points.device)
+        return codes_of(y, points, name) if self.conditional else None
 
     def _pair(
-        self,
-        x0: Tensor,
-        x1: Tensor,
-        y0: Labels | None,
-        y1: Labels | None,
-        generator: torch.Generator | None,
+        self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         codes, labels = self._codes(y1, x1, "y1"), None
         source, target = in_order(x0, x1, generator)

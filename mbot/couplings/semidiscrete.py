@@ -20,8 +20,9 @@ from torch import Tensor
 from mbot import checks, convergence
 from mbot.conditions import class_codes
 from mbot.cost import at_least_float32
-from mbot.couplings.base import Coupling, Labels, Pairs, fingerprint
+from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.cells import balanced_cells, cells, class_sizes, masses
+from mbot.couplings.fitted import check_fitted, codes_of, fingerprint, state_of
 from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 from mbot.random import draw
@@ -188,12 +189,7 @@ class SemidiscreteCoupling(Coupling):
 
     def state_dict(self) -> dict[str, Any]:
         """Settings and potentials as plain values and tensors, for ``torch.save``."""
-        state: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "potentials"
-        }
-        if self.potentials is not None:
-            state["potentials"] = {f.name: getattr(self.potentials, f.name) for f in dataclasses.fields(DualPotentials)}
-        return state
+        return state_of(self, "potentials")
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> SemidiscreteCoupling:
@@ -214,24 +210,12 @@ class SemidiscreteCoupling(Coupling):
 
     def _check_data_set(self, points: Tensor, codes: Tensor | None, name: str) -> None:
         """Refuse all but the data set that the potentials belong to."""
-        if self.potentials is None or self.potentials.fingerprint == fingerprint(points, codes):
-            return
-        fitted = len(self.potentials.values)
-        what = f"{len(points)} points" if len(points) != fitted else "as many others, another order or other classes"
-        raise ValueError(
-            f"{name} must be the data set that the coupling was fitted to, {fitted} points; got {what} (random "
-            "transforms make others too). Fit a new SemidiscreteCoupling to it"
-        )
+        if self.potentials is not None:
+            check_fitted(self, self.potentials.fingerprint, len(self.potentials.values), points, codes, name)
 
     def _codes(self, y: Labels | None, points: Tensor, name: str) -> Tensor | None:
         """Classes of the points as 0 … c-1, or None for one class."""
-        if not self.conditional:
-            return None
-        if y is None:
-            raise ValueError(f"conditional=True needs {name}, the class of each data point")
-        if len(y) != len(points):
-            raise ValueError(f"{name} must hold one class for each of the {len(points)} data points; got {len(y)}")
-        return torch.from_numpy(class_codes(y, y)[1]).to(points.device)
+        return codes_of(y, points, name) if self.conditional else None
 
     def _pair(
         self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None

@@ -13,7 +13,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.conditions import Labels, check, class_codes
 from mbot.couplings import SemidiscreteCoupling
-from mbot.couplings.base import fingerprint
+from mbot.couplings.fitted import fingerprint
 from mbot.distributed.ranks import Ranks
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import flows
 import mbot
 from mbot import OTCoupling, SemidiscreteCoupling
-from mbot.couplings.base import fingerprint
 from mbot.couplings.cells import balanced_cells, cells, masses
+from mbot.couplings.fitted import fingerprint
 
 
 def generator(seed=0):
@@ -353,7 +353,7 @@ def test_fingerprints_see_every_number_and_its_place(n, d, seed, draw):
 def test_fingerprints_do_not_depend_on_the_tiles(monkeypatch):
     points = data(50)
     whole = fingerprint(points)
-    monkeypatch.setattr("mbot.couplings.base._HASHED", 7)
+    monkeypatch.setattr("mbot.couplings.fitted._HASHED", 7)
     assert fingerprint(points) == whole
 
 
