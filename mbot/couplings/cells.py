@@ -12,7 +12,7 @@ from mbot.random import draw
 from mbot.transport import ExactOT
 
 _CELLS = 1 << 24  # scores made at a time
-_EXACT = 4096  # noises that are shared out at once, by exact transport
+_EXACT = 4096  # noises that are assigned at once, by exact transport
 
 
 def class_sizes(points: Tensor, codes: Tensor | None) -> Tensor:
@@ -42,7 +42,7 @@ def cells(x: Tensor, points: Tensor, values: Tensor, codes: Tensor | None, wante
 def masses(
     x: Tensor, points: Tensor, values: Tensor, codes: Tensor | None, wanted: Tensor | None, reg: float
 ) -> Tensor:
-    """Noises in each cell ``(N,)``; with ``reg > 0`` each is shared out as ``softmax(score / reg)``."""
+    """Noises in each cell ``(N,)``; with ``reg > 0`` each is divided by ``softmax(score / reg)``."""
     if reg == 0:
         hits = torch.bincount(cells(x, points, values, codes, wanted), minlength=len(points))
         return hits.to(points.dtype)
@@ -60,7 +60,7 @@ def balanced_cells(
     """A point for each noise, every point (of a class) equally often up to rounding; and the share in their own cells.
 
     Points keep the noises of their cells in order, up to their number. The others go to the cells of the points that
-    are not full, again and again; the last 4096 are shared out by exact transport.
+    are not full, round after round; the last 4096 are assigned by exact transport.
     """
     target = torch.empty(len(x), dtype=torch.int64, device=x.device)
     kept = 0
@@ -73,7 +73,7 @@ def balanced_cells(
             free = torch.nonzero(room)[:, 0] if turn else torch.arange(len(members), device=x.device)
             parts = waiting.split(_rows(free))
             own = free[torch.cat([torch.addmm(offset[free], x[part], y[free].T).argmax(1) for part in parts])]
-            taken = _place_in_line(own, len(room)) < room[own]
+            taken = _position_in_cell(own, len(room)) < room[own]
             target[waiting[taken]] = members[own[taken]]
             room -= torch.bincount(own[taken], minlength=len(room))
             kept += int(taken.sum()) if turn == 0 else 0
@@ -111,10 +111,10 @@ def _rows(members: Tensor) -> int:
     return max(1, _CELLS // len(members))
 
 
-def _place_in_line(own: Tensor, count: int) -> Tensor:
+def _position_in_cell(own: Tensor, count: int) -> Tensor:
     """How many noises before each one are in the same cell."""
     order = own.argsort(stable=True)
     sizes = torch.bincount(own, minlength=count)
-    place = torch.empty_like(own)
-    place[order] = torch.arange(len(own), device=own.device) - (sizes.cumsum(0) - sizes)[own[order]]
-    return place
+    position = torch.empty_like(own)
+    position[order] = torch.arange(len(own), device=own.device) - (sizes.cumsum(0) - sizes)[own[order]]
+    return position

@@ -67,7 +67,7 @@ class DataCoupling(Coupling):
 
     **Exchange**: before an epoch each of its OT batches exchanges noises among its points where that lowers their cost
     (an exact matching of the batch), so the cost of the assignment never rises while training runs.
-    **Refresh**: a fixed noise a point can be learned by heart, as ``N · num_noises`` noises are all that a model ever
+    **Refresh**: a fixed noise for each point can be memorised, as ``N · num_noises`` noises are all that a model ever
     sees. ``refresh=k`` draws and matches new ones every k epochs, at the price of another `fit`.
 
     With ``conditional=True`` noises are matched within classes: the noise of each class is a standard normal sample,
@@ -83,7 +83,7 @@ class DataCoupling(Coupling):
         exchange: whether batches of the loader exchange noises.
         conditional: whether classes are matched apart; needs labels.
         tol: of `mbot.match_clouds`.
-        assignment: what ``fit`` found.
+        assignment: result of ``fit``.
 
     >>> data = torch.randn(512, 2) + 3
     >>> coupling = DataCoupling().fit(data)

@@ -26,7 +26,7 @@ class IndependentCoupling(Coupling):
 
     @property
     def sources_per_target(self) -> int:
-        """The one in its place."""
+        """The one of its own row."""
         return 1
 
     def _pair(

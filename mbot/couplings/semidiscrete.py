@@ -104,7 +104,7 @@ class SemidiscreteCoupling(Coupling):
             most ``reg · steps / 14`` in these units.
         stop_at: χ² at which ``fit`` ends before its ``steps``: it is measured on fresh noise after an eighth, a quarter
             and half of them. None: all steps.
-        potentials: what ``fit`` found.
+        potentials: result of ``fit``.
 
     >>> data = torch.randn(64, 2)
     >>> coupling = SemidiscreteCoupling(steps=300).fit(data)
@@ -148,7 +148,7 @@ class SemidiscreteCoupling(Coupling):
         progress: Callable[[int, int], None] | None = None,
         total: Callable[[Tensor], Tensor] | None = None,
     ) -> SemidiscreteCoupling:
-        """The coupling with potentials learned for a data set; from those it holds already, if any.
+        """The coupling with potentials learned for a data set, starting from the potentials of this one if it has any.
 
         Args:
             data: ``(N, d…)`` data set.

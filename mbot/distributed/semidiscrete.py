@@ -63,8 +63,8 @@ def fit(
         )
 
     def seed() -> Any:
-        place = None if generator is None else generator.device
-        return int(torch.randint(2**62, (1,), generator=generator, device=place))
+        where = None if generator is None else generator.device
+        return int(torch.randint(2**62, (1,), generator=generator, device=where))
 
     own = torch.Generator("cpu" if generator is None else generator.device)
     own.manual_seed(ranks.from_first(seed) + ranks.rank)

@@ -261,8 +261,8 @@ def _first_pairs(problems: Problems, price: Tensor, want: Tensor) -> tuple[Tenso
         wanted = torch.zeros(len(want), size + 1, dtype=torch.bool, device=want.device).scatter_(1, real, True)
         free = (price[:, :n] == price[:, :n].amax(1, keepdim=True)) & ~wanted[:, :n]
         turn = torch.where(free, free.cumsum(1), 0).clamp_max(size - n + 1)
-        place = torch.full((len(want), size - n + 2), size, device=want.device).scatter_(1, turn, rows[:, :n].long())
-        chosen = torch.where(want[:, n:] < n, place[:, 1:-1], size)
+        position = torch.full((len(want), size - n + 2), size, device=want.device).scatter_(1, turn, rows[:, :n].long())
+        chosen = torch.where(want[:, n:] < n, position[:, 1:-1], size)
         want = torch.cat((real, chosen), 1)
     taker = torch.full((len(want), size + 1), size, dtype=torch.int32, device=want.device)
     taker = taker.scatter_reduce_(1, want, rows, "amin")
