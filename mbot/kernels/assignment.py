@@ -14,9 +14,9 @@ variables, by which `mbot.certify` certifies it.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
+from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 
@@ -26,7 +26,7 @@ FIRST_EPSILON = (
 _FACTOR, _STOP = 0.15, 0.1  # ratio of the steps; the last one, times n
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(nogil=True, error_model="numpy")
 def unusual(entries, low, total):  # type: ignore[no-untyped-def]
     """Whether costs are not finite, or few of them huge, given their least, their sum and a sample."""
     count, small = len(entries), 0
@@ -39,7 +39,7 @@ def unusual(entries, low, total):  # type: ignore[no-untyped-def]
     return SMALL * small >= SAMPLE
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-untyped-def]
     """Epsilon-scaled auction from given prices: near-optimal ones are left. ``cost`` has least 0 and mean 1."""
     n = cost.shape[0]
@@ -82,7 +82,7 @@ def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-unt
         epsilon *= _FACTOR
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-untyped-def]
     """Shorten the distances of the columns that are not settled yet by going through the row ``via``."""
     for j in range(len(dist)):
@@ -93,7 +93,7 @@ def relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-u
         parent[j] = via if better else parent[j]
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  # type: ignore[no-untyped-def]
     """Exact assignment from any prices; on return the prices are optimal dual variables."""
     n = cost.shape[0]
@@ -163,7 +163,7 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
                 break
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def room_for(largest):  # type: ignore[no-untyped-def]
     """Arrays that solving a problem of up to so many rows works in."""
     whole, real = np.empty((3, largest), np.int64), np.empty((2, largest), np.float64)
@@ -171,7 +171,7 @@ def room_for(largest):  # type: ignore[no-untyped-def]
     return scaled, narrow, real[0], real[1], whole[0], whole[1], whole[2], np.zeros(max(largest, BLOCK))
 
 
-@njit(**OPTIONS, inline="always")
+@compiled(**OPTIONS, inline="always")
 def _both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
     """An auction from the prices with first step ``epsilon`` ``excess`` (mean minus least cost), and the finish."""
     n = cost.shape[0]
@@ -189,7 +189,7 @@ def _both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: igno
     _finish(cost, price, col_of, row_of[:n], dist[:n], open_dist[:n], parent[:n], free[:n], zero)
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
     """The optimal matching of one square problem of ordinary costs, from prices near its optimal ones.
 
@@ -210,7 +210,7 @@ def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-d
     _both_stages(cost, low, total_of(entries) / (n * n) - low, price, epsilon, col_of, room)
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
     largest = 1

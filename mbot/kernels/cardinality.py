@@ -15,16 +15,16 @@ Dual variables certify the result, like the assignments of `mbot.kernels.assignm
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from mbot.kernels.assignment import FIRST_EPSILON, auction, relax, unusual
+from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 
 _COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
     """Column prices and the price of D from an auction on the augmented matrix; in units of the cost."""
     n = cost.shape[0]
@@ -51,7 +51,7 @@ def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
     return price
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _group_minimum(cost, col_of, group_cost, group_row, only):  # type: ignore[no-untyped-def]
     """Cheapest member of D for every column (``only`` < 0), or for the columns whose cheapest member was ``only``."""
     n = cost.shape[0]
@@ -71,7 +71,7 @@ def _group_minimum(cost, col_of, group_cost, group_row, only):  # type: ignore[n
                     group_row[j] = i
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
     """Exact matching with n - q pairs from any prices. Returns the levels of D and R: ``theta`` and ``tau``."""
     n = cost.shape[0]
@@ -216,7 +216,7 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
     return theta, tau
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
     """Turn an optimal matching into one with one pair more, along the shortest path from D to R. Returns D's level."""
     n = cost.shape[0]
@@ -246,7 +246,7 @@ def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_c
         end = previous
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-untyped-def]
     """Write the matching and its dual variables.
 
@@ -262,7 +262,7 @@ def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-un
         column[i] = -1 if col_of[i] == n else col_of[i]
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _solve(flat, size, q, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     n = size
     work = np.empty((n + q) * (n + q), np.float32)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from mbot.kernels.compiled import compiled
 
 _EPS, _TINY, _LARGEST = (float(getattr(np.finfo(np.float64), name)) for name in ("eps", "tiny", "max"))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(nogil=True, error_model="numpy")
 def errors(flat, start, stride, row, col, mass, f, g, a, b, moved, floor):  # type: ignore[no-untyped-def]
     """Gap between the cost of each plan and its dual value, relative to the cost.
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from mbot.kernels.assignment import match_from, room_for
+from mbot.kernels.compiled import compiled
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 _SUMS: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nnan", "nsz"}}
 _TILE = 512  # columns of costs made at a time, which stay in the cache
 _ROUNDS = 8  # of alternating cuts
 _ROUNDING = 1e-13  # relative; gains below it are none
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _hash(seed):  # type: ignore[no-untyped-def]
     """Splitmix64: a random number from a position."""
     z = np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15)
@@ -29,18 +29,18 @@ def _hash(seed):  # type: ignore[no-untyped-def]
     return z ^ (z >> np.uint64(31))
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _below(seed, n):  # type: ignore[no-untyped-def]
     return np.int64(_hash(seed) % np.uint64(n))
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _spread_out(i, count, size, seed):  # type: ignore[no-untyped-def]
     """The i-th of ``count`` of ``size`` positions, one at random from each equal part."""
     return i if count == size else (i * size + _below(seed + np.uint64(i), size)) // count
 
 
-@njit(**_SUMS)
+@compiled(**_SUMS)
 def _dot(a, centre, v):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for k in range(len(v)):
@@ -48,7 +48,7 @@ def _dot(a, centre, v):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(**_SUMS)
+@compiled(**_SUMS)
 def _dot_sum(a, b, centre, v):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for k in range(len(v)):
@@ -56,7 +56,7 @@ def _dot_sum(a, b, centre, v):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(**_SUMS)
+@compiled(**_SUMS)
 def _inner(a, b):  # type: ignore[no-untyped-def]
     total = 0.0
     for k in range(len(a)):
@@ -64,7 +64,7 @@ def _inner(a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _split_sum(points, values, out):  # type: ignore[no-untyped-def]
     """Sum of the points above the median of ``values``, less that of the others."""
     cut = np.partition(values, len(values) // 2)[len(values) // 2]
@@ -75,7 +75,7 @@ def _split_sum(points, values, out):  # type: ignore[no-untyped-def]
             out[k] += sign * points[i, k]
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _gather(points, index, out):  # type: ignore[no-untyped-def]
     """Rows about their mean, which is returned."""
     n, d = len(index), points.shape[1]
@@ -93,7 +93,7 @@ def _gather(points, index, out):  # type: ignore[no-untyped-def]
     return mean
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _halves(x, y, rows, cols, seed, sample, centre_x, centre_y, v, u):  # type: ignore[no-untyped-def]
     """Directions that cut two clouds into halves which belong together: x along v, y along u.
 
@@ -123,7 +123,7 @@ def _halves(x, y, rows, cols, seed, sample, centre_x, centre_y, v, u):  # type: 
             break
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def halves(x, y, rows, cols, bounds, cuts, begin, stop, seed, sample, centre, direction):  # type: ignore[no-untyped-def]
     """`_halves` of the nodes ``begin:stop`` that are cut; node p holds rows and columns ``bounds[p]:bounds[p + 1]``."""
     for p in range(begin, stop):
@@ -134,14 +134,14 @@ def halves(x, y, rows, cols, bounds, cuts, begin, stop, seed, sample, centre, di
             _halves(x, y, rows[a:b], cols[a:b], own, sample, at[0], at[1], at[2], at[3])
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def project(points, index, node, begin, stop, step, centre, direction, out):  # type: ignore[no-untyped-def]
     """Positions of points along the directions of their nodes, ``step`` points at a time."""
     for i in range(begin * step, min(stop * step, len(index))):
         out[i] = _dot(points[index[i] % len(points)], centre[node[i]], direction[node[i]])
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def cut(index, values, bounds, cuts, begin, stop, out):  # type: ignore[no-untyped-def]
     """Each node's ``cuts[p]`` entries of largest value first (of equal ones the earlier), otherwise in their order."""
     for p in range(begin, stop):
@@ -167,7 +167,7 @@ def cut(index, values, bounds, cuts, begin, stop, out):  # type: ignore[no-untyp
                 second += 1
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def midpoint_directions(x, y, source, cols, bounds, begin, stop, seed, power, sample, centre, direction):  # type: ignore[no-untyped-def]
     """Directions along which pairs are parted by their midpoints ``x + y``.
 
@@ -203,7 +203,7 @@ def midpoint_directions(x, y, source, cols, bounds, begin, stop, seed, power, sa
                 v[k] = step[k] / length
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def project_midpoints(x, y, source, cols, node, begin, stop, step, centre, direction, out):  # type: ignore[no-untyped-def]
     """`project` of the midpoints of pairs."""
     for i in range(begin * step, min(stop * step, len(cols))):
@@ -211,7 +211,7 @@ def project_midpoints(x, y, source, cols, node, begin, stop, step, centre, direc
         out[i] = _dot_sum(x[source[j]], y[j % len(y)], centre[node[i]], direction[node[i]])
 
 
-@njit(**{**_OPTIONS, "fastmath": {"contract", "nnan", "nsz"}})
+@compiled(**{**_OPTIONS, "fastmath": {"contract", "nnan", "nsz"}})
 def _scores(x, y_columns, out):  # type: ignore[no-untyped-def]
     """``-x @ y_columns``, four rows and four features at a time."""
     (n, d), m = x.shape, y_columns.shape[1]
@@ -256,7 +256,7 @@ def _scores(x, y_columns, out):  # type: ignore[no-untyped-def]
                     row[j] -= a0 * y0[j]
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def exchange(x, y, origin, rows, cols, bounds, begin, stop, epsilon, fresh, source, price):  # type: ignore[no-untyped-def]
     """Exact matchings of the blocks ``begin:stop``, which replace their pairs where that lowers the cost.
 
@@ -319,7 +319,7 @@ def exchange(x, y, origin, rows, cols, bounds, begin, stop, epsilon, fresh, sour
                 price[j[t]] = start[t] - shift[t] + mean - after
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def squared_distances(x, y, source, begin, stop, step, out):  # type: ignore[no-untyped-def]
     """Sums of the squared distances of pairs, ``step`` pairs each."""
     for p in range(begin, stop):
@@ -332,7 +332,7 @@ def squared_distances(x, y, source, begin, stop, step, out):  # type: ignore[no-
         out[p] = total
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def least_reduced(x, about_x, rows, y, about_y, cols, price, begin, stop, step, out):  # type: ignore[no-untyped-def]
     """For each row, the least of ``-<x, y> - price`` over the columns; ``step`` rows at a time, about given points."""
     d = x.shape[1]

@@ -12,18 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from mbot.kernels.compiled import compiled
 from mbot.kernels.threads import run_slices
 
 BALANCED, KL_RELAXED, CAPPED = 0, 1, 2
 _OPTIONS: dict[str, Any] = {
-    "nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"},
+    "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"},
 }  # fmt: skip
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _cap(weight, soft, mass, t):  # type: ignore[no-untyped-def]
     """The t at which ``sum min(weight, t soft)`` is ``mass``: Newton's method on a concave piecewise linear function.
 
@@ -51,7 +51,7 @@ def _cap(weight, soft, mass, t):  # type: ignore[no-untyped-def]
     return t
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _update(soft, weight, scale, kind, parameter, factor, cap):  # type: ignore[no-untyped-def]
     """New scalings from ``soft``; returns the cap and the mass that the change moves, or -1 where it fails."""
     moved, total = 0.0, 0.0
@@ -74,7 +74,7 @@ def _update(soft, weight, scale, kind, parameter, factor, cap):  # type: ignore[
     return cap, moved / total
 
 
-@njit(**_OPTIONS)
+@compiled(**_OPTIONS)
 def _solve(plan, a, b, kind, parameter, factor, budget, tol, begin, stop, u_all, v_all, error, iterations):  # type: ignore[no-untyped-def]
     n, m = plan.shape[1:]
     rows, cols, before = np.empty(n), np.empty(m), np.empty(n)

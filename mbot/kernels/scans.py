@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from mbot.kernels.compiled import compiled
 
 # No "ninf": infinity marks settled columns below.
 OPTIONS: dict[str, Any] = {
     "nogil": True,
-    "cache": True,
     "boundscheck": False,
     "error_model": "numpy",
     "fastmath": {"nnan", "nsz"},
@@ -112,7 +113,7 @@ def _two_smallest_of(width):  # type: ignore[no-untyped-def]
 _scan_block, _scan_short = _two_smallest_of(BLOCK), _two_smallest_of(_SHORT)
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     """Smallest and second smallest of ``row - price``, and the first one's column. Free of unpredictable branches."""
     infinity = price.dtype.type(np.inf)
@@ -151,7 +152,7 @@ def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     return first, second, column
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "nsz"})
+@compiled(nogil=True, fastmath={"reassoc", "nsz"})
 def total_of(entries):  # type: ignore[no-untyped-def]
     """Sum in float64, in any order."""
     total = 0.0
@@ -160,7 +161,7 @@ def total_of(entries):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def least_of(entries, zero):  # type: ignore[no-untyped-def]
     """Least of any number of entries; ``zero`` holds as many zeros as a block."""
     least, e = np.inf, 0
