@@ -219,6 +219,29 @@ def test_rounding_is_not_taken_for_other_data(mode, size, shift, dtype):
 
 
 @pytest.mark.parametrize("mode", ["exact", "sampled"])
+def test_chunks_whose_shares_are_subnormal_numbers_are_the_same_chunks(mode):
+    """Logits 80 to 110 below the peak of the set: exponentials with few digits, or none."""
+    pooling = setenc.SlotPooling(2, 4, 1, num_heads=1, residual=False, output_norm=False)
+    with torch.no_grad():
+        pooling.query.weight.zero_()
+        pooling.query.bias.fill_(1)
+        pooling.key_value.weight[:4] = torch.tensor([0.5, 0.0])  # the logit is the first feature
+    enc = setenc.UMBC(None, pooling, None)
+    below = torch.linspace(-110, -80, 600).repeat(40, 1) + torch.rand(40, 1, generator=torch.Generator().manual_seed(0))
+    x = torch.cat((torch.zeros(40, 3), below), 1)[..., None] * torch.tensor([1.0, 0.0]) + torch.tensor([0.0, 1.0])
+    found = []
+    for how in ("full", mode):
+        enc.zero_grad()
+        generator = torch.Generator().manual_seed(0)
+        encode(
+            enc, x, gradient=how, chunk_size=3, num_gradient_chunks=150, generator=generator
+        ).square().sum().backward()
+        found.append(pooling.key_value.weight.grad.clone())
+    if mode == "exact":
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("mode", ["exact", "sampled"])
 @pytest.mark.parametrize("name", ["extractor.0.weight", "pooling.query.bias", "pooling.slot_mean"])
 def test_parameters_changed_in_place_are_named(mode, name):
     enc = encoder()
