@@ -9,37 +9,48 @@ import setenc
 ACTIVATIONS = ("sigmoid", "softmax", "slot-sigmoid", "slot-softmax", "slot-exp")
 
 
-def pooled(enc, parts):
-    state = enc.init_state(2)
-    for part in parts:
-        state = enc.update(state, part)
+def passes(enc, absorb):
+    """The output after every pass of the pooling, each from what ``absorb`` makes of an empty state."""
+    state = absorb(enc.init_state(2))
+    for _ in range(enc.pooling.num_passes - 1):
+        state = absorb(enc.next_pass(state))
     return enc.readout(state)
 
 
+def pooled(enc, parts, masks=None):
+    def absorb(state):
+        for part, mask in zip(parts, masks or [None] * len(parts), strict=True):
+            state = enc.update(state, part, mask)
+        return state
+
+    return passes(enc, absorb)
+
+
 def tree(enc, parts):
-    states = [enc.update(enc.init_state(2), part) for part in parts]
-    while len(states) > 1:
-        states = [a.merge(b) for a, b in zip(states[::2], states[1::2], strict=False)] + (
-            states[-1:] if len(states) % 2 else []
-        )
-    return enc.readout(states[0])
+    def absorb(start):
+        states = [enc.update(start, part) for part in parts]
+        while len(states) > 1:
+            states = [a.merge(b) for a, b in zip(states[::2], states[1::2], strict=False)] + (
+                states[-1:] if len(states) % 2 else []
+            )
+        return states[0]
+
+    return passes(enc, absorb)
 
 
-def encoder(make, dtype):
+def encoder(make, dtype, mass=False):
     torch.manual_seed(0)
-    return setenc.UMBC(extractor(), make(), setenc.SetTransformerDecoder(128)).to(dtype).eval()
+    return setenc.UMBC(extractor(), make(), setenc.SetTransformerDecoder(128), mass_feature=mass).to(dtype).eval()
 
 
 @torch.no_grad()
 def errors(name, make, dtype, n=1000):
-    enc = encoder(make, dtype)
+    enc = encoder(make, dtype, "mass" in name)
     x = 2 * torch.randn(2, n, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = torch.rand(2, n, generator=torch.Generator().manual_seed(2)) < 0.6
     order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
     whole = enc(x)
-    state = enc.init_state(2)
-    for part, m in zip(torch.where(mask[..., None], x, torch.nan).split(64, 1), mask.split(64, 1), strict=True):
-        state = enc.update(state, part, m)
+    masked = pooled(enc, torch.where(mask[..., None], x, torch.nan).split(64, 1), mask.split(64, 1))
     kept = torch.cat([enc(x[b : b + 1, mask[b]]) for b in range(2)])
     cases = {
         "chunks of 1": pooled(enc, x.split(1, 1)),
@@ -52,7 +63,7 @@ def errors(name, make, dtype, n=1000):
     scale = float(whole.abs().max())
     row = {"pooling": name, "dtype": str(dtype).removeprefix("torch.")}
     row |= {case: float((out - whole).abs().max()) / scale for case, out in cases.items()}
-    return row | {"mask, NaN in padding": float((enc.readout(state) - kept).abs().max()) / float(kept.abs().max())}
+    return row | {"mask, NaN in padding": float((masked - kept).abs().max()) / float(kept.abs().max())}
 
 
 @torch.no_grad()
@@ -103,6 +114,12 @@ if __name__ == "__main__":
             128, 128, reduce, norm=reduce == "sum"
         )
     poolings["GatedAttentionPooling"] = lambda: setenc.GatedAttentionPooling(128, 128)
+    poolings["SlotPooling softmax, mass read-out"] = lambda: setenc.SlotPooling(128, 128, 64)
+    poolings["InstancePooling"] = lambda: setenc.InstancePooling(128, 128, 8)
+    poolings["JointPooling of slots and instances"] = lambda: setenc.JointPooling(
+        setenc.SlotPooling(128, 128, 64), setenc.InstancePooling(128, 128)
+    )
+    poolings["DSMILPooling, two passes"] = lambda: setenc.DSMILPooling(128, 128)
     write(
         "setenc_consistency",
         "Consistency errors",

@@ -1,15 +1,17 @@
 """Amortised clustering: four set encoders read points in chunks and predict the mixture that they come from.
 
     python examples/amortized_clustering.py                  # 1500 steps a run: 5-8 minutes of one core
+    python examples/amortized_clustering.py --seeds 3 --runs "sets of 64"    # what slots know, with spread
     python examples/amortized_clustering.py --steps 50000    # the paper's length: hours
     python examples/amortized_clustering.py --models runs/amortized_clustering/models.pt    # train once, look often
 
 The MVN task of Willette et al. 2023 (arXiv 2208.12401): sets of 512 points from mixtures of four Gaussians, read by
 UMBC with a set transformer over its slots, by SSE (slot-sigmoid attention, a perceptron on each slot), by Deep Sets,
 and by a Set Transformer, which is not mini-batch consistent and averages the encodings of chunks. UMBC is trained with
-exact full-set gradients, with sampled ones of 64 or 8 points, and on sets of 64 or 8 points only. Sizes and learning
-rates are those of the official code. The tables of the paper were not at hand; true mixtures have a negative
-log-likelihood of 1.567, the floor.
+exact full-set gradients, with sampled ones of 64 or 8 points, and on sets of 64 or 8 points only. Two more UMBC tell
+the decoder how much of the set each slot saw (mass), which weighted means forget and proportions need: the same model,
+and one of 32 slots placed at points far from each other. Sizes and learning rates are those of the official code. The
+tables of the paper were not at hand; true mixtures have a negative log-likelihood of 1.567, the floor.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from common import arguments, plotter, save, save_picture, table
+from common import Beside, arguments, plotter, save, save_picture, slot_block, spread, table
 from setenc_stream import contours, streams
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,10 +31,19 @@ from tqdm import tqdm
 import setenc
 from setenc import tasks
 from setenc.tasks.clustering import mixture_log_likelihood
+from setenc.tasks.completion import PixelEmbedding
 
 POINTS, BATCH, WIDTH = 512, 10, 128
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
-COLOURS = {"UMBC+ST": "#b2182b", "SSE": "#1b7837", "Deep Sets": "#762a83", "Set Transformer": "#2166ac"}
+MASS, LOCAL = "UMBC+ST, mass", "UMBC, 32 local slots, mass"
+COLOURS = {
+    "UMBC+ST": "#b2182b",
+    MASS: "#f4a582",
+    LOCAL: "#67001f",
+    "SSE": "#1b7837",
+    "Deep Sets": "#762a83",
+    "Set Transformer": "#2166ac",
+}
 STYLES = {512: "-", 64: "--", 8: ":"}
 
 
@@ -53,6 +65,8 @@ RUNS = (
     Run("UMBC+ST", "sampled", 8),
     Run("UMBC+ST", "subset", 64),
     Run("UMBC+ST", "subset", 8),
+    Run(MASS, "subset", 64),
+    Run(LOCAL, "subset", 64),
     Run("SSE", "sampled", 64),
     Run("Deep Sets", "sampled", 64),
     Run("Set Transformer", "full", 512),
@@ -98,8 +112,39 @@ class SetTransformer(tasks.MixtureClustering):
         return self.mixture(self.enc(x))
 
 
+class Places(nn.Module):
+    """Points with sines and cosines of their coordinates: keys that tell places, whatever their length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = PixelEmbedding(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(…, 2)`` to ``(…, 14)``."""
+        return self.embed(x / 10 + 0.5)
+
+
+def local_slots() -> tasks.MixtureClustering:
+    """UMBC of 32 slots that start at points far from each other, tell their mass, and are pooled to four by `PMA`."""
+    model = tasks.MixtureClustering(width=WIDTH)
+    pooling = setenc.SlotPooling(WIDTH + 14, WIDTH, 32, num_heads=1)
+    blocks = nn.Sequential(*(slot_block(WIDTH, 4) for _ in range(2)), nn.LayerNorm(WIDTH))
+    decoder = nn.Sequential(blocks, setenc.PMA(WIDTH, 4, norm=True), nn.Linear(WIDTH, 5))
+    extractor = Beside(Places(), setenc.MLPDecoder(14, WIDTH, hidden_dim=WIDTH, num_layers=2))
+    model.enc = setenc.UMBC(extractor, pooling, decoder, mass_feature=True)
+    points = tasks.mixture_sets(64, 64, generator=torch.Generator().manual_seed(77)).x
+    pooling.init_slots(extractor(points), columns=slice(0, 14))
+    return model
+
+
 def build(name: str) -> tasks.MixtureClustering:
     """A model with the official code's sizes."""
+    if name == LOCAL:
+        return local_slots()
+    if name == MASS:
+        model = tasks.MixtureClustering(width=WIDTH)
+        model.enc = setenc.UMBC(model.enc.extractor, model.enc.pooling, model.enc.decoder, mass_feature=True)
+        return model
     if name == "Set Transformer":
         return SetTransformer()
     if name == "SSE":
@@ -135,17 +180,17 @@ def train(run: Run, model: tasks.MixtureClustering, steps: int, seed: int) -> tu
     return losses, (time.process_time() - began) / steps
 
 
-def trained(args: argparse.Namespace) -> dict[Run, dict[str, Any]]:
+def trained(args: argparse.Namespace, seed: int) -> dict[Run, dict[str, Any]]:
     """All runs, each kept in ``args.models`` as soon as it is finished, and read from there if it is."""
     kept = torch.load(args.models, weights_only=True) if args.models and args.models.exists() else {}
     found: dict[Run, dict[str, Any]] = {}
     for run in RUNS:
         if not any(part in str(run) for part in args.runs):
             continue
-        torch.manual_seed(args.seed)
-        model, name = build(run.model), f"{run} ({args.steps} steps, seed {args.seed})"
+        torch.manual_seed(seed)
+        model, name = build(run.model), f"{run} ({args.steps} steps, seed {seed})"
         if name not in kept:
-            losses, seconds = train(run, model, args.steps, args.seed)
+            losses, seconds = train(run, model, args.steps, seed)
             kept[name] = {"model": model.state_dict(), "losses": losses, "seconds": seconds}
             if args.models:
                 args.models.parent.mkdir(parents=True, exist_ok=True)
@@ -165,12 +210,14 @@ def read(model: tasks.MixtureClustering, chunks: Any) -> tuple[Tensor, Tensor, T
 
 
 def nll_by_size(run: Run, model: tasks.MixtureClustering, x: Tensor) -> dict[str, list[float]]:
-    """Of all points and of the points seen, after 8, 16, … points in chunks of the run's size."""
-    found: dict[str, list[float]] = {"all": [], "seen": []}
+    """Of all points and of the points seen, after 8, 16, … points in chunks of the run's size, or in one chunk."""
+    found: dict[str, list[float]] = {"all": [], "seen": [], "whole": []}
     for size in SIZES:
         mixture = read(model, x[:, :size].split(run.n, 1))
         found["all"].append(float(-mixture_log_likelihood(x, *mixture).mean()))
         found["seen"].append(float(-mixture_log_likelihood(x[:, :size], *mixture).mean()))
+        with torch.no_grad():
+            found["whole"].append(float(-mixture_log_likelihood(x, *model(x[:, :size])).mean()))
     return found
 
 
@@ -210,7 +257,12 @@ def spaced_set(points: int, seed: int) -> tasks.MixtureSets:
             return sets
 
 
-def picture(found: dict[Run, dict[str, Any]], oracle: float, sets: tasks.MixtureSets, path: Path) -> None:
+def averages(runs: list[dict[str, Any]], part: str) -> list[float]:
+    """Over seeds, of the NLL after each number of points."""
+    return [mean(values) for values in zip(*(run["nll"][part] for run in runs), strict=True)]
+
+
+def picture(found: dict[Run, list[dict[str, Any]]], oracle: float, sets: tasks.MixtureSets, path: Path) -> None:
     """NLL over the number of points seen, and one set with the mixtures that four models predict from all of it."""
     plt = plotter()
     figure = plt.figure(figsize=(14.5, 6.4))
@@ -219,7 +271,7 @@ def picture(found: dict[Run, dict[str, Any]], oracle: float, sets: tasks.Mixture
         style = {"color": COLOURS[run.model], "ls": STYLES[run.n], "marker": "osD"[(512, 64, 8).index(run.n)], "ms": 4}
         if run.gradient == "subset" and run.model == "UMBC+ST":
             style |= {"color": "#ef8a62"}
-        curve.plot(SIZES, results["nll"]["all"], label=str(run), **style)
+        curve.plot(SIZES, averages(results, "all"), label=str(run), **style)
     curve.axhline(oracle, color="0.2", lw=1.2, label="true mixtures")
     curve.set(xscale="log", xticks=SIZES, xticklabels=SIZES, xlabel="points seen", ylim=(oracle - 0.1, 5))
     curve.set_title("NLL of all 1024 points, by what the model was trained on", fontsize=11)
@@ -229,9 +281,11 @@ def picture(found: dict[Run, dict[str, Any]], oracle: float, sets: tasks.Mixture
     x = sets.x
     shown = {run.model: run for run in found}  # of each model the last run, or the one with 64 sampled
     shown |= {run.model: run for run in found if (run.gradient, run.n) == ("sampled", 64)}
-    for place, (name, run) in enumerate(shown.items()):
+    first = [name for name in (LOCAL, "UMBC+ST", "Set Transformer", "Deep Sets", *shown) if name in shown]
+    for place, name in enumerate(list(dict.fromkeys(first))[:4]):
+        run = shown[name]
         ax = figure.add_axes((0.57 + 0.215 * (place % 2), 0.49 - 0.475 * (place // 2), 0.205, 0.42))
-        mixture = read(found[run]["model"], x.split(8, 1))
+        mixture = read(found[run][0]["model"], x.split(8, 1))
         contours(ax, mixture)
         ax.scatter(*x[0].T, s=3, lw=0, color=COLOURS[name])
         nll = float(-mixture_log_likelihood(x, *mixture).mean())
@@ -243,24 +297,30 @@ def picture(found: dict[Run, dict[str, Any]], oracle: float, sets: tasks.Mixture
 
 
 def page(
-    found: dict[Run, dict[str, Any]], oracle: tuple[float, float], gradient: float, args: argparse.Namespace
+    found: dict[Run, list[dict[str, Any]]], oracle: tuple[float, float], gradient: float, args: argparse.Namespace
 ) -> str:
     """The tables, and how to read them."""
-    best = [min(column) for column in zip(*(r["nll"]["all"] for r in found.values()), strict=True)]
+    lines = {str(run): (runs, "all") for run, runs in found.items()}
+    lines |= {f"{run}; read whole": (runs, "whole") for run, runs in found.items() if run.model == "Set Transformer"}
+    best = [min(column) for column in zip(*(averages(*line) for line in lines.values()), strict=True)]
     rows, ends = [], []
-    for run, results in found.items():
-        cells = [f"**{v:.3f}**" if v == b else f"{v:.3f}" for v, b in zip(results["nll"]["all"], best, strict=True)]
-        rows.append([run, *cells, 1000 * results["seconds"]])
-        ends.append([run, *(f"{v:.3f}" for v in results["streams"].values()), f"{results['apart']:.1e}"])
-    kinds = next(iter(found.values()))["streams"]
+    for name, (runs, part) in lines.items():
+        values = zip(*(run["nll"][part] for run in runs), strict=True)
+        cells = [f"**{spread(v)}**" if mean(v) == b else spread(v) for v, b in zip(values, best, strict=True)]
+        rows.append([name, *cells, 1000 * mean(run["seconds"] for run in runs)])
+    kinds = next(iter(found.values()))[0]["streams"]
+    for run, runs in found.items():
+        apart = max(each["apart"] for each in runs)
+        ends.append([run, *(spread([each["streams"][kind] for each in runs]) for kind in kinds), f"{apart:.1e}"])
     return (
         f"# Amortised clustering: mixtures of four Gaussians from the points seen so far\n\n"
         f"Mean negative log-likelihood (nats a point) of all 1024 points of {args.test_sets} test sets, under the "
         f"mixture predicted from the first 8, 16, … points. They are read in chunks as large as what carried gradients "
-        f"in training; the Set Transformer depends on that, the others do not. True mixtures: {oracle[0]:.3f} on these "
-        f"sets, {oracle[1]:.3f} on 2000 fresh ones.\n\n"
+        f"in training; the Set Transformer depends on that (*read whole*: in one chunk), the others do not. True "
+        f"mixtures: {oracle[0]:.3f} on these sets, {oracle[1]:.3f} on 2000 fresh ones.\n\n"
         f"Training: {args.steps} steps of Adam on {BATCH} fresh sets, lr 1e-3, a tenth of it from 70 % on, width "
-        f"{WIDTH}; seed {args.seed}; one run each. The official protocol has 50,000 steps. *512, exact*: full-set "
+        f"{WIDTH}; {args.seeds} seed{'s' * (args.seeds > 1)} from {args.seed}, mean ± deviation. The official protocol "
+        "has 50,000 steps. *512, exact*: full-set "
         f"gradients in two passes; on a trained model they differ from ordinary backprop by {gradient:.0e} of its "
         f"norm. *512, sampled 64*: the state is that of all 512 points, 64 of them carry (scaled) gradients. *sets of "
         f"64*: trained on sets of 64 points.\n\n"
@@ -273,10 +333,10 @@ def page(
     )
 
 
-def figures(found: dict[Run, dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    """Of every run; its loss averaged over fiftieths of the training."""
+def figures(found: dict[Run, list[dict[str, Any]]], steps: int) -> list[dict[str, Any]]:
+    """Of every run and seed; its loss averaged over fiftieths of the training."""
     every = max(steps // 50, 1)
-    kept = ("nll", "streams", "apart", "seconds")
+    kept = ("seed", "nll", "streams", "apart", "seconds")
     return [
         {
             **run._asdict(),
@@ -284,7 +344,8 @@ def figures(found: dict[Run, dict[str, Any]], steps: int) -> list[dict[str, Any]
             **{name: results[name] for name in kept},
             "losses": torch.tensor(results["losses"])[: steps - steps % every].view(-1, every).mean(1).tolist(),
         }
-        for run, results in found.items()
+        for run, runs in found.items()
+        for results in runs
     ]
 
 
@@ -294,6 +355,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", nargs="+", default=[""], help="those whose names in the table contain one of these; default: all"
     )
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--test-sets", type=int, default=200)
     parser.add_argument("--models", type=Path, help="file of trained models: read if there, written otherwise")
     args = parser.parse_args()
@@ -302,25 +364,25 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if all(run.model == "Set Transformer" for run in RUNS if any(part in str(run) for part in args.runs)):
         parser.error(f"--runs must leave a run of UMBC, SSE or Deep Sets; got {args.runs} of {[*map(str, RUNS)]}")
-    found = trained(args)
+    found: dict[Run, list[dict[str, Any]]] = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for run, results in trained(args, seed).items():
+            found.setdefault(run, []).append({"seed": seed, **results})
     generator = torch.Generator().manual_seed(args.seed + 1000)
     test = tasks.mixture_sets(args.test_sets, SIZES[-1], generator=generator)
     streamed = tasks.mixture_sets(1 if args.quick else 8, 128 if args.quick else POINTS, generator=generator)
     fresh = tasks.mixture_sets(2000, SIZES[-1], generator=generator).oracle_nll()
-    for run, results in tqdm(found.items(), desc="test", unit="run"):
+    for run, results in tqdm([(run, r) for run, runs in found.items() for r in runs], desc="test", unit="run"):
         results["nll"] = nll_by_size(run, results["model"], test.x)
         results["streams"], results["apart"] = nll_by_stream(results["model"], streamed)
+        print(run, results["seed"], *(f"{v:.3f}" for v in results["nll"]["whole"]), flush=True)
     streaming = next(run for run in found if run.model != "Set Transformer")
-    gradient = exact_against_full(found[streaming]["model"], test.x[:BATCH, :POINTS])
+    gradient = exact_against_full(found[streaming][0]["model"], test.x[:BATCH, :POINTS])
     oracle = float(test.oracle_nll()), float(fresh)
-    picture(found, oracle[0], spaced_set(POINTS, args.seed), args.out / "amortized_clustering.png")
+    name = "amortized_clustering" + "_seeds" * (args.seeds > 1)
+    picture(found, oracle[0], spaced_set(POINTS, args.seed), args.out / f"{name}.png")
     content = {"oracle_nll": oracle[0], "oracle_nll_fresh": oracle[1], "exact_against_full": gradient}
-    save(
-        "amortized_clustering",
-        args,
-        page(found, oracle, gradient, args),
-        {**content, "runs": figures(found, args.steps)},
-    )
+    save(name, args, page(found, oracle, gradient, args), {**content, "runs": figures(found, args.steps)})
 
 
 if __name__ == "__main__":

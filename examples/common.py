@@ -93,6 +93,24 @@ def he_init(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+class Beside(torch.nn.Module):
+    """What ``first`` makes of an element, and beside it what ``then`` makes of that: keys see places directly."""
+
+    def __init__(self, first: torch.nn.Module, then: torch.nn.Module) -> None:
+        super().__init__()
+        self.first, self.then = first, then
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(…, n, d)`` to ``(…, n, features)``."""
+        x = self.first(x)
+        return torch.cat((x, self.then(x)), -1)
+
+
+def slot_block(width: int, num_heads: int) -> torch.nn.Module:
+    """A transformer block on slots, normalised before each half."""
+    return torch.nn.TransformerEncoderLayer(width, num_heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+
+
 def plotter() -> Any:
     """``matplotlib.pyplot`` that draws to files."""
     import matplotlib
