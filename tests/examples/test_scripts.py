@@ -61,3 +61,12 @@ def test_single_cell_leaves_each_inner_time_out(tmp_path):
     errors = json.loads((tmp_path / "single_cell_cells.json").read_text())["errors"]
     assert set(errors) == {"unmoved", "middle of OT pairs", "I-CFM", "OT-CFM", "SB-CFM"}
     assert errors["middle of OT pairs"]["1"][0] < errors["unmoved"]["1"][0]
+
+
+def test_whole_data(tmp_path):
+    script = (EXAMPLES / "whole_data.py", "--quick", "--out", tmp_path, "--samples", 50, "--components", 8)
+    done = run(*script, "--methods", "FM", "whole, moving, by class")
+    assert "| coupling | Euler-1 | Euler-2 | Euler-4 | adaptive |" in done.stdout
+    runs = json.loads((tmp_path / "whole_data.json").read_text())["runs"]
+    assert [r["method"] for r in runs] == ["FM", "whole, moving, by class"]
+    assert runs[1]["cost"] < runs[0]["cost"]
