@@ -85,11 +85,7 @@ class Coupling(ABC):
         check(y0, len(x0), "y0", "x0")
         check(y1, len(x1), "y1", "x1")
         if y0 is not None and self.ignores_conditions:
-            warn(
-                f"{type(self).__name__} ignores the conditions of the source (y0) and pairs any class with any; "
-                "ConditionalOTCoupling pairs within classes",
-                UserWarning,
-            )
+            tell_ignored(self)
         with torch.no_grad(), full_float32(), one_warning():
             return self._pair(x0, x1, y0, y1, generator)
 
@@ -113,6 +109,15 @@ class Coupling(ABC):
         self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
     ) -> Pairs:
         """Pair checked samples ``(n, d)`` and ``(m, d)``."""
+
+
+def tell_ignored(coupling: Coupling) -> None:
+    """Warn that a coupling does not look at the conditions of the source."""
+    warn(
+        f"{type(coupling).__name__} ignores the conditions of the source (y0) and pairs any class with any; "
+        "ConditionalOTCoupling pairs within classes",
+        UserWarning,
+    )
 
 
 def in_order(x0: Tensor, x1: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

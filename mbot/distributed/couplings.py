@@ -13,6 +13,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.conditions import Labels, check, concatenate, select, to_device
 from mbot.couplings import Coupling, Pairs, SinkhornCoupling
+from mbot.couplings.base import tell_ignored
 from mbot.distributed.ranks import Ranks
 from mbot.distributed.rows import SpreadRows
 from mbot.eager import outside_graphs
@@ -157,6 +158,9 @@ class GlobalCoupling:
         order = torch.arange(sum(sizes1)) if place is None else torch.cat(positions)
         if not torch.equal(order.sort().values, torch.arange(sum(sizes1))):
             raise ValueError("place of all ranks together must hold every position of the batch once")
+        if y0 is not None and self.coupling.ignores_conditions:
+            tell_ignored(self.coupling)
+            y0 = None
         with torch.no_grad():
             if isinstance(self.coupling, SinkhornCoupling) and (not shared or len(x0) >= ranks.size):
                 pairs = self._on_all(ranks, x0, x1, sizes0, sizes1, order, generator)

@@ -114,6 +114,10 @@ def labelled(coupling, rank, world):
     same_pairs(GlobalCoupling(coupling)(x0[at0], x1[at1], y0[at0], y1[at1], generator=seeded()), alone)
     here = GlobalCoupling(coupling, source="shared")(x0, x1[at1], y0.tolist(), y1[at1], generator=seeded()).here()
     assert torch.equal(y0[here.source], y1[at1][here.target])
+    for ignoring in (mbot.OTCoupling(), mbot.SinkhornCoupling(0.5)):
+        with pytest.warns(UserWarning, match=f"{type(ignoring).__name__} ignores the conditions") as told:
+            GlobalCoupling(ignoring)(x0[at0], x1[at1], y0[at0], y1[at1], generator=seeded())
+        assert len(told) == 1
 
 
 def loaded(scope, world=1):

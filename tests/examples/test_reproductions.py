@@ -88,6 +88,15 @@ def test_outliers(quick):
     assert figures["partial"]["far"] < figures["independent"]["far"]
 
 
+def test_labelled_source(quick):
+    runs = {name: found[0] for name, found in quick("labelled_source")["runs"].items()}
+    kept = {name: run["kept"] for name, run in runs.items()}
+    for name in ("independent within classes", "C²OT", "C²OT, sources matched"):
+        assert kept[name] > 0.6 > 0.4 > max(kept["independent"], kept["OT"])
+        assert runs[name]["by_class"] < min(runs["independent"]["by_class"], runs["OT"]["by_class"])
+    assert len(runs["OT"]["each class"]) == 10
+
+
 def test_domain_adaptation(quick):
     figures = quick("domain_adaptation")
     assert list(figures["curves"]) == ["m-OT", "m-UOT", "m-POT", "BoMb-OT", "TS-OT", "TS-POT"]
