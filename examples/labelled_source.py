@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.seeds = 30, [0]
+        args.steps, args.seeds = 50, [0]
     torch.manual_seed(args.seed)
     source, start, target, end = images(args)
     space = Components(torch.cat((source[0], target[0])), min(args.components, source[0][0].numel()))
