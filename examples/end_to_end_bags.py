@@ -3,10 +3,10 @@
     python examples/end_to_end_bags.py                      # scikit-learn's digits, 8 x 8; 2 minutes
     python examples/end_to_end_bags.py --data-root DATA     # DATA/mnist/*.gz, 28 x 28; 2 minutes a seed
 
-A bag holds digits; one in twenty is a 9 if its label is 1, and none if it is 0. Which image is a 9 is never told. Image
-network, slots and the most suspicious image (`setenc.tasks.BagClassifier` around `setenc.PerElement`) are trained
-together: every image of a bag is backpropagated, in two passes over its chunks (``gradient="exact"``). Bags grow in
-training. Beside it, the same model over an image network that stays as it started.
+A bag holds digits; one in twenty is a 9 if its label is 1 (one at least), and none if it is 0. Which image is a 9 is
+never told. Image network, slots and the most suspicious image (`setenc.tasks.BagClassifier` around
+`setenc.PerElement`) are trained together: every image of a bag is backpropagated, in two passes over its chunks
+(``gradient="exact"``). Bags grow in training. Beside it, the same model over an image network that stays as it started.
 
 Memory and seconds are those of one bag, in a process of its own, against ordinary backprop through the whole bag; its
 images are made chunk by chunk, as a reader of files would.
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=250, help="images of a bag in memory at a time")
     args = parser.parse_args()
-    args.stages = [(20, 16, 250), (200, 4, 40), (2000, 2, 10)]
+    args.stages = [(10, 32, 700), (20, 16, 300), (200, 4, 40), (2000, 2, 10)]
     args.tested, args.measured, args.full = {200: 100, 2000: 20, 20_000: 6}, [1000, 5000, 20_000, 50_000], 20_000
     if args.quick:
         args.stages, args.tested = [(20, 8, 20), (200, 2, 3)], {20: 40, 2000: 4}
