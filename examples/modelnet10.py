@@ -204,14 +204,15 @@ def evaluate(model: nn.Module, x: Tensor, kinds: Tensor) -> dict[str, float]:
 def picture(found: dict[str, list[dict[str, Any]]], data: tuple[Tensor, Tensor], names: list[str], path: Path) -> None:
     """A shape of each of some kinds, and accuracies."""
     plt = plotter()
-    figure = plt.figure(figsize=(12, 3.6))
-    for place, kind in enumerate(range(min(len(names), 5))):
-        ax = figure.add_subplot(1, 7, place + 1, projection="3d")
+    figure = plt.figure(figsize=(12, 3.2))
+    shown = min(len(names), 5)
+    for kind in range(shown):
+        ax = figure.add_axes((0.01 + 0.135 * kind, 0.05, 0.135, 0.85), projection="3d")
         points = data[0][int((data[1] == kind).nonzero()[0])][:600]
         ax.scatter(*points.T, s=2, c=points[:, 2], lw=0)
         ax.set_axis_off()
         ax.set_title(names[kind].replace("_", " "), fontsize=9)
-    ax = figure.add_axes((0.76, 0.14, 0.23, 0.76))
+    ax = figure.add_axes((0.73, 0.16, 0.25, 0.74))
     for name, runs in found.items():
         columns = [key for key in runs[0] if key not in ("apart", "seconds", "parameters")]
         values = np.array([[run[key] for key in columns] for run in runs])
