@@ -187,7 +187,7 @@ def test_notebook_is_kept_executed_and_small(name):
     assert (ROOT / "examples" / "notebooks" / f"{name}.ipynb").stat().st_size < 400_000
 
 
-@pytest.mark.parametrize("name", ["m_pot", "bomb_ot", "c2ot", "umbc"])
+@pytest.mark.parametrize("name", ["m_pot", "bomb_ot", "c2ot", "umbc", "slots"])
 def test_notebook_code_runs(name, tmp_path):
     """As it is, but for training loops of hundreds of steps, which stop after two."""
     lines = "\n".join("".join(cell["source"]) for cell in code_of(name)).splitlines()
