@@ -93,6 +93,7 @@ def methods(n: int, d: int) -> dict[str, Callable[..., dict[str, Any]]]:
         "mini-batches of 4096": lambda x, y: mini_batches(x, y, 4096),
         "match_clouds, hierarchy alone": lambda x, y: whole(x, y, time_limit=0),
         "match_clouds": whole,
+        "match_clouds, tol 3e-3": lambda x, y: whole(x, y, tol=3e-3),
     }
     if n <= EXACT_UP_TO:
         found["match_clouds, certified"] = lambda x, y: whole(x, y, certificate=True)
@@ -100,8 +101,6 @@ def methods(n: int, d: int) -> dict[str, Callable[..., dict[str, Any]]]:
     if n <= EXACT_UP_TO and d == 64:
         found["Sinkhorn, reg 0.1, 100 rounds"] = sinkhorn
         found["semidiscrete, 1000 steps"] = semidiscrete
-    if n > 500_000:
-        found["match_clouds, tol 6e-3"] = lambda x, y: whole(x, y, tol=6e-3)
     if n in BSP_PLANS and d == 64:
         found[f"BSP-OT (POT), {BSP_PLANS[n]} plans"] = lambda x, y: bsp(x, y, BSP_PLANS[n])
     return found

@@ -96,7 +96,7 @@ class DataCoupling(Coupling):
     refresh: int | None = None
     exchange: bool = True
     conditional: bool = False
-    tol: float = 3e-3
+    tol: float = 5e-3
     assignment: NoiseAssignment | None = field(default=None)
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ def match_clouds(
     labels: tuple[Labels, Labels] | None = None,
     start: Tensor | np.ndarray | None = None,
     time_limit: float | None = None,
-    tol: float = 3e-3,
+    tol: float = 5e-3,
     certificate: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
