@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 
 import mbot
+from mbot.geometry import Points
 from mbot.kernels import device_matching
 from mbot.kernels.device_streaming import triton_kernels
-from mbot.transport.streaming import Streamed
 
 BUDGET = 180.0  # seconds after which no further row is begun
 Row = dict[str, Any]
@@ -159,14 +159,14 @@ def streaming(bench: Bench) -> list[Row]:
         eps = 0.1 * d
 
         def run(tiles: bool = False) -> torch.Tensor:
-            layout = Streamed(x, y, "sqeuclidean", 1 << 24, eps)
+            geometry = Points(x, y, "sqeuclidean", 1 << 24, eps)
             if tiles:
-                layout.fused = None
-            phi = psi = torch.zeros(n, dtype=torch.float64, device=bench.device)
+                geometry.fused = None
+            psi = torch.zeros(1, n, dtype=torch.float64, device=bench.device)
             for _ in range(iterations):
-                phi = -math.log(n) - layout.soft_rows(phi, psi)
-                psi = -math.log(n) - layout.soft_cols(phi, psi)
-            return psi
+                phi = -math.log(n) - geometry.row_sums(psi)
+                psi = -math.log(n) - geometry.col_sums(phi)
+            return psi[0]
 
         row |= {"fused, s": bench.seconds(run), "peak MB": bench.megabytes(run)}
         if n <= 50_000 and dtype == torch.float32:

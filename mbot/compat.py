@@ -21,8 +21,7 @@ from mbot.couplings.drawing import sources_of, stratified
 from mbot.eager import outside_graphs
 from mbot.plan import Plan
 from mbot.random import draw
-from mbot.transport import ExactOT, Transport, UnbalancedOT
-from mbot.transport.streaming import Held, solve
+from mbot.transport import EntropicOT, ExactOT, Transport, UnbalancedOT
 
 # Looser than POT's limits (1000 iterations, 1e-9), and still below what a draw of pairs can show.
 _MAX_ITER = 1000
@@ -78,11 +77,11 @@ class OTPlanSampler:
         self.reg_m = checks.positive(reg_m, "reg_m", allow_zero=method != "unbalanced")
         self.normalize_cost, self.warn = normalize_cost, warn
         self.generator = generator
-        self.transport: Transport | None = None
-        if method == "exact":
-            self.transport = ExactOT()
-        elif method == "unbalanced":
+        self.transport: Transport = ExactOT()
+        if method == "unbalanced":
             self.transport = UnbalancedOT(self.reg, self.reg_m, max_iter=_MAX_ITER, tol=_TOL)
+        elif method != "exact":
+            self.transport = EntropicOT(self.reg, max_iter=_MAX_ITER, tol=_TOL)
 
     @outside_graphs
     def get_map(self, x0: Tensor, x1: Tensor) -> np.ndarray:
@@ -190,13 +189,11 @@ class OTPlanSampler:
     def _plan(self, x0: Tensor, x1: Tensor) -> Plan:
         cost = self._cost(x0, x1)
         if self.method == "exact":
-            return self.transport.plan(cost)  # type: ignore[union-attr]
-        if float(cost.max()) * torch.finfo(cost.dtype).eps > 0.1 * _TOL * self.reg:
-            cost = cost.double()  # the costs hold more digits of reg than float32 does
+            return self.transport.plan(cost)
         with warnings.catch_warnings():
             if not self.warn:
                 warnings.simplefilter("ignore", convergence.ConvergenceWarning)
-            plan = self._entropic(cost) if self.transport is None else self.transport.plan(cost)
+            plan = self.transport.plan(cost)
         if float(plan.total_mass()) >= 1e-8:
             return plan
         if self.warn:
@@ -205,20 +202,6 @@ class OTPlanSampler:
                 f"reg_m (now {self.reg_m:g}) or set normalize_cost=True"
             )
         return Plan(torch.full_like(plan.mass, 1 / plan.mass.numel()), plan.size)
-
-    def _entropic(self, cost: Tensor) -> Plan:
-        """The balanced entropic plan of one cost matrix."""
-        spread = float(cost.max() - cost.min())
-        found = solve(
-            Held(cost), self.reg, spread, max_iter=_MAX_ITER, tol=_TOL, start=None, device=cost.device
-        )  # fmt: skip
-        if not found.converged:
-            convergence.warn(
-                f"OTPlanSampler: the entropic plan did not converge in {_MAX_ITER} iterations (error "
-                f"{found.error:.3g}). Raise reg (now {self.reg:g}) or set normalize_cost=True"
-            )
-        log_mass = (found.phi[:, None] - cost / self.reg).add_(found.psi)
-        return Plan(log_mass.to(cost.dtype).exp_(), (cost.shape[0], cost.shape[1]))
 
     def _pairs(self, x0: Tensor, x1: Tensor, replace: bool) -> tuple[Tensor, Tensor]:
         return self._draw(self._plan(x0, x1), len(x0), replace)

@@ -150,6 +150,11 @@ class Live:
         rows, cols = ((weight > 0).sum(1).numpy() for weight in (a, b))
         return Live(a, b, (order[0], order[1]), rows, cols, even.numpy())
 
+    @property
+    def square(self) -> np.ndarray:
+        """``(B,)`` whether a matching solves the problem."""
+        return self.even & (self.rows == self.cols)
+
     def solve(self, cost: Tensor, solvers: dict[Callable[[Problems], Solution], np.ndarray]) -> Solution:
         """Solutions of the problems ``cost`` ``(B, n, m)``, each by the solver that its index is given for.
 

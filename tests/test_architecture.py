@@ -27,7 +27,7 @@ ORDER = (
 LINE = {part: line for line, parts in enumerate(ORDER) for part in parts}
 PART = {module: part for parts in ORDER for part, modules in parts.items() for module in modules}
 # Who may call compiled kernels. Numbers are checked before they get there.
-KNOW_KERNELS = ("kernels", "geometry", "certify", "solvers", "transport.sinkhorn", "transport.streaming")
+KNOW_KERNELS = ("kernels", "geometry", "certify", "solvers")
 
 
 @cache

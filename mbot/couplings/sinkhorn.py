@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from mbot import checks, convergence
 from mbot.cost import Cost, at_least_float32, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
+from mbot.geometry import Dense, Geometry, Points, Shard
 from mbot.numerics import running_sum
 from mbot.random import draw
-from mbot.transport.streaming import Held, Layout, Potentials, Rows, Streamed, solve
+from mbot.solvers.marginals import Balanced
+from mbot.solvers.sinkhorn import rounding, solve
+from mbot.solvers.support import large_entries
 
 _PROBE = 1024  # samples a side that the spread of the costs is measured on
 
@@ -112,10 +116,10 @@ class SinkhornCoupling(Coupling):
         y1: Labels | None,
         generator: torch.Generator | None,
     ) -> Pairs:
-        return self.couple(x0, x1, Rows(), generator)
+        return self.couple(x0, x1, Shard(), generator)
 
-    def couple(self, x0: Tensor, x1: Tensor, rows: Rows, generator: torch.Generator | None) -> Pairs:
-        """Pair all of ``x1`` with sources of which ``x0``, the rows here, may be a part (see `mbot.distributed`)."""
+    def couple(self, x0: Tensor, x1: Tensor, shard: Shard, generator: torch.Generator | None) -> Pairs:
+        """Pair all of ``x1`` with sources of which ``x0`` may be this process's shard (see `mbot.distributed`)."""
         x, y = at_least_float32(x0), at_least_float32(x1)
         centres = x.new_zeros(2, x.shape[1])
         if self.start is not None:
@@ -125,53 +129,71 @@ class SinkhornCoupling(Coupling):
                 )
             centres = self.start.centres.to(x)
         elif self.cost == "dot":
-            centres = torch.stack((rows.mean(x), y.mean(0)))
+            centres = torch.stack((shard.mean(x), y.mean(0)))
         x, y = x - centres[0], y - centres[1]
 
-        probe = pairwise(rows.thinned(x, _PROBE), y[:: -(-len(y) // _PROBE)], self.cost).double()
+        probe = pairwise(shard.thinned(x, _PROBE), y[:: -(-len(y) // _PROBE)], self.cost).double()
+        limit = torch.inf if isinstance(self.cost, str) else _limit(probe)
+        probe = probe[probe <= limit] if limit < torch.inf else probe.flatten()
         deviation = float(probe.std()) if probe.numel() > 1 else 0.0
         eps = self.reg * (deviation or 1.0) if self.relative else self.reg
-        layout: Layout = (
-            Held(pairwise(x, y, self.cost)) if len(x) * len(y) <= self.cells else Streamed(x, y, self.cost, self.cells)
-        )
-        layout = rows.spread(layout)
+        inner: Geometry = Points(x, y, self.cost, self.cells, limit=limit)
+        if len(x) * len(y) <= self.cells:
+            costs = pairwise(x, y, self.cost)
+            costs = costs if limit == torch.inf else torch.where(costs > limit, torch.inf, costs)
+            inner = Dense(costs[None], forbidden=limit < torch.inf)
+        geometry = shard.geometry(inner)
         start = None
         if self.start is not None:
-            old = Streamed(x, self.start.points.to(x), self.cost, self.cells, self.start.eps)
-            start = rows.gather(-self.start.eps * old.soft_rows(self.start.psi, self.start.psi.to(x.device)))
+            old = Points(x, self.start.points.to(x), self.cost, self.cells, self.start.eps)
+            start = shard.gather(-self.start.eps * old.row_sums(self.start.psi.to(x.device)[None])[0])[None] / eps
+        _, n, m = geometry.shape
+        log_a, log_b = (torch.full((1, size), -math.log(size), dtype=torch.float64, device=x.device) for size in (n, m))
         found = solve(
-            layout, eps, float(probe.amax() - probe.amin()), max_iter=self.max_iter, tol=self.tol, start=start,
-            device=x.device,
+            geometry, log_a, log_b, Balanced(), Balanced(), reg=eps, spread=float(probe.amax() - probe.amin()),
+            max_iter=self.max_iter, tol=self.tol, start=start,
         )  # fmt: skip
-        if not found.converged:
+        error, iterations = float(torch.maximum(found.error, rounding(found, torch.float64))), int(found.iterations)
+        if not error <= self.tol:
             convergence.warn(
-                f"SinkhornCoupling: not converged after {found.iterations} iterations (error {found.error:.3g}). Raise "
+                f"SinkhornCoupling: not converged after {iterations} iterations (error {error:.3g}). Raise "
                 f"max_iter (now {self.max_iter}), raise reg (now {self.reg:g}), or loosen tol (now {self.tol:g})"
             )
-        source, here, entropy = _draw(rows, layout, found, self.cells, generator)
-        mean_cost = float(rows.sum(_total_cost(x[source[here] - rows.first], y[here], self.cost, self.cells))) / len(y)
-        target = torch.arange(len(y), device=y.device)
+        source, held, entropy = _draw(shard, geometry, found.phi[0], self.cells, generator)
+        total = _total_cost(x[source[held] - shard.first], y[held], self.cost, self.cells)
         info = {
-            "plan_entropy": entropy, "reg": eps, "error": found.error, "iterations": found.iterations,
-            "converged": found.converged, "transport_cost": mean_cost,
-            "potentials": SinkhornPotentials(y, found.psi, eps, centres),
+            "plan_entropy": entropy, "reg": eps, "error": error, "iterations": iterations,
+            "converged": error <= self.tol, "transport_cost": float(shard.sum(total)) / len(y),
+            "potentials": SinkhornPotentials(y, found.psi[0], eps, centres),
         }  # fmt: skip
-        return Pairs(source, target, info=info)
+        return Pairs(source, torch.arange(len(y), device=y.device), info=info)
+
+
+def _limit(costs: Tensor) -> float:
+    """The cost of a callable beyond which pairs count as forbidden, from a sample ``(n, m)``; ``inf`` if none does."""
+    checks.cost_matrix(costs)
+    a, b = (torch.full((1, size), 1 / size, dtype=torch.float64, device=costs.device) for size in costs.shape)
+    low = costs.amin()
+    if not bool(low < torch.inf):
+        raise ValueError("the cost forbids every pair of a sample of the batch (it is +inf)")
+    # What is larger than all costs of half of the sample's points is no cost but a ban.
+    half = torch.full((1,), 0.5, dtype=torch.float64, device=costs.device)
+    limit = float(large_entries((costs - low)[None], a, b, 0.0, half) + low)
+    return limit if math.isfinite(limit) or not bool((costs == torch.inf).any()) else torch.finfo(costs.dtype).max
 
 
 def _draw(
-    rows: Rows, layout: Layout, found: Potentials, cells: int, generator: torch.Generator | None
+    shard: Shard, geometry: Geometry, phi: Tensor, cells: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, float]:
-    """A source for each column, whether it is here, and the plan's entropy (see `mbot.plan_entropy`), in one pass."""
-    n, m = layout.size
-    device = found.phi.device
-    uniform = rows.agreed(draw(torch.rand, m, generator=generator, device=device, dtype=torch.float64))
-    here, uniform, share = rows.split(layout, uniform)
-    phi = rows.here(found.phi)
-    source = torch.empty(m, dtype=torch.int64, device=device)
-    reached = torch.zeros(len(phi), dtype=torch.float64, device=device)
-    inside = torch.zeros((), dtype=torch.float64, device=device)
-    for cols, tile in layout.col_tiles(max(1, cells // 2)):  # sums of the probabilities are in float64
+    """A source for each column, whether it is in this shard, and the plan's entropy (see `mbot.plan_entropy`)."""
+    _, n, m = geometry.shape
+    uniform = shard.broadcast(draw(torch.rand, m, generator=generator, device=phi.device, dtype=torch.float64))
+    held, uniform, share = shard.split(geometry, uniform)
+    phi = shard.own(phi)
+    source = torch.empty(m, dtype=torch.int64, device=phi.device)
+    reached = torch.zeros(len(phi), dtype=torch.float64, device=phi.device)
+    inside = torch.zeros((), dtype=torch.float64, device=phi.device)
+    for cols, tile in geometry.col_tiles(max(1, cells // 2)):  # sums of the probabilities are in float64
         tile = tile.add_(phi.to(tile.dtype))
         tile = tile.sub_(tile.amax(1, keepdim=True))
         mass = tile.exp()
@@ -179,18 +201,19 @@ def _draw(
         total = cumulative[:, -1:]
         wanted = uniform[cols, None] * total
         source[cols] = torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp_max(len(phi) - 1)
+        tile = tile.clamp_min_(torch.finfo(tile.dtype).min)  # forbidden pairs: 0 log 0 = 0
         inside += (share[cols] * (total[:, 0].log() - tile.mul_(mass).sum(1) / total[:, 0])).sum()
         reached += (share[cols] / total[:, 0]).to(mass.dtype) @ mass
-    source = rows.sum(torch.where(here, source + rows.first, 0))
+    source = shard.sum(torch.where(held, source + shard.first, 0))
     if min(n, m) == 1:
-        return source, here, 0.0
-    inside = rows.sum(inside - torch.xlogy(share, share).sum())
-    reached = rows.gather(reached)
+        return source, held, 0.0
+    inside = shard.sum(inside - torch.xlogy(share, share).sum())
+    reached = shard.gather(reached)
     reached = reached / reached.sum()
     of_rows, of_cols = -torch.xlogy(reached, reached).sum(), torch.log(reached.new_tensor(float(m)))
     whole = of_cols + inside / m
     entropy = (whole - torch.maximum(of_rows, of_cols)) / torch.minimum(of_rows, of_cols).clamp_min(1e-9)
-    return source, here, float(entropy.clamp(0, 1))
+    return source, held, float(entropy.clamp(0, 1))
 
 
 def _total_cost(x: Tensor, y: Tensor, cost: Cost, cells: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,11 @@ from mbot import checks
 from mbot.cost import Cost, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.diagnostics import effective_sample_size, marginal_tilt
+from mbot.geometry import Dense
+from mbot.solvers.marginals import Balanced
+from mbot.solvers.sinkhorn import solve
 
+_TOL = 1e-12  # share of the mass that rounds of the correction may still move at the end
 _MOST = 512  # samples a side that a curve is computed from
 
 
@@ -75,7 +80,12 @@ class WeightedCoupling(Coupling):
         info: dict[str, Any] = {}
         if self.correction is not None:
             kernel = -checks.finite(pairwise(x0, x1, self.cost), "the costs of the pairs").double() / self.reg
-            phi, psi = centred(kernel, self.iterations)
+            log_a, log_b = (kernel.new_full((1, size), -math.log(size)) for size in kernel.shape)
+            found = solve(
+                Dense(-kernel[None]), log_a, log_b, Balanced(), Balanced(), reg=1.0, spread=0.0,
+                max_iter=self.iterations, tol=_TOL,
+            )  # fmt: skip
+            phi, psi = found.phi[0], found.psi[0]
             info["tilt_before"] = _tilt(kernel)
             info["tilt"] = _tilt(kernel + phi[:, None] + psi)
             log_weight = (kernel[source, target] + phi[source]) + psi[target]
@@ -89,21 +99,6 @@ class WeightedCoupling(Coupling):
         weight = log_weight.softmax(0) * len(log_weight)
         info["effective_sample_size"] = float(effective_sample_size(weight))
         return Pairs(source, target, weight.to(x1.dtype if x1.dtype.itemsize >= 4 else torch.float32), info)
-
-
-def centred(kernel: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Potentials ``(n,)``, ``(m,)`` that bring the row and column means of ``exp(phi + psi + kernel)`` towards 1.
-
-    Args:
-        kernel: ``(n, m)`` log-kernel.
-        iterations: rounds; the columns come last and are exact.
-    """
-    n, m = kernel.shape
-    phi, psi = kernel.new_zeros(n), kernel.new_zeros(m)
-    for _ in range(iterations):
-        phi = -(kernel + psi).logsumexp(1) + torch.log(kernel.new_tensor(float(m)))
-        psi = -(kernel + phi[:, None]).logsumexp(0) + torch.log(kernel.new_tensor(float(n)))
-    return phi, psi
 
 
 def _tilt(log_weight: Tensor) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from mbot.conditions import Labels, check, concatenate, select, to_device
 from mbot.couplings import Coupling, Pairs, SinkhornCoupling
 from mbot.couplings.base import tell_ignored
 from mbot.distributed.ranks import Ranks
-from mbot.distributed.rows import SpreadRows
+from mbot.distributed.shards import RankShard
 from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 
@@ -179,7 +179,7 @@ class GlobalCoupling:
             parts = x0.tensor_split(ranks.size)
             sizes0, x0 = [len(part) for part in parts], parts[ranks.rank]
         with full_float32():
-            return self.coupling.couple(x0, x1, SpreadRows(ranks, sizes0), generator)
+            return self.coupling.couple(x0, x1, RankShard(ranks, sizes0), generator)
 
     def _on_first(self, ranks: Ranks, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None,
                       sizes0: list[int], sizes1: list[int], order: Tensor,

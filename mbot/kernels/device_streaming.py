@@ -54,16 +54,16 @@ class Fused:
         x, y = x[None].contiguous(), y[None].contiguous()
         return cls(x, y, cost, constant, kernels, (kernels.squares(x, cost), kernels.squares(y, cost)))
 
-    def soft(self, potential: Tensor, eps: float, turned: bool) -> Tensor:
-        """``log sum_j exp(potential_j - c_ij / eps)`` of each row, or of each column if ``turned``; float64."""
-        x, y = (self.y, self.x) if turned else (self.x, self.y)
-        known = self.squares[::-1] if turned else self.squares
+    def log_sums(self, potential: Tensor, eps: float, of_cols: bool) -> Tensor:
+        """``log sum_j exp(potential_j - c_ij / eps)`` of each row, or of each column if ``of_cols``; float64."""
+        x, y = (self.y, self.x) if of_cols else (self.x, self.y)
+        known = self.squares[::-1] if of_cols else self.squares
         return self.kernels.soft(x, y, potential[None], self.cost, eps, known)[0] - self.constant / eps
 
-    def pull(self, phi: Tensor, psi: Tensor, eps: float, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def transported(self, phi: Tensor, psi: Tensor, eps: float, of_cols: bool) -> tuple[Tensor, Tensor, Tensor]:
         """``P y`` and row sums of ``P = exp(phi + psi - c / eps)``, and the points x, all about one centre."""
-        x, y, own, other = (self.y, self.x, psi, phi) if turned else (self.x, self.y, phi, psi)
-        known = self.squares[::-1] if turned else self.squares
+        x, y, own, other = (self.y, self.x, psi, phi) if of_cols else (self.x, self.y, phi, psi)
+        known = self.squares[::-1] if of_cols else self.squares
         own = (own - self.constant / eps)[None]
-        pulled, mass = self.kernels.pull(x, y, own, other[None], self.cost, eps, known)
-        return pulled[0], mass[0], x[0]
+        moved, mass = self.kernels.pull(x, y, own, other[None], self.cost, eps, known)
+        return moved[0], mass[0], x[0]

@@ -11,10 +11,10 @@ from mbot import checks, convergence
 from mbot.cost import Cost
 from mbot.eager import outside_graphs
 from mbot.plan import Plan
+from mbot.solvers.entropic import Plans, solve_matrices
+from mbot.solvers.marginals import Balanced
 from mbot.transport.base import Transport, flat_weights, weighted_points
-from mbot.transport.points import entropic_values, too_large
-from mbot.transport.sinkhorn import Solution, sinkhorn
-from mbot.transport.steps import Balanced
+from mbot.transport.large_clouds import entropic_values, too_large
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,8 @@ class EntropicOT(Transport):
         flat = cost.reshape(-1, *cost.shape[-2:])
         a, b = flat_weights(cost, a, b)
         b = checks.equal_totals(a, b)
-        reachable = flat < torch.inf
-        alive = (a > 0)[:, :, None] & (b > 0)[:, None, :]
-        stuck = ((a > 0) & ~(reachable & alive).any(-1)).any() | ((b > 0) & ~(reachable & alive).any(-2)).any()
-        if bool(stuck):
-            raise ValueError("a point with weight has only forbidden pairs (cost +inf)")
-        found = sinkhorn(
-            flat, a, b, reg=self.reg, row_step=Balanced(), col_step=Balanced(), weighted=True,
-            max_iter=self.max_iter, tol=self.tol,
-        )  # fmt: skip
+        found = solve_matrices(flat, a, b, Balanced(), reg=self.reg, max_iter=self.max_iter, tol=self.tol)
+        found = found.relative_to(a, b)
         # The dual value: its error is of second order in the potentials'.
         value = (a * found.phi).sum(-1) + (b * found.psi).sum(-1) - found.rows.sum(-1) + a.sum(-1) * b.sum(-1)
         return plan_of("EntropicOT", cost, found, self.reg * value, self.reg, self.max_iter)
@@ -99,7 +92,7 @@ def entropic_potentials(plan: Plan, cost: Tensor, a: Tensor, b: Tensor, reg: flo
     return sides
 
 
-def plan_of(name: str, cost: Tensor, found: Solution, objective: Tensor, reg: float, max_iter: int) -> Plan:
+def plan_of(name: str, cost: Tensor, found: Plans, objective: Tensor, reg: float, max_iter: int) -> Plan:
     """The loop's result as a dense `Plan` of the cost's batch shape, with a warning where it did not converge."""
     batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
     mass = found.plan.reshape(*batch, n, m)

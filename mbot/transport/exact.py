@@ -57,7 +57,7 @@ class ExactOT(Transport):
 def _weighted(cost: Tensor, a: Tensor, b: Tensor, solver: str) -> Solution:
     """Problems ``(B, n, m)`` with weights of equal totals, each by the solver that fits it."""
     live = Live.of(a, b)
-    square = live.even & (live.rows == live.cols)
+    square = live.square
     if solver == "assignment" and not square.all():
         p = int(square.argmin())
         raise ValueError(

@@ -15,13 +15,13 @@ from torch import Tensor
 from mbot import checks
 from mbot.plan import Plan
 from mbot.problem import Live, Problems, Solution
+from mbot.solvers.entropic import solve_matrices
+from mbot.solvers.marginals import UpperBounded
 from mbot.solvers.matching import match
 from mbot.solvers.simplex import simplex
 from mbot.transport.base import Transport, flat_weights, potentials_of
 from mbot.transport.entropic import plan_of
 from mbot.transport.exact import ExactOT
-from mbot.transport.sinkhorn import sinkhorn
-from mbot.transport.steps import Capped
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,8 @@ class PartialOT(Transport):
         return _with_dummies(flat.cpu(), flat_a.cpu(), flat_b.cpu(), mass).plan("PartialOT", cost)
 
     def _entropic(self, cost: Tensor, a: Tensor, b: Tensor, mass: float) -> Plan:
-        step = Capped(mass)
-        found = sinkhorn(
-            cost.reshape(-1, *cost.shape[-2:]), a, b, reg=self.reg, row_step=step, col_step=step, weighted=False,
-            max_iter=self.max_iter, tol=self.tol,
-        )  # fmt: skip
+        flat = cost.reshape(-1, *cost.shape[-2:])
+        found = solve_matrices(flat, a, b, UpperBounded(mass), reg=self.reg, max_iter=self.max_iter, tol=self.tol)
         objective = (found.rows * found.phi).sum(-1) + (found.cols * found.psi).sum(-1)
         return plan_of("PartialOT", cost, found, self.reg * objective, self.reg, self.max_iter)
 

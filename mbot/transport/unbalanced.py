@@ -8,10 +8,10 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.plan import Plan
+from mbot.solvers.entropic import solve_matrices
+from mbot.solvers.marginals import KLRelaxed
 from mbot.transport.base import Transport, flat_weights
 from mbot.transport.entropic import entropic_potentials, plan_of
-from mbot.transport.sinkhorn import sinkhorn
-from mbot.transport.steps import KLRelaxed
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ class UnbalancedOT(Transport):
         # Weights scaled to one total have the same plan, and potentials that do not drift apart where totals differ.
         ratio = b.sum(-1, keepdim=True) / a.sum(-1, keepdim=True)
         step = KLRelaxed(self.reg_marginal / self.reg)
-        found = sinkhorn(
-            flat, a * ratio.sqrt(), b / ratio.sqrt(), reg=self.reg, row_step=step, col_step=step, weighted=True,
-            max_iter=self.max_iter, tol=self.tol,
-        )  # fmt: skip
+        scaled = a * ratio.sqrt(), b / ratio.sqrt()
+        found = solve_matrices(flat, *scaled, step, reg=self.reg, max_iter=self.max_iter, tol=self.tol)
+        found = found.relative_to(*scaled)
         rows, cols = found.rows, found.cols
         entropy = (rows * found.phi).sum(-1) + (cols * found.psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
         objective = self.reg * entropy + self.reg_marginal * (_kl(rows, a) + _kl(cols, b))

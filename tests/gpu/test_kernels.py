@@ -10,7 +10,7 @@ import torch
 import mbot.kernels.device_streaming
 from mbot import BoMbOT, EntropicOT, ExactOT, MiniBatchOT, PartialOT, SinkhornCoupling, pairwise_cost
 from mbot.kernels import device_matching
-from mbot.transport import points
+from mbot.transport import large_clouds
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,7 +150,7 @@ def test_grid_losses(transport, loss):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_entropic_values_of_points(cost, d, dtype, monkeypatch):
     """Fused kernels on the device, tiles in float64 on the CPU."""
-    monkeypatch.setattr(points, "_MOST", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(large_clouds, "_MOST", {"cpu": 0, "cuda": 0})
     g = torch.Generator().manual_seed(d)
     if REHEARSAL and dtype == torch.bfloat16 and not (cost == "sqeuclidean" and d == 2):
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16")

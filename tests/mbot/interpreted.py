@@ -10,10 +10,10 @@ from unittest.mock import patch
 import torch
 
 import mbot
+from mbot.geometry import Points
 from mbot.kernels import device_matching, triton_matching, triton_streaming
 from mbot.kernels.device_matching import Problems, Reference, match
 from mbot.kernels.device_streaming import Fused
-from mbot.transport.streaming import Streamed
 
 
 def check_matching(n, cardinality, kind, dtype):
@@ -78,15 +78,15 @@ def passes():
     ):  # fmt: skip
         x, y = torch.randn(37, d, generator=g).to(dtype), (0.5 * torch.randn(70, d, generator=g) + 1).to(dtype)
         eps = 0.3 * d
-        tiles = Streamed(x.double(), y.double(), cost, 100, eps)
+        tiles = Points(x.double(), y.double(), cost, 100, eps)
         fused = Fused.prepared(x, y, cost, triton_streaming)
         psi = torch.randn(70, generator=g, dtype=torch.float64)
-        phi = -fused.soft(psi, eps, False)
-        torch.testing.assert_close(phi, -tiles.soft_rows(psi, psi), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(fused.soft(phi, eps, True), tiles.soft_cols(phi, psi), rtol=1e-5, atol=1e-5)
-        for turned in (False, True):
-            pulled, mass, points = fused.pull(phi, psi, eps, turned)
-            expected, weight, there = tiles.pull(phi, psi, turned=turned)
+        phi = -fused.log_sums(psi, eps, False)
+        torch.testing.assert_close(phi, -tiles.row_sums(psi[None])[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused.log_sums(phi, eps, True), tiles.col_sums(phi[None])[0], rtol=1e-5, atol=1e-5)
+        for of_cols in (False, True):
+            pulled, mass, points = fused.transported(phi, psi, eps, of_cols)
+            expected, weight, there = tiles.transported(phi, psi, of_cols)
             torch.testing.assert_close(mass.double(), weight, rtol=1e-4, atol=1e-5)
             if cost != "cosine":  # whose points the kernels take normalised
                 moved = mass[:, None] * points.float() - pulled

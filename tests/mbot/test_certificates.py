@@ -239,5 +239,27 @@ def test_points_whose_costs_overflow_are_refused(dtype):
 
 def test_a_sampler_whose_regularisation_drowns_in_rounding_says_so():
     x, y = (1e10 * torch.rand(8, 2, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
-    with pytest.warns(mbot.ConvergenceWarning, match="Raise reg"):
+    with pytest.warns(mbot.ConvergenceWarning, match="raise reg"):
         mbot.compat.OTPlanSampler("sinkhorn").get_map(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("others", [0, 1])
+def test_unbalanced_problems_whose_pairs_are_all_forbidden_have_an_empty_plan(dtype, others):
+    cost = torch.rand(1 + others, 3, 4, dtype=dtype)
+    cost[0] = INF
+    plan = UnbalancedOT(0.5, 1.0).plan(cost)
+    assert bool(plan.converged.all())
+    assert float(plan.error[0]) == float(plan.total_mass()[0]) == 0
+    assert bool((plan.total_mass()[1:] > 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [10.0, 100.0, 1e3, 1e5])
+def test_unbalanced_plans_that_vanish_converge(dtype, scale):
+    """Masses down to nothing, at potentials of many regularisations."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (scale * torch.randn(2, size, 3, generator=g).to(dtype) for size in (7, 9))
+    plan = UnbalancedOT(0.5, 1.0, tol=1e-8).plan(mbot.pairwise_cost(x, y))
+    assert bool(plan.converged.all())
+    assert bool((plan.iterations < 500).all())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mbot
-from mbot.transport import points
+from mbot.transport import large_clouds
 
 COSTS = ["sqeuclidean", "euclidean", "cosine", "dot"]
 TIGHT = {"tol": 1e-12, "max_iter": 100_000}
@@ -95,7 +95,7 @@ def test_losses_that_draw_by_the_weights_refuse_their_gradients(cls):
 
 
 def test_tiled_values_refuse_gradients_in_the_weights(monkeypatch):
-    monkeypatch.setattr(points, "_MOST", {"cpu": 0})
+    monkeypatch.setattr(large_clouds, "_MOST", {"cpu": 0})
     x, y, a, b = problem()
     with pytest.raises(ValueError, match=r"pass a\.detach"):
         mbot.EntropicOT(0.5)(x, y, a.requires_grad_(), b)
@@ -165,7 +165,7 @@ def test_second_derivatives_of_an_entropic_outer_problem_and_of_tiles_are_refuse
     _refused(loss.from_batches(xs, ys), xs)
     grid = torch.rand(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     _refused(loss.from_cost(grid), grid)
-    monkeypatch.setattr(points, "_MOST", {"cpu": 0})
+    monkeypatch.setattr(large_clouds, "_MOST", {"cpu": 0})
     _refused(mbot.EntropicOT(0.5)(xs, ys).sum(), xs)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import mbot
 from mbot.cost import expansion_holds
-from mbot.transport import points
+from mbot.transport import large_clouds
 
 COSTS = ["sqeuclidean", "euclidean", "cosine", "dot"]
 FEATURES = st.sampled_from([1, 2, 4, 5, 8, 30, 100])
@@ -133,7 +133,7 @@ def test_values_and_gradients_of_all_transports_and_losses(pair, kind):
             "unbalanced": lambda: mbot.UnbalancedOT(typical, 10 * typical)(x, y),
             "m-OT": lambda: mbot.MiniBatchOT(mbot.ExactOT(), **settings)(x, y),
             "BoMb-OT": lambda: mbot.BoMbOT(mbot.ExactOT(), **settings)(x, y),
-            "tiled": lambda: points.entropic_values(x, y, None, None, "sqeuclidean", typical, 20_000, 1e-6),
+            "tiled": lambda: large_clouds.entropic_values(x, y, None, None, "sqeuclidean", typical, 20_000, 1e-6),
         }[kind]()
         value.backward()
         return float(value.detach()), x.grad.double()
@@ -269,7 +269,7 @@ def test_points_of_weight_zero_change_nothing(transport, place, d, monkeypatch):
     a = a / a.sum(-1, keepdim=True)
     if transport == "tiled":
         transport = mbot.EntropicOT(0.1)
-        monkeypatch.setattr(points, "_MOST", {"cpu": 0})
+        monkeypatch.setattr(large_clouds, "_MOST", {"cpu": 0})
     settings = {"generator": torch.Generator().manual_seed(0)} if isinstance(transport, mbot.SlicedOT) else {}
     x.requires_grad_()
     wanted = transport(x, y, a, **settings)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mbot import EntropicOT, PartialOT, UnbalancedOT, pairwise_cost
-from mbot.transport import sinkhorn
+from mbot.solvers import entropic
 
 TRANSPORTS = [
     EntropicOT(0.3, tol=1e-10),
@@ -25,7 +25,7 @@ def by_loop(monkeypatch):
 
     def solve(transport, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(sinkhorn, "_CACHED", 0)
+            patch.setattr(entropic, "_CACHED", 0)
             return transport.plan(*args)
 
     return solve
@@ -56,7 +56,7 @@ def test_kernel_and_loop_give_one_plan(transport, weights, by_loop):
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
 def test_any_slow_problem_goes_on_in_the_loop(transport, monkeypatch, by_loop):
     cost = costs()
-    monkeypatch.setattr(sinkhorn, "_BUDGET", -17)  # 2 n - 17 = 1 iteration
+    monkeypatch.setattr(entropic, "_BUDGET", -17)  # 2 n - 17 = 1 iteration
     found, reference = transport.plan(cost), by_loop(transport, cost)
     assert bool(found.converged.all())
     torch.testing.assert_close(found.to_dense(), reference.to_dense(), rtol=1e-6, atol=1e-9)

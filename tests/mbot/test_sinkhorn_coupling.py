@@ -1,5 +1,6 @@
 """SinkhornCoupling: potentials held or streamed, against the dense entropic solver."""
 
+import math
 import pickle
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 import mbot
 from mbot import EntropicOT, OTCoupling, SinkhornCoupling, pairwise_cost
-from mbot.transport.streaming import Held, Streamed, solve
+from mbot.geometry import Dense, Points
+from mbot.solvers.marginals import Balanced
+from mbot.solvers.sinkhorn import solve
 
 
 def clouds(n, m, d=2, seed=0):
@@ -16,17 +19,22 @@ def clouds(n, m, d=2, seed=0):
 
 
 def plan_of(found, cost, eps):
-    return (found.phi[:, None] + found.psi - cost.double() / eps).exp()
+    return (found.phi[0, :, None] + found.psi[0] - cost.double() / eps).exp()
 
 
-@pytest.mark.parametrize("layout", ["held", "streamed"])
+def by_rounds(geometry, eps, spread, **settings):
+    uniform = (torch.full((1, size), -math.log(size), dtype=torch.float64) for size in geometry.shape[1:])
+    return solve(geometry, *uniform, Balanced(), Balanced(), reg=eps, spread=spread, **settings)
+
+
+@pytest.mark.parametrize("kind", ["dense", "points"])
 @pytest.mark.parametrize(("n", "m"), [(60, 60), (40, 70)])
 @pytest.mark.parametrize("eps", [0.3, 1.0])
-def test_potentials_are_those_of_the_dense_solver(layout, n, m, eps):
+def test_potentials_are_those_of_the_dense_solver(kind, n, m, eps):
     x, y = (t.double() for t in clouds(n, m))
     cost = pairwise_cost(x, y)
-    costs = Held(cost) if layout == "held" else Streamed(x, y, "sqeuclidean", 150)
-    found = solve(costs, eps, float(cost.max()), max_iter=2000, tol=1e-8, start=None, device=x.device)
+    geometry = Dense(cost[None]) if kind == "dense" else Points(x, y, "sqeuclidean", 150)
+    found = by_rounds(geometry, eps, float(cost.max()), max_iter=2000, tol=1e-8)
     assert found.converged
     expected = EntropicOT(eps, tol=1e-11).plan(cost).to_dense()
     torch.testing.assert_close(plan_of(found, cost, eps), expected, atol=1e-8, rtol=1e-5)
@@ -37,7 +45,7 @@ def test_a_kernel_that_underflows_is_passed_by():
     x, y = clouds(50, 50)
     y[0] += 300
     cost = pairwise_cost(x, y)
-    found = solve(Held(cost), 1.0, 1.0, max_iter=500, tol=1e-4, start=None, device=x.device)
+    found = by_rounds(Dense(cost[None]), 1.0, 1.0, max_iter=500, tol=1e-4)
     assert found.converged
     torch.testing.assert_close(plan_of(found, cost, 1.0).sum(0)[0], torch.tensor(1 / 50).double(), rtol=1e-2, atol=0)
 
@@ -178,3 +186,22 @@ def test_too_few_iterations_warn_with_the_knobs():
 def test_bad_input(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+@pytest.mark.parametrize(("n", "m"), [(24, 24), (30, 45)])
+@pytest.mark.parametrize("reg", [0.5, 2.0])
+def test_transport_sampler_and_coupling_give_one_plan(n, m, reg):
+    """The compiled kernel, the driver on a matrix, and the driver on tiles, each by the call that reaches it."""
+    x, y = (t.double() for t in clouds(n, m))
+    cost = pairwise_cost(x, y)
+    plan = EntropicOT(reg, tol=1e-10).plan(cost).to_dense()
+    sampled = torch.from_numpy(mbot.compat.OTPlanSampler("sinkhorn", reg=reg).get_map(x, y))
+    torch.testing.assert_close(sampled, EntropicOT(reg, tol=1e-3).plan(cost).to_dense())  # its tolerance
+    assert float((sampled - plan).abs().sum()) < 0.05
+    for cells in (1 << 24, 500):
+        coupling = SinkhornCoupling(reg, relative=False, cost="sqeuclidean", tol=1e-8, max_iter=5000, cells=cells)
+        info = coupling(x, y).info
+        assert info["error"] <= 1e-8
+        psi = info["potentials"].psi
+        coupled = (psi - cost / reg).softmax(1) / n
+        torch.testing.assert_close(coupled, plan, rtol=1e-4, atol=1e-8)

@@ -5,16 +5,16 @@ import torch
 
 import mbot
 from mbot import EntropicOT
-from mbot.transport import points
+from mbot.transport import large_clouds
 
 
 @pytest.fixture(params=[1, 100, 10_000])
 def streamed(request, monkeypatch):
     """Every problem is too large for its matrix; tiles of at most so many entries."""
-    monkeypatch.setattr(points, "_CELLS", request.param)
+    monkeypatch.setattr(large_clouds, "_CELLS", request.param)
 
     def switch(on):
-        monkeypatch.setattr(points, "_MOST", {"cpu": 0 if on else 1 << 30})
+        monkeypatch.setattr(large_clouds, "_MOST", {"cpu": 0 if on else 1 << 30})
 
     return switch
 
@@ -54,14 +54,14 @@ def test_tiles_are_never_computed_in_reduced_precision(streamed, monkeypatch, co
     """The process may allow TF32: forward and backward lift it, and give it back."""
     streamed(True)
     seen = []
-    for name in ("_soft", "pull"):
-        original = getattr(points.Streamed, name)
+    for name in ("_sums", "transported"):
+        original = getattr(large_clouds.Points, name)
 
         def spy(self, *args, original=original, **kwargs):
             seen.append(torch.get_float32_matmul_precision())
             return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(points.Streamed, name, spy)
+        monkeypatch.setattr(large_clouds.Points, name, spy)
     x, y = clouds(dtype=torch.float32)
     torch.set_float32_matmul_precision("high")
     try:

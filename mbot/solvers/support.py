@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from mbot.numerics import running_sum
-from mbot.transport.exact import ExactOT
+from mbot.problem import Live
+from mbot.solvers.matching import match
+from mbot.solvers.simplex import simplex
 
 _NOTHING = 1e-9  # share of the mass that may be left over by rounding
 
@@ -20,7 +23,7 @@ def large_entries(
 
     An unused entry would have to be at most the sum of the used ones on a cycle through it, which has at most
     ``2 min(n, m)`` entries. So the limit is the first cost that is followed by one more than ``4 min(n, m)`` times as
-    large, among those that leave pairs to enough points; ``inf`` if there is none.
+    large, among those that leave pairs to enough points; ``inf`` if there is none, ``-inf`` if no limit does.
 
     Args:
         cost: ``(B, n, m)`` costs whose least is 0; ``+inf`` for forbidden pairs.
@@ -38,7 +41,8 @@ def large_entries(
     if above is not None:
         found &= value > above[:, None]
     first = value.gather(1, found.int().argmax(1, keepdim=True))[:, 0] if value.shape[1] else need
-    return torch.where(found.any(1), first, torch.inf)
+    limit = torch.where(found.any(1), first, torch.inf)
+    return torch.where((need < torch.inf) | (wanted == 0), limit, -torch.inf)
 
 
 def _enough(best: Tensor, weight: Tensor, wanted: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ def usable_pairs(allowed: Tensor, a: Tensor, b: Tensor, wanted: Tensor) -> tuple
         graph[:, n, m] = False
         a, b = torch.cat((a, spare_a), 1), torch.cat((b, spare_b), 1)
     b = b * (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True))
-    plan = ExactOT().plan((~graph).double(), a, b).to_dense()
+    plan = _plan(graph, a, b)
     missing = torch.where(graph, 0, plan).sum((1, 2)) / wanted
     height, width = graph.shape[1:]
     base = (height + width) * torch.arange(problems, device=device)[:, None]
@@ -90,3 +94,13 @@ def usable_pairs(allowed: Tensor, a: Tensor, b: Tensor, wanted: Tensor) -> tuple
     label = torch.from_numpy(connected_components(matrix, connection="strong")[1]).to(device)
     same = label[row][:, :, None] == label[col][:, None, :]
     return (same & graph)[:, :n, :m], missing
+
+
+def _plan(graph: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A plan ``(B, n, m)`` with as little mass as possible on pairs that are not in the graph."""
+    live = Live.of(a.cpu(), b.cpu())
+    square, other = (np.flatnonzero(which) for which in (live.square, ~live.square))
+    found = live.solve((~graph).double().cpu(), {match: square, simplex: other})
+    plan = torch.zeros(graph.shape, dtype=torch.float64)
+    plan.index_put_((torch.arange(len(plan))[:, None], found.rows, found.col), found.mass, accumulate=True)
+    return plan.to(graph.device)

@@ -1,7 +1,7 @@
 """Entropic transport between clouds too large for a matrix of their costs: passes over tiles, O(n d) memory.
 
-The potentials come from the loop of the large-batch coupling; the value is the dual one, whose error is of second order
-in theirs; and its gradient in the points is, by the envelope theorem, a weighted sum of targets:
+The potentials come from passes over tiles (`mbot.geometry.Points`); the value is the dual one, whose error is of second
+order in theirs; and its gradient in the points is, by the envelope theorem, a weighted sum of targets:
 
     squared Euclidean:  d/dx_i = 2 sum_j P_ij (x_i - y_j)          dot:  d/dx_i = - sum_j P_ij y_j
 """
@@ -16,8 +16,10 @@ from torch import Tensor
 from mbot import checks, convergence
 from mbot.cost import Cost, at_least_float32, expansion_holds, pairwise, unit
 from mbot.envelope import first_order
+from mbot.geometry import Points
 from mbot.numerics import full_float32, no_autocast
-from mbot.transport.streaming import Streamed, solve
+from mbot.solvers.marginals import Balanced
+from mbot.solvers.sinkhorn import rounding, solve
 
 _CELLS = 1 << 24  # entries of the largest tile
 _MOST = {"cuda": 1 << 24, "cpu": 1 << 27}  # entries of a cost matrix beyond which it is not made
@@ -72,26 +74,27 @@ def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, ma
         spread = float(sample.amax() - sample.amin())
         # Exponents of the size of spread / reg are rounded; no marginal is more exact than that.
         tol = max(tol, 4 * torch.finfo(x.dtype).eps * (8 + spread / reg))
-        layout = Streamed(x.detach(), y.detach(), cost, _CELLS, reg)
+        geometry = Points(x.detach(), y.detach(), cost, _CELLS, reg)
         found = solve(
-            layout, reg, spread, max_iter=max_iter, tol=tol, start=None, device=x.device, log_a=a.log(), log_b=b.log()
-        )
+            geometry, a.log()[None], b.log()[None], Balanced(), Balanced(), reg=reg, spread=spread,
+            max_iter=max_iter, tol=tol,
+        )  # fmt: skip
+        error = float(torch.maximum(found.error, rounding(found, torch.float64)))
         advice = f"Raise max_iter (now {max_iter}), raise reg (now {factor * reg:g}, in cost units), or loosen tol."
-        failed = not found.converged
-        convergence.count_unconverged("EntropicOT", failed, 1, found.error if failed else 0.0, advice)
-        total = a.sum()
-        dual = (a * (found.phi - a.log())).sum() + (b * (found.psi - b.log())).sum() - total + total * b.sum()
+        convergence.count_unconverged("EntropicOT", not error <= tol, 1, error, advice)
+        phi, psi, total = found.phi[0], found.psi[0], a.sum()
+        dual = (a * (phi - a.log())).sum() + (b * (psi - b.log())).sum() - total + total * b.sum()
         value = (reg * dual).to(x.dtype)
-    return (factor * first_order(_Value.apply(x, y, value, layout, found.phi, found.psi))).to(dtype)
+    return (factor * first_order(_Value.apply(x, y, value, geometry, phi, psi))).to(dtype)
 
 
 class _Value(torch.autograd.Function):
     """Forward: the known value. Backward: one pass over the pairs for each side that needs it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, value: Tensor, layout: Any, phi: Tensor, psi: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, value: Tensor, geometry: Any, phi: Tensor, psi: Tensor) -> Tensor:
         ctx.save_for_backward(phi, psi)
-        ctx.layout = layout
+        ctx.geometry = geometry
         return value.clone()
 
     @staticmethod
@@ -101,7 +104,7 @@ class _Value(torch.autograd.Function):
         for side in (0, 1):
             if ctx.needs_input_grad[side]:
                 with full_float32():
-                    pulled, mass, points = ctx.layout.pull(phi, psi, turned=bool(side))
-                dot = ctx.layout.cost == "dot"
-                sides[side] = grad * (-pulled if dot else 2 * (mass[:, None] * points - pulled))
+                    moved, mass, points = ctx.geometry.transported(phi, psi, bool(side))
+                dot = ctx.geometry.cost == "dot"
+                sides[side] = grad * (-moved if dot else 2 * (mass[:, None] * points - moved))
         return (*sides, *[None] * 4)

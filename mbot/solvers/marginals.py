@@ -1,0 +1,200 @@
+"""Proximal update of one potential. Balanced, KL-unbalanced and partial Sinkhorn differ only in this step.
+
+Plans are ``P = exp(phi + psi - C / reg)``. From ``S_i = log sum_j exp(psi_j - C_ij / reg)``, the log of the row masses
+at ``phi = 0``, a step gives the new ``phi_i``. Points of log-weight ``-inf`` take no part.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mbot.numerics import running_sum
+
+
+class Marginal(ABC):
+    """What a problem asks of its row (or column) masses; the defaults are those of fixed and bounded masses."""
+
+    relaxes = False  # whether over-relaxed steps converge
+    negligible = 100.0  # difference of costs, in units of reg, that no plan with mass can overcome
+
+    @abstractmethod
+    def compiled(self) -> tuple[int, float]:
+        """The step's kind and parameter in `mbot.kernels.scaling`."""
+
+    @abstractmethod
+    def __call__(self, sums: Tensor, log_weight: Tensor) -> Tensor:
+        """``phi`` from ``S``; both ``(B, n)``."""
+
+    @abstractmethod
+    def slope(self, sums: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivative of the step: ``d phi = -(diagonal * dS + left * <right, dS>)``, each ``(B, n)``."""
+
+    @abstractmethod
+    def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
+        """What ``phi`` contributes to the dual objective, in units of reg, up to a constant: ``(B,)``."""
+
+    @abstractmethod
+    def least(self, weight: Tensor) -> Tensor:
+        """Mass that must move, ``(B,)``."""
+
+    @abstractmethod
+    def masses(self, phi: Tensor, mass: Tensor, log_weight: Tensor) -> Tensor:
+        """Row masses after another step, from those at ``phi``; both ``(B, n)``. A solved problem keeps its own."""
+
+    def shift(self, phi: Tensor, log_a: Tensor, psi: Tensor, log_b: Tensor) -> Tensor | None:
+        """What moves from ``psi`` to ``phi`` where the dual is largest along that line, ``(B, 1)``; no plan changes."""
+        return None
+
+    def lowered(self, log_weight: Tensor, amount: Tensor) -> Tensor:
+        """Log-weights ``(B, n)`` at which potentials lowered by ``amount`` ``(B, 1)`` solve the problem."""
+        return log_weight
+
+
+@dataclass(frozen=True)
+class Balanced(Marginal):
+    """Row masses equal their weights."""
+
+    relaxes = True
+
+    def compiled(self) -> tuple[int, float]:
+        """See `Marginal`."""
+        return 0, 0.0
+
+    def __call__(self, sums: Tensor, log_weight: Tensor) -> Tensor:
+        """``phi = log weight - S``."""
+        return log_weight - sums
+
+    def slope(self, sums: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One."""
+        return torch.ones_like(sums), torch.zeros_like(sums), torch.zeros_like(sums)
+
+    def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
+        """``<weight, phi>``."""
+        return (log_weight.exp() * phi).sum(-1)
+
+    def least(self, weight: Tensor) -> Tensor:
+        """All of it."""
+        return weight.sum(-1)
+
+    def masses(self, phi: Tensor, mass: Tensor, log_weight: Tensor) -> Tensor:
+        """The weights."""
+        return log_weight.exp()
+
+
+@dataclass(frozen=True)
+class KLRelaxed(Marginal):
+    """Row masses pay ``reg_marginal * KL(mass | weight)``; ``ratio = reg_marginal / reg``.
+
+    The entropy is relative to the product of the weights.
+    """
+
+    ratio: float
+
+    @property
+    def rate(self) -> float:
+        """What is left of an undamped step."""
+        return self.ratio / (1 + self.ratio)
+
+    @property
+    def negligible(self) -> float:  # type: ignore[override]
+        """See `Marginal`: an entry beyond it would pay less than the smallest number."""
+        return 800.0 * (1 + 2 * self.ratio)
+
+    def compiled(self) -> tuple[int, float]:
+        """See `Marginal`."""
+        return 1, self.rate
+
+    def __call__(self, sums: Tensor, log_weight: Tensor) -> Tensor:
+        """``phi = log weight - rate S``, the damped step of Chizat et al. 2018."""
+        return log_weight - self.rate * sums
+
+    def slope(self, sums: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rate."""
+        return torch.full_like(sums, self.rate), torch.zeros_like(sums), torch.zeros_like(sums)
+
+    def _terms(self, phi: Tensor, log_weight: Tensor) -> Tensor:
+        """Logs of the masses that these potentials ask for."""
+        return torch.where(log_weight > -torch.inf, log_weight / self.rate - phi / self.ratio, -torch.inf)
+
+    def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
+        """``-ratio sum weight exp((log weight - phi) / ratio)``."""
+        return -self.ratio * self._terms(phi, log_weight).exp().sum(-1)
+
+    def least(self, weight: Tensor) -> Tensor:
+        """None of it."""
+        return torch.zeros_like(weight[:, 0])
+
+    def masses(self, phi: Tensor, mass: Tensor, log_weight: Tensor) -> Tensor:
+        """A damped step towards what the potentials ask for; nothing where no pair leads to."""
+        change = self.rate * (self._terms(phi, log_weight) - mass.log())
+        return torch.where((mass > 0) & (log_weight > -torch.inf), mass * change.exp(), 0)
+
+    def shift(self, phi: Tensor, log_a: Tensor, psi: Tensor, log_b: Tensor) -> Tensor:
+        """Both sides' terms of the dual equal (Séjourné et al. 2022)."""
+        rows, cols = (self._terms(*side).logsumexp(-1, keepdim=True) for side in ((phi, log_a), (psi, log_b)))
+        return (self.ratio / 2 * (rows - cols)).nan_to_num(0)  # no point takes part: nothing to shift
+
+    def lowered(self, log_weight: Tensor, amount: Tensor) -> Tensor:
+        """``log weight - amount / (1 + ratio)``."""
+        return log_weight - amount / (1 + self.ratio)
+
+
+@dataclass(frozen=True)
+class UpperBounded(Marginal):
+    """Row masses are at most their weights, and their sum is ``total``."""
+
+    total: float
+
+    def compiled(self) -> tuple[int, float]:
+        """See `Marginal`."""
+        return 2, self.total
+
+    def _level(self, sums: Tensor, log_weight: Tensor) -> Tensor:
+        """The level at which ``sum min(weight, exp(level + S))`` is ``total``, ``(B, 1)``.
+
+        The sum grows with the level and bends at ``log weight - S`` of each row: with these sorted, the level is found
+        in closed form between two bends.
+        """
+        bend = torch.where(log_weight > -torch.inf, log_weight - sums, -torch.inf)
+        bend, order = bend.sort(-1)
+        full = log_weight.gather(-1, order).exp()
+        open_mass = torch.where(full > 0, sums.gather(-1, order), -torch.inf)
+        before = running_sum(full, -1) - full  # mass of the rows that are full, and log mass of those that are open
+        after = open_mass.flip(-1).logcumsumexp(-1).flip(-1)
+        level = (self.total - before).clamp_min(0).log() - after
+        fits = level <= bend
+        # Rounding may leave no level that fits when the mass is the whole weight: all rows are full then.
+        level = torch.where(fits, level, torch.inf).gather(-1, fits.int().argmax(-1, keepdim=True))
+        return torch.where(fits.any(-1, keepdim=True), level, torch.inf)
+
+    def __call__(self, sums: Tensor, log_weight: Tensor) -> Tensor:
+        """``phi = min(log weight - S, level)``."""
+        return torch.minimum(log_weight - sums, self._level(sums, log_weight))
+
+    def slope(self, sums: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Full rows follow their own S; open ones share the level, which follows their average S."""
+        level = self._level(sums, log_weight)
+        live = log_weight > -torch.inf
+        full = (log_weight - sums <= level) & live
+        share = torch.where(full | ~live, -torch.inf, sums).softmax(-1).nan_to_num(0)
+        return full.to(sums.dtype), (~full).to(sums.dtype), share
+
+    def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
+        """``<weight, phi - level> + total * level`` with the smallest level that is at least ``phi``."""
+        level = phi.masked_fill(log_weight == -torch.inf, -torch.inf).amax(-1)
+        weight = log_weight.exp()
+        return (weight * phi).sum(-1) - (weight.sum(-1) - self.total) * level
+
+    def least(self, weight: Tensor) -> Tensor:
+        """The mass."""
+        return torch.full_like(weight[:, 0], self.total)
+
+    def masses(self, phi: Tensor, mass: Tensor, log_weight: Tensor) -> Tensor:
+        """``min(weight, exp(level + S))`` with ``exp(S) = mass / exp(phi)``."""
+        relative = (phi - phi.masked_fill(mass <= 0, -torch.inf).amax(-1, keepdim=True)).nan_to_num(0)
+        sums = torch.where(mass > 0, mass.log() - relative, -torch.inf)
+        return torch.minimum(log_weight, self._level(sums, log_weight) + sums).exp()
