@@ -143,8 +143,8 @@ def table(n: int, d: int, folder: str | None) -> list[dict[str, Any]]:
     for name, row in found.items():
         more = "; ".join(f"{key} {row[key]:.3g}" for key in ("sweeps", "bound / cost", "chi2") if key in row)
         rows.append({
-            "method": name, "cost": row["cost"], "cost / exact": round(row["cost"] / least, 4) if least else "-",
-            "cost / mini-batches of 4096": round(row["cost"] / found["mini-batches of 4096"]["cost"], 4),
+            "method": name, "cost": row["cost"], "cost / exact": f"{row['cost'] / least:.4f}" if least else "-",
+            "cost / mini-batches of 4096": f"{row['cost'] / found['mini-batches of 4096']['cost']:.4f}",
             "CPU seconds": row.get("seconds", "-"), "peak MB": row.get("peak MB", "-"), "": more,
         })  # fmt: skip
     return rows

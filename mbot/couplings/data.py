@@ -167,7 +167,7 @@ class DataCoupling(Coupling):
             ``(n, d…)``, float32, on the device of ``rows``.
         """
         held = self._held()
-        number = held.number[:, turn % self.num_noises].to(rows.device)[rows]
+        number = held.number[rows.to(held.number.device), turn % self.num_noises].to(rows.device)
         return normals_at(_key(held), number, torch.Size(held.shape).numel()).reshape(len(rows), *held.shape)
 
     def check_data_set(self, data: Tensor, y: Labels | None = None) -> None:
