@@ -310,6 +310,12 @@ def large(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, An
                     scores[measure][size].append(value)
         found.append({"model": name, "gradient": gradient, **scores, "seconds": cost})
         print(name, gradient, scores, flush=True)
+    return large_page(found, memory, args, len(seeds)), {"runs": found, "memory_mb": memory}
+
+
+def large_page(found: list[dict[str, Any]], memory: dict[str, float], args: argparse.Namespace, seeds: int) -> str:
+    """The tables of large bags, and how to read them."""
+    sizes = args.sizes
     stages = ", ".join(
         f"{steps} steps of {bags} bags of {n:,}" for n, (bags, steps) in zip(sizes, args.stages, strict=True)
     )
@@ -320,8 +326,8 @@ def large(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, An
             for run in found
         ]
         tables.append(table([says, "gradient", *(f"{n:,}" for n in sizes), "CPU s/bag"], rows))
-    text = (
-        f"10 shifted instances in a positive bag. {stages}; {args.test_bags} test bags of each size; {len(seeds)} "
+    return (
+        f"10 shifted instances in a positive bag. {stages}; {args.test_bags} test bags of each size; {seeds} "
         f"seed(s). The last column: forward and backward of one bag of {sizes[-1]:,}.\n\n"
         + "\n\n".join(tables)
         + "\n\n"
@@ -330,9 +336,8 @@ def large(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, An
         "new size find the threshold again.\n\n"
         f"Forward and backward of one bag of {sizes[-1]:,} raise the peak memory of the process by "
         + ", ".join(f"{value:.0f} MB ({name})" for name, value in memory.items())
-        + f", in chunks of {chunk:,}."
+        + f", in chunks of {args.chunk:,}."
     )
-    return text, {"runs": found, "memory_mb": memory}
 
 
 def picture(figures: dict[str, Any], path: Path) -> None:
