@@ -5,12 +5,13 @@ autocast and TF32 products are switched off inside.
 
 Squared distances are expanded, ``|x|^2 + |y|^2 - 2 <x, y>`` about the clouds' common centre. That cancels where points
 lie closer to each other than to the centre (groups far apart, an outlier). So the rounding of the expansion is compared
-with the smallest cost of each row, and where it is too large the costs are computed in float64, and by differences
-where float64 cancels too.
+with the smallest cost of each row. Where it is too large for a few pairs, these are computed by differences; else all
+costs in float64, and by differences where float64 cancels too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ Cost = str | Callable[[Tensor, Tensor], Tensor]
 _DIRECT_FEATURES = 4
 # Relative error that the smallest costs may have.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
+_FEW = 4  # pairs a point that are computed by differences
 _CELLS = 1 << 22  # entries of the largest float64 matrix (32 MB) that is made on the careful way
 
 
@@ -90,20 +92,36 @@ def _certain(squared: Tensor, norms: Tensor) -> bool:
     return not share.numel() or float(share.amax() if share.ndim else share) <= limit
 
 
-def _squared(x: Tensor, y: Tensor, *, rounded: bool = False) -> Tensor | None:
-    """Squared distances, None where they would not be precise; ``rounded``: the points carry rounding of their own."""
+def _direct(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances of points with few features, feature by feature."""
+    parts = ((x[..., :, None, k] - y[..., None, :, k]).square() for k in range(x.shape[-1]))
+    return functools.reduce(torch.add, parts)
+
+
+def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Squared distances of the prepared points, None where they would not be precise."""
+    x, y, rounded = prepare(given_x), prepare(given_y), prepare is unit
     if x.shape[-1] <= _DIRECT_FEATURES and not rounded:
-        squared = sum((x[..., :, None, k] - y[..., None, :, k]).square() for k in range(x.shape[-1]))
-        return squared if math.isfinite(squared.detach().sum()) else None  # type: ignore[union-attr, return-value]
+        squared = _direct(x, y)
+        return squared if math.isfinite(squared.detach().sum()) else None
     centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
     x, y = x - centre, y - centre
     with torch.no_grad():
-        norms = _norms(x)
-        squared = _expanded(x, y, norms, _norms(y))
-        # Points of norm 1 are rounded by eps, which the centre does not see.
-        if not _certain(squared, torch.ones_like(norms) if rounded else norms):
-            return None
-    return _known(x, y, squared)
+        norms_x, norms_y = _norms(x), _norms(y)
+        squared = _expanded(x, y, norms_x, norms_y)
+        if rounded:  # points of norm 1 are rounded by eps, which the centre does not see
+            norms_x, norms_y = torch.ones_like(norms_x), torch.ones_like(norms_y)
+    if _certain(squared, norms_x):
+        return _known(x, y, squared)
+    if (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)) or not math.isfinite(squared.sum()):
+        return None
+    # Points among themselves, as conditions are, have only their distances from themselves to be computed otherwise.
+    share = torch.finfo(squared.dtype).eps / _TOLERANCE[squared.dtype]
+    where = squared < share * (norms_x[..., :, None] + norms_y[..., None, :])
+    if int(where.sum()) > _FEW * math.prod(squared.shape[:-2]) * sum(squared.shape[-2:]):
+        return None
+    _difference(squared, where, given_x, given_y, lambda points: prepare(points.double()))
+    return squared
 
 
 def _careful(x: Tensor, y: Tensor, cost: str) -> Tensor:
@@ -115,13 +133,16 @@ def _careful(x: Tensor, y: Tensor, cost: str) -> Tensor:
     parts = []
     for rows in x.split(max(1, _CELLS // (batch.numel() * y.shape[-2])), -2):
         left = prepare(rows.double())
+        if left.shape[-1] <= _DIRECT_FEATURES:
+            parts.append(finish(_direct(left, prepared)).to(x.dtype))
+            continue
         centre = torch.lerp(_median(left), _median(prepared), 0.5)
         left, right = left - centre, prepared - centre
         with torch.no_grad():
             norms_x, norms_y = _norms(left), _norms(right)
             squared = _expanded(left, right, norms_x, norms_y)
             size = norms_x[..., :, None] + norms_y[..., None, :]
-            _difference(squared, squared * tolerance < torch.finfo(torch.float64).eps * size, left, right)
+            _difference(squared, squared * tolerance < torch.finfo(torch.float64).eps * size, left, right, _same)
         parts.append(finish(_known(left, right, squared)).to(x.dtype))
     result = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
     return finite_costs(result, cost)
@@ -133,13 +154,13 @@ def _median(points: Tensor) -> Tensor:
     return points.detach().sort(-2).values[..., middle : middle + 1, :]
 
 
-def _difference(squared: Tensor, where: Tensor, x: Tensor, y: Tensor) -> None:
-    """Overwrite some squared distances by sums of squared differences."""
+def _difference(squared: Tensor, where: Tensor, x: Tensor, y: Tensor, prepare: Callable[[Tensor], Tensor]) -> None:
+    """Overwrite some squared distances by sums of squared differences of the prepared points."""
     batch = squared.shape[:-2]
     x, y = x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
     for pairs in where.nonzero().split(max(1, _CELLS // x.shape[-1])):
         *at, i, j = pairs.T
-        squared[*at, i, j] = (x[*at, i] - y[*at, j]).square_().sum(-1)
+        squared[*at, i, j] = (prepare(x[*at, i]) - prepare(y[*at, j])).square_().sum(-1).to(squared.dtype)
 
 
 def finite_costs(costs: Tensor, cost: str) -> Tensor:
@@ -211,7 +232,7 @@ def _between(x: Tensor, y: Tensor, cost: str) -> Tensor:
     if cost == "dot":
         return finite_costs(product(-x, y.mT) if x.shape[-1] < y.shape[-2] else -product(x, y.mT), cost)
     prepare, finish = _OF_SQUARES[cost]
-    squared = _squared(prepare(x), prepare(y), rounded=cost == "cosine")
+    squared = _squared(x, y, prepare)
     return _careful(x, y, cost) if squared is None else finish(squared)
 
 
