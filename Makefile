@@ -19,7 +19,8 @@ demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py --out $(OUT)
 
 test: $(VENV)/.test $(VENV)/.triton
-	$(BIN)/python -m pytest
+	@# Two processes of one thread each: small problems leave a second thread idle.
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
