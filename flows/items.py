@@ -46,7 +46,10 @@ def all_conditions(dataset: Any) -> Any:
     served = _served_by(dataset)
     if served is TensorDataset:
         return dataset.tensors[1]
-    return dataset.labels if served is ImageData else [dataset[row][1] for row in range(len(dataset))]
+    if served is ImageData:
+        return dataset.labels
+    conditions = [dataset[row][1] for row in range(len(dataset))]
+    return _collate_conditions(conditions) if isinstance(conditions[0], Mapping) else conditions
 
 
 def floating(x: Tensor, what: str) -> Tensor:

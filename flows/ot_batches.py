@@ -113,12 +113,9 @@ class OTBatches:
         if coupling.needs_data_set and self.times > 1:
             raise ValueError(f"sources_per_target={self.times} are drawn for each target; {coupling!r} chooses targets")
         as_drawn = matched and self.times == own
-        if coupling.ignores_conditions and not as_drawn and self.sources.have_conditions:
-            warn(
-                f"the source has conditions, which {type(coupling).__name__} ignores: it pairs any class with any. "
-                "ConditionalOTCoupling pairs within classes",
-                UserWarning,
-            )
+        self.may_ignore = coupling.ignores_conditions and not as_drawn
+        if self.may_ignore and (self.sources.have_conditions or matched):
+            self._say_ignored("groups" if matched and not self.sources.have_conditions else "conditions")
         if coupling.brings_noise and self.sources.source is not None:
             raise ValueError(f"{coupling!r} brings noises of its own: leave source out")
         self.whole = self.load_whole() if coupling.needs_data_set else None  # that chooses among all points
@@ -126,6 +123,13 @@ class OTBatches:
         self.held = -1, own_noise  # the last epoch that noises were exchanged for
         if coupling.brings_noise and self.whole is not None:
             own_noise.check_data_set(*self.whole)
+
+    def _say_ignored(self, what: str) -> None:
+        warn(
+            f"the source has {what}, which {type(self.coupling).__name__} ignores: it pairs any class with any. "
+            "ConditionalOTCoupling pairs within classes",
+            UserWarning,
+        )
 
     @property
     def per_epoch(self) -> int:
@@ -276,7 +280,10 @@ class OTBatches:
         if fetched.source is not None:
             return self.sources.fitted(fetched.source, n, like)
         generator = generator_at(self.seed, "noise", fetched.number, part, device=like.device)
-        return self.sources.fitted(self.sources.draw(n, like, generator, targets), n, like)
+        x0, y0 = self.sources.fitted(self.sources.draw(n, like, generator, targets), n, like)
+        if y0 is not None and self.may_ignore:
+            self._say_ignored("conditions")
+        return x0, y0
 
     def _rows(self, number: int, every_rank: bool = False) -> Tensor:
         """Positions in the data set of this process's part of an OT batch, or of all of it."""

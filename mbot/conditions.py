@@ -161,7 +161,7 @@ def class_codes(
     """Labels as codes that both sides share.
 
     Args:
-        y0: conditions of n samples.
+        y0: conditions of n samples; of dicts, all keys together make a class.
         y1: conditions of m samples.
         key: of these conditions in a dict, for the errors.
         allow_missing: missing labels are a class of their own, with the last code; else they are refused.
@@ -175,6 +175,9 @@ def class_codes(
         ValueError: rows of unequal length, numbers on one side and strings on the other, missing labels.
     """
     names = f"y1{key}", f"y0{key}"
+    if isinstance(y0, Mapping) != isinstance(y1, Mapping) or (isinstance(y0, Mapping) and set(y0) != set(y1)):
+        keys = [sorted(y) if isinstance(y, Mapping) else type(y).__name__ for y in (y1, y0)]
+        raise ValueError(f"{names[0]} and {names[1]} must have equal keys; got {keys[0]} and {keys[1]}")
     sides = [_rows(y, name) for y, name in zip((y1, y0), names, strict=True)]
     kinds = [(side.dtype, side.shape[1]) if isinstance(side, np.ndarray) else None for side in sides]
     if kinds[0] != kinds[1]:
@@ -218,6 +221,12 @@ def _rows(y: Labels, name: str) -> Any:
     if isinstance(y, Tensor):
         y = y.detach().cpu()
         y = (y.float() if y.is_floating_point() and y.dtype.itemsize < 4 else y).numpy()
+    if isinstance(y, Mapping):  # a row is the values of all keys
+        if not y:
+            raise ValueError(f"{name} is a dict without keys")
+        return [
+            _flat(row) for row in zip(*(_tuples(_rows(y[key], f"{name}[{key!r}]")) for key in sorted(y)), strict=True)
+        ]
     array = _array(y)
     if not isinstance(array, np.ndarray) or array.dtype == object:
         return _tuples(array)

@@ -185,6 +185,11 @@ def unit(x: Tensor) -> Tensor:
     least, most = torch.stack(norm.detach().aminmax()).tolist()
     if x.dtype == torch.float32 and not 1e-15 < least <= most < math.inf:  # squares under- or overflow
         return unit(x.double()).float()
+    if x.dtype == torch.float64 and not 1e-140 < least <= most < 1e140:
+        largest = x.detach().abs().amax(-1, keepdim=True)
+        x = x / torch.where(largest > 0, largest, 1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        least = float(norm.detach().amin())
     if least == 0:
         raise ValueError(f"the cosine cost needs non-zero vectors; {int((norm == 0).sum())} have norm 0")
     return x / norm

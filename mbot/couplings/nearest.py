@@ -21,8 +21,8 @@ class NearestNoiseCoupling(Coupling):
 
     Given ``k · m`` noises for m data points, point i chooses among rows ``k i`` to ``k i + k - 1``: nothing is shared
     within the batch, so m = 1 works as well as any other. `flows.CoupledLoader` draws that many. From another number n
-    of noises each point is offered k different ones at random (all, where there are fewer), each noise as often as any
-    other up to rounding; one noise may then serve several points.
+    of noises each point is offered k different ones at random (all, where there are fewer), each noise equally often
+    on average (exactly, where n is a multiple of k); one noise may then serve several points.
 
     **The chosen noise is not normal any more.** A noise is the likelier chosen the nearer it is to the data, while
     sampling starts from any noise. Data at the origin choose short noises; data far away choose noises that

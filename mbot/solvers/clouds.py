@@ -22,12 +22,16 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.conditions import Labels, check, class_codes
+from mbot.cost import pairwise
 from mbot.kernels.threads import run_slices
 
 _LEAF = 512  # points that the hierarchy ends at
 _BLOCKS = (512, 1024, 2048, 4096)  # pairs that a sweep matches at once
 _SAMPLE = 4096, 512  # points that directions of the hierarchy and of the sweeps are found from
 _STEP = 4096  # rows of points that a thread takes at a time
+_DOUBT = (
+    1e-4  # rounding of float32 scores, as a share of the cost, above which a class of one block is matched by costs
+)
 _WORK = 1 << 24  # costs of blocks that are solved between two checks of the time limit
 
 
@@ -162,6 +166,8 @@ class _Matching:
         exact = np.diff(self.bounds) <= _BLOCKS[-1]
         rows, cols, bounds = self._halved(np.where(exact, _BLOCKS[-1], _LEAF))
         self._exchange(rows, cols, bounds, np.inf, fresh=True)
+        for a, b in zip(self.bounds[:-1][exact], self.bounds[1:][exact], strict=True):
+            self._careful(self.cols[a:b])
         if start is not None:
             apart = np.empty((2, self.size))
             for source, out in zip((self.source, start), apart, strict=True):
@@ -169,6 +175,20 @@ class _Matching:
             totals = [np.bincount(self.classes, weights=part) for part in apart]
             self.source = np.where((totals[1] <= totals[0])[self.classes], start, self.source)
         self._look()
+
+    def _careful(self, cols: np.ndarray) -> None:
+        """Match a class anew by costs in float64, where float32 scores about the mean cancel: groups far apart."""
+        from mbot.kernels.assignment import assign
+
+        given = self.given[0][self.source[cols]], self.given[1][cols % len(self.y)]
+        x, y = (np.asarray(points, np.float64) for points in given)
+        cost = ((x - y) ** 2).sum()
+        if np.finfo(np.float32).eps * (((x - x.mean(0)) ** 2).sum() + ((y - y.mean(0)) ** 2).sum()) <= _DOUBT * cost:
+            return
+        costs = pairwise(torch.from_numpy(x), torch.from_numpy(y), "sqeuclidean").numpy()
+        column = assign(costs.reshape(-1), np.array([len(cols)]), capped=True)[0]
+        if costs[np.arange(len(cols)), column].sum() < cost:
+            self.source[cols[column]] = self.source[cols]
 
     def sweep(self, tol: float, until: float, progress: bool) -> bool:
         """Exchange in ever larger groups; returns whether the last sweep gained less than the tolerance."""
@@ -315,6 +335,8 @@ def _points(points: Any, name: str) -> np.ndarray:
         checks.floating(points, name)
         points = points.detach().cpu()
         points = (points.float() if points.dtype.itemsize < 4 else points).numpy()
+    elif isinstance(points, np.ndarray) and points.dtype.kind == "f" and points.dtype not in (np.float32, np.float64):
+        points = points.astype(np.float32 if points.dtype.itemsize <= 4 else np.float64)
     if not isinstance(points, np.ndarray) or points.dtype.kind != "f":
         got = points.dtype if isinstance(points, np.ndarray) else type(points).__name__
         raise TypeError(f"{name} must be a tensor or array of floating-point numbers; got {got}")

@@ -304,3 +304,34 @@ def test_a_trainer_learns_from_class_to_class():
     model = flows.models.ResidualMLP(2, num_classes=3, width=16, depth=1)
     run = flows.Trainer(model, loader(source_sampling="matched"), steps=3, progress=False, ema=None)
     assert run.fit().step == 3
+
+
+def test_groups_and_conditions_that_are_ignored_are_told():
+    x = TensorDataset(torch.randn(24, 2))
+    settings = {"batch_size": 6, "ot_batch_size": 12}
+    for many, told in ((None, False), (3, True)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            CoupledLoader(x, torch.randn(60, 2), None, source_sampling="matched", sources_per_target=many,
+                          groups=(torch.arange(60) % 3, torch.arange(24) % 3), **settings)  # fmt: skip
+        assert any("source has groups" in str(w.message) for w in caught) == told
+    drawn = lambda n, generator: (torch.randn(n, 2, generator=generator), torch.arange(n) % 3)  # noqa: E731
+    one = CoupledLoader(DATA, drawn, mbot.OTCoupling(), **settings)
+    with pytest.warns(UserWarning, match="source has conditions") as caught:
+        next(iter(one))
+    for _ in range(5):
+        one.next_batch()
+    assert len(caught) == 1
+
+
+def test_conditions_in_dicts_are_matched():
+    class InDicts(Items):
+        def __getitem__(self, i):
+            x, y = self.data[i]
+            return x, {"class": int(y), "half": "ab"[i % 2]}
+
+    one = loader(mbot.IndependentCoupling(), InDicts(SOURCE), InDicts(DATA), source_sampling="matched")
+    for _ in range(8):
+        batch = one.next_batch()
+        assert torch.equal(batch.y0["class"], batch.y["class"])
+        assert list(batch.y0["half"]) == list(batch.y["half"])

@@ -276,3 +276,36 @@ def test_better_than_mini_batches():
     assert best <= found.cost * (1 + 1e-6)
     assert found.cost - best < 0.1 * (sum(batches) / len(batches) - best)
     assert "5000 points" in repr(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [1, 2, 8])
+@pytest.mark.parametrize("apart", [30.0, 1e3, 1e4])
+def test_small_clouds_in_groups_far_apart_are_matched_exactly(apart, d, dtype):
+    """Scores about the mean cancel there in float32."""
+    g = torch.Generator().manual_seed(0)
+    shift = apart * (torch.arange(240) % 3)[:, None]
+    x, y = (torch.randn(240, d, generator=g, dtype=dtype) + shift for _ in range(2))
+    cost = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+    best = cost[linear_sum_assignment(cost)].mean()
+    found = mbot.match_clouds(x, y, certificate=True)
+    assert found.cost == pytest.approx(best, rel=1e-4)
+    assert found.bound <= best * (1 + 1e-9)
+    classes = torch.arange(240) % 2
+    within = mbot.match_clouds(x, y, labels=(classes, classes))
+    assert torch.equal(classes[within.source], classes)
+    labelled = cost + np.where(classes[:, None] != classes, 1e12, 0)
+    assert within.cost == pytest.approx(labelled[linear_sum_assignment(labelled)].mean(), rel=1e-4)
+
+
+def test_labels_in_dicts_and_numbers_of_other_kinds():
+    x, y = torch.randn(60, 2), torch.randn(60, 2) + 1
+    one, two = torch.arange(60) % 3, torch.arange(60) % 2
+    both = mbot.match_clouds(x, y, labels=(one * 2 + two,) * 2)
+    assert torch.equal(mbot.match_clouds(x, y, labels=({"a": one, "b": two},) * 2).source, both.source)
+    with pytest.raises(ValueError, match="equal keys"):
+        mbot.match_clouds(x, y, labels=({"a": one}, {"b": one}))
+    plain = mbot.match_clouds(x.half().float(), y.half().float())
+    for kind in (np.float16, ">f4", ">f8", np.longdouble):
+        given = (points.half().float().numpy().astype(kind) for points in (x, y))
+        assert torch.equal(mbot.match_clouds(*given).source, plain.source)

@@ -101,3 +101,27 @@ def test_cosine_costs_of_close_directions_keep_their_digits():
     ours = mbot.pairwise_cost(x.float(), y.float(), "cosine")
     torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=0)
     torch.testing.assert_close(1 - torch.nn.functional.cosine_similarity(x[:, None], y, dim=-1), exact)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-160, 1.0, 1e155, 1e300])
+def test_directions_of_float64_points_of_any_length(scale):
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = mbot.pairwise_cost(x, -x, "cosine")
+    torch.testing.assert_close(mbot.pairwise_cost(x * scale, -x, "cosine"), expected, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(mbot.pairwise_cost(x * scale, -x * scale, "cosine"), expected, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_among_themselves_cost_nothing_at_themselves(cost, dtype):
+    """And close ones keep their digits: a few pairs are computed by differences."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 200, 16, generator=g, dtype=dtype) + 3
+    y = torch.cat((x + 1e-4 * torch.randn(x.shape, generator=g, dtype=dtype), x[:, :20]), 1)
+    one, two = (points.double() for points in (x, y))
+    if cost == "cosine":
+        one, two = (torch.nn.functional.normalize(points, dim=-1) for points in (one, two))
+    exact = (one[:, :, None] - two[:, None]).square().sum(-1)
+    exact = {"sqeuclidean": exact, "euclidean": exact.sqrt(), "cosine": exact / 2}[cost]
+    torch.testing.assert_close(mbot.pairwise_cost(x, y, cost).double(), exact, rtol=1e-4, atol=1e-14)
+    assert float(mbot.pairwise_cost(x, x, cost).diagonal(dim1=1, dim2=2).abs().max()) < 1e-14
