@@ -24,6 +24,8 @@ from mbot import checks
 from mbot.conditions import Labels, check, class_codes
 from mbot.cost import pairwise
 from mbot.kernels.threads import run_slices
+from mbot.problem import Problems
+from mbot.solvers.matching import match
 
 _LEAF = 512  # points that the hierarchy ends at
 _BLOCKS = (512, 1024, 2048, 4096)  # pairs that a sweep matches at once
@@ -178,16 +180,14 @@ class _Matching:
 
     def _careful(self, cols: np.ndarray) -> None:
         """Match a class anew by costs in float64, where float32 scores about the mean cancel: groups far apart."""
-        from mbot.kernels.assignment import assign
-
         given = self.given[0][self.source[cols]], self.given[1][cols % len(self.y)]
         x, y = (np.asarray(points, np.float64) for points in given)
         cost = ((x - y) ** 2).sum()
         if np.finfo(np.float32).eps * (((x - x.mean(0)) ** 2).sum() + ((y - y.mean(0)) ** 2).sum()) <= _DOUBT * cost:
             return
-        costs = pairwise(torch.from_numpy(x), torch.from_numpy(y), "sqeuclidean").numpy()
-        column = assign(costs.reshape(-1), np.array([len(cols)]), capped=True)[0]
-        if costs[np.arange(len(cols)), column].sum() < cost:
+        costs = pairwise(torch.from_numpy(x), torch.from_numpy(y), "sqeuclidean")
+        column = match(Problems.dense(costs[None])).col[0].numpy()
+        if costs.numpy()[np.arange(len(cols)), column].sum() < cost:
             self.source[cols[column]] = self.source[cols]
 
     def sweep(self, tol: float, until: float, progress: bool) -> bool:
