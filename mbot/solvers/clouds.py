@@ -34,7 +34,7 @@ _STEP = 4096  # rows of points that a thread takes at a time
 _DOUBT = (
     1e-4  # rounding of float32 scores, as a share of the cost, above which a class of one block is matched by costs
 )
-_WORK = 1 << 24  # costs of blocks that are solved between two checks of the time limit
+_WORK = 1 << 27  # costs of blocks that are solved between two checks of the time limit, eight of the largest blocks
 
 
 @dataclass(frozen=True, eq=False)
