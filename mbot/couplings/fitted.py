@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbot.conditions import Labels, class_codes
+from mbot.conditions import Labels, check, class_codes
 from mbot.couplings.base import Coupling
 
 _HASHED = 1 << 20  # numbers hashed at a time
@@ -16,9 +16,9 @@ _HASHED = 1 << 20  # numbers hashed at a time
 
 def codes_of(y: Labels | None, points: Tensor, name: str) -> Tensor:
     """Classes ``(N,)`` of the points of a data set, as 0 … c-1."""
-    if y is None or len(y) != len(points):
-        got = "none" if y is None else len(y)
-        raise ValueError(f"conditional=True needs {name}, the class of each of the {len(points)} points; got {got}")
+    if y is None:
+        raise ValueError(f"conditional=True needs {name}, the class of each of the {len(points)} points; got none")
+    check(y, len(points), name, "the data set")
     return torch.from_numpy(class_codes(y, y)[1]).to(points.device)
 
 

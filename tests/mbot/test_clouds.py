@@ -309,3 +309,14 @@ def test_labels_in_dicts_and_numbers_of_other_kinds():
     for kind in (np.float16, ">f4", ">f8", np.longdouble):
         given = (points.half().float().numpy().astype(kind) for points in (x, y))
         assert torch.equal(mbot.match_clouds(*given).source, plain.source)
+
+
+@pytest.mark.parametrize("coupling", [mbot.DataCoupling, mbot.SemidiscreteCoupling])
+def test_couplings_of_data_sets_take_classes_in_dicts(coupling):
+    settings = {} if coupling is mbot.DataCoupling else {"steps": 20, "batch_size": 64, "tol": 1e9}
+    x, classes = torch.randn(60, 2), torch.arange(60) % 3
+    learned = coupling(conditional=True, **settings)
+    one, other = (learned.fit(x, y, generator=torch.Generator().manual_seed(0)) for y in ({"a": classes}, classes))
+    assert one == other
+    with pytest.raises(ValueError, match="one condition for each of the 60 samples of the data set; got 59"):
+        learned.fit(x, {"a": classes[:59]})
