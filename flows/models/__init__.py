@@ -1,7 +1,8 @@
 """Velocity models with the signature ``model(t, x, y)``."""
 
 from flows.models.condition import ConditionEmbedding
+from flows.models.foreign import WrappedModel, wrap
 from flows.models.mlp import ResidualMLP, parameter_count
 from flows.models.unet import PRESETS, UNet
 
-__all__ = ["PRESETS", "ConditionEmbedding", "ResidualMLP", "UNet", "parameter_count"]
+__all__ = ["PRESETS", "ConditionEmbedding", "ResidualMLP", "UNet", "WrappedModel", "parameter_count", "wrap"]
