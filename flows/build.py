@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import mbot
 from flows import checkpoint, datasets, paths, registry
-from flows.config import ConfigError, DiagnoseConfig, Model, TrainConfig, plain, read_file, typed
+from flows.config import DiagnoseConfig, Model, TrainConfig
 from flows.guidance import GuidedModel
 from flows.integrate import integrate
 from flows.items import all_conditions, read
@@ -21,6 +21,7 @@ from flows.loader import CoupledLoader
 from flows.lr_schedule import warmup_schedule
 from flows.models import PRESETS, ResidualMLP, UNet
 from flows.seeds import derive_seed, generator_at
+from flows.settings import ConfigError, plain, read_file, typed
 from flows.sources import Pools
 from flows.times import TimeLaw
 from flows.trainer import Trainer

@@ -1,19 +1,14 @@
-"""Typed settings of the command line: one flat dataclass a command, read from flags and TOML or YAML files."""
+"""Typed settings of the command line: one flat dataclass; those that only one command has are with that command."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-import tomllib
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from flows import registry
 from flows.integrate import METHODS
+from flows.settings import ConfigError, plain
 
 if TYPE_CHECKING:
     Data: TypeAlias = str
@@ -29,10 +24,6 @@ else:
     TimesName = Literal[tuple(registry.time_laws())]
     Model = Literal[("auto", *registry.model_names())]
     Method = Literal[METHODS]
-
-
-class ConfigError(ValueError):
-    """Settings that do not fit together, or a file with unknown or mistyped keys."""
 
 
 @dataclass(frozen=True)
@@ -187,52 +178,6 @@ class DiagnoseConfig:
     """Of everything."""
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """Draw samples from a trained run: a picture, and an .npz file with samples, conditions and noise."""
-
-    run: Path
-    """Folder of the run."""
-    checkpoint: Path | None = None
-    """A certain checkpoint; by default the newest."""
-    num: int = 100
-    """How many."""
-    label: int | None = None
-    """Class of all samples; by default all classes in turn."""
-    guidance: float = 1.0
-    """Guidance scale; 1 for none, negative leads away from the class."""
-    method: Method = "dopri5"
-    """Solver."""
-    steps: int | None = None
-    """Steps of a fixed-step solver."""
-    tolerance: float = 1e-4
-    """Of dopri5, relative and absolute."""
-    seed: int = 0
-    """Of the noise."""
-    device: str = "auto"
-    """auto: a GPU where there is one."""
-    out: Path | None = None
-    """Prefix of the files written; by default samples/sample in the run's folder."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Measure a trained run with few and many steps; prints a table and writes evaluation.json and evaluation.md."""
-
-    run: Path
-    """Folder of the run."""
-    checkpoint: Path | None = None
-    """A certain checkpoint; by default the newest."""
-    num: int = 1000
-    """Samples a row of the table."""
-    guidance: float = 1.0
-    """Guidance scale; 1 for none."""
-    seed: int = 0
-    """Of noise and classifier."""
-    device: str = "auto"
-    """auto: a GPU where there is one."""
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     # Cheng and Schwing 2025 (arXiv 2503.10636), their CIFAR-10 run: two GPUs of this batch size
@@ -260,90 +205,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings of the papers' image runs, by name (flows' command line: --preset)."""
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """A TOML, YAML or JSON file as a dict of settings; dashes in names count as underscores."""
-    readers: dict[str, Any] = {".toml": tomllib.loads, ".json": json.loads, ".yaml": _yaml, ".yml": _yaml}
-    if path.suffix not in readers:
-        raise ConfigError(f"settings are read from .toml, .yaml, .yml or .json files; got {path}")
-    try:
-        values = readers[path.suffix](path.read_text())
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold names and values; got {type(values).__name__}")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
-
-
-def _yaml(text: str) -> Any:
-    try:
-        import yaml  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError as error:
-        raise ConfigError("a YAML file needs pyyaml: pip install pyyaml, or use TOML") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def check(config: Any) -> Any:
-    """Settings whose numbers are finite and whose seed fits a generator.
-
-    Raises:
-        ConfigError: names the first that is not.
-    """
-    for name, value in plain(config).items():
-        flag = f"--{name.replace('_', '-')}"
-        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
-            raise ConfigError(f"{flag} must be finite; got {value}")
-        if name == "seed" and not 0 <= value < 2**63:
-            raise ConfigError(f"{flag} must lie in 0 … 2^63 - 1; got {value}")
-    return config
-
-
-def typed(kind: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Plain values as the types of a settings class; unknown names and wrong types are refused.
-
-    Raises:
-        ConfigError: names what is wrong and what there is.
-    """
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ConfigError(f"{where} has unknown keys: {', '.join(unknown)}. Known: {', '.join(hints)}")
-    return {name: _convert(value, hints[name], f"{name} in {where}") for name, value in values.items()}
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in options:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, options))}; got {value!r}")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return (
-            None if value in (None, "none") else _convert(value, next(o for o in options if o is not type(None)), name)
-        )
-    if origin is tuple and options[-1] is Ellipsis:
-        if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{name} must be a list; got {value!r}")
-        return tuple(_convert(v, options[0], name) for v in value)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) != len(options):
-            raise ConfigError(f"{name} must be {len(options)} values; got {value!r}")
-        return tuple(_convert(v, o, name) for v, o in zip(value, options, strict=True))
-    if hint is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{name} must be of type {hint.__name__}; got {value!r}")
-    return value
-
-
-# Settings that a resumed run may change, since the trained weights do not depend on them (with more steps, linear decay
-# ends later).
 _FREE = {
     "out", "config", "preset", "data_root", "source_root", "download", "steps", "num_workers", "guidance", "device",
     "compile", "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress",
@@ -372,16 +233,3 @@ def same_run(saved: dict[str, Any], config: TrainConfig) -> None:
             f"--resume goes on with the settings that the run in {config.out} began with; its config.toml holds them. "
             "These differ: " + "; ".join(differ)
         )
-
-
-def plain(value: Any) -> Any:
-    """Settings as numbers, strings, lists and dicts."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-
-
-def to_toml(config: Any) -> str:
-    """A settings object as a TOML file that `read_file` and `typed` take back to the same object."""
-    values = {name: "none" if value is None else value for name, value in plain(config).items()}
-    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())

@@ -15,9 +15,12 @@ import torch
 import flows
 import mbot
 from flows import build, checkpoint, config
-from flows.__main__ import main, parse
-from flows.config import ConfigError, TrainConfig
+from flows import settings as files
+from flows.__main__ import main
+from flows.commands.common import parse
+from flows.config import TrainConfig
 from flows.models import parameter_count
+from flows.settings import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "mlp", "--batch-size", "32", "--ot-batch-size", "64", "--no-progress", "--device", "cpu"]
@@ -167,8 +170,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
 def test_resolved_settings_are_read_back(tmp_path):
     for preset in config.PRESETS:
         got = parse(TrainConfig, ["--preset", preset, "--data-root", 'a "quoted" folder', "--clip", "None"], "train")
-        (tmp_path / "config.toml").write_text(config.to_toml(got))
-        again = TrainConfig(**config.typed(TrainConfig, config.read_file(tmp_path / "config.toml"), "file"))
+        (tmp_path / "config.toml").write_text(files.to_toml(got))
+        again = TrainConfig(**files.typed(TrainConfig, files.read_file(tmp_path / "config.toml"), "file"))
         assert again == got
 
 
@@ -244,10 +247,10 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "a.yaml").write_text("a: 1")
     for name, says in (("a.txt", "read from .toml"), ("a.json", "names and values"), ("b.toml", "cannot read")):
         with pytest.raises(ConfigError, match=says):
-            config.read_file(tmp_path / name)
+            files.read_file(tmp_path / name)
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ConfigError, match="pip install pyyaml, or use TOML"):
-        config.read_file(tmp_path / "a.yaml")
+        files.read_file(tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ import torch
 
 import flows
 import mbot
-from flows import build, config, registry
-from flows.__main__ import main, parse
-from flows.config import ConfigError, DiagnoseConfig, TrainConfig
+from flows import build, registry
+from flows import settings as files
+from flows.__main__ import main
+from flows.commands.common import parse
+from flows.config import DiagnoseConfig, TrainConfig
+from flows.settings import ConfigError
 
 TINY = ["--data", "moons", "--model", "mlp", "--batch-size", "16", "--ot-batch-size", "32", "--steps", "2",
         "--evaluate", "0", "--no-progress", "--device", "cpu"]  # fmt: skip
@@ -46,7 +49,7 @@ def test_every_coupling_trains_and_is_diagnosed(name, tmp_path, capsys):
     run = tmp_path / "run"
     command = ["train", *TINY, "--data", "digits", "--coupling", name, *more, "--out", str(run)]
     assert main(command) == 0, capsys.readouterr().err
-    saved = TrainConfig(**config.typed(TrainConfig, config.read_file(run / "config.toml"), "file"))
+    saved = TrainConfig(**files.typed(TrainConfig, files.read_file(run / "config.toml"), "file"))
     task = build.load_task(saved)
     assert isinstance(build.build_coupling(saved, task), registry.couplings()[name])
     assert list(saved.settings) == NEEDED.get(name, [])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import flows
 import mbot
 from flows import build, checkpoint
-from flows.__main__ import main, parse
+from flows.__main__ import main
+from flows.commands.common import parse
 from flows.config import TrainConfig
 from tests.flows.toy_run import trainer, weights
 

@@ -1,0 +1,11 @@
+"""The commands of ``python -m flows``: each is a module with its settings and a function of its name."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "train": "train a flow on a data set; ends with samples and a table of metrics",
+    "sample": "draw samples from a trained run",
+    "evaluate": "measure a trained run with few and many steps",
+    "diagnose": "what a coupling does to a data set, before training",
+}
+"""What each does, in one line."""
