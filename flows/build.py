@@ -19,7 +19,7 @@ from flows.integrate import integrate
 from flows.items import all_conditions, read
 from flows.loader import CoupledLoader
 from flows.lr_schedule import warmup_schedule
-from flows.models import PRESETS, ResidualMLP, UNet
+from flows.models import DIT_PRESETS, PRESETS, DiT, ResidualMLP, UNet
 from flows.seeds import derive_seed, generator_at
 from flows.settings import ConfigError, plain, read_file, typed
 from flows.sources import Pools
@@ -207,12 +207,23 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
             return ResidualMLP(features, width=config.mlp_width, depth=config.mlp_depth, **conditions)
         if not task.images:
             raise ConfigError(f"--model {name} is for images; {config.data} has samples of shape {task.shape}")
+        if name in DIT_PRESETS:
+            return _transformer(config, task, name, conditions)
         changes: dict[str, Any] = {"in_channels": task.shape[0], "image_size": task.shape[-1]}
         if config.dropout is not None:
             changes["dropout"] = config.dropout
         shift = PRESETS[name]["image_size"] / task.shape[-1]
         changes["attention"] = tuple(int(size / shift) for size in PRESETS[name]["attention"])
         return UNet.preset(name, **changes, **conditions)
+
+
+def _transformer(config: TrainConfig, task: Task, name: str, conditions: dict[str, int]) -> DiT:
+    side = DIT_PRESETS[name]["patch_size"]
+    if any(pixels % side for pixels in task.shape[1:]):
+        raise ConfigError(f"--model {name} has patches of {side} pixels, which do not divide images {task.shape}")
+    if config.dropout is not None:
+        raise ConfigError(f"--dropout is of the U-Nets; --model {name} has none")
+    return DiT.preset(name, in_channels=task.shape[0], **conditions)
 
 
 def device_of(name: str) -> torch.device:

@@ -77,7 +77,7 @@ class TrainConfig:
     times: TimesName = "uniform"
     """Law of the times that the model is trained at; its settings follow --settings, such as times.mean=-0.4."""
     model: Model = "auto"
-    """auto: a U-Net that fits the images, an MLP for points."""
+    """auto: a U-Net that fits the images, an MLP for points. dit: a small transformer; others by a paper's size."""
     mlp_width: int = 128
     """Hidden features of the MLP; at least as many as the data has is wise."""
     mlp_depth: int = 3

@@ -83,8 +83,8 @@ def data_sets() -> dict[str, Callable[..., Any]]:
 
 
 def model_names() -> list[str]:
-    """The MLP and the U-Nets' presets."""
-    return ["mlp", *models.PRESETS]
+    """The MLP, the U-Nets' presets and those of the transformers."""
+    return ["mlp", *models.PRESETS, *models.DIT_PRESETS]
 
 
 def settings_of(group: str, texts: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Models: published sizes, conditions that can be absent, transforms and the compiler."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call, grad, jvp, vmap
 
 import flows
-from flows.models import PRESETS, ResidualMLP, UNet, parameter_count
+from flows.models import DIT_PRESETS, PRESETS, DiT, ResidualMLP, UNet, parameter_count
 
 MODELS = {
     "mlp": (lambda: ResidualMLP(4, width=16, depth=1), (4,), None),
@@ -20,6 +23,12 @@ MODELS = {
     "unet": (lambda: UNet.preset("digits"), (1, 8, 8), None),
     "unet-labels": (lambda: UNet.preset("digits", num_classes=3), (1, 8, 8), torch.tensor([0, 2, -1])),
     "unet-vectors": (lambda: UNet.preset("digits", condition_dim=2), (1, 8, 8), torch.tensor([[0.5, 1.0]] * 3)),
+}
+SMALL = {"patch_size": 2, "width": 16, "depth": 1, "heads": 2}
+MODELS |= {
+    "dit": (lambda: DiT(1, **SMALL), (1, 4, 8), None),
+    "dit-labels": (lambda: DiT(2, **SMALL, num_classes=3), (2, 4, 4), torch.tensor([0, 2, -1])),
+    "dit-vectors": (lambda: DiT(1, **SMALL, condition_dim=2), (1, 4, 4), torch.tensor([[0.5, 1.0]] * 3)),
 }
 
 
@@ -83,15 +92,17 @@ def test_without_a_condition_the_condition_layer_has_no_say():
         (ResidualMLP(2, num_classes=3), torch.tensor([-1]), torch.tensor([1])),
         (ResidualMLP(2, condition_dim=2), torch.tensor([[torch.nan, torch.nan]]), torch.ones(1, 2)),
         (UNet.preset("digits", num_classes=3), torch.tensor([-1]), torch.tensor([1])),
+        (DiT(1, **SMALL, num_classes=3), torch.tensor([-1]), torch.tensor([1])),
+        (DiT(1, **SMALL, condition_dim=2), torch.tensor([[torch.nan, torch.nan]]), torch.ones(1, 2)),
     ):
-        torch.nn.init.normal_(list(model.parameters())[-2])
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
         t, x = torch.rand(1), torch.randn(1, *((2,) if isinstance(model, ResidualMLP) else (1, 8, 8)))
         before, given = model(t, x, y), model(t, x, other)
         for p in model.condition.parameters():
             torch.nn.init.normal_(p)
         assert torch.equal(model(t, x, y), before)
-        if isinstance(model, ResidualMLP):
-            assert not torch.equal(model(t, x, other), given)
+        assert not torch.equal(model(t, x, other), given)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +121,61 @@ def test_presets_have_the_papers_sizes(name, conditions, count):
         assert parameter_count(UNet.preset(name, **conditions)) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "published", "count"),
+    [
+        # Of the paper, in millions, for 1000 classes on latents of 32 × 32 × 4. Theirs have a class more (no condition)
+        # and four more channels out (variances): 32,865,056 and 130,282,528 with these, by the sums of their layers.
+        ("dit-s-2", 33, 32_865_056 - 384 - 16 * 385),
+        ("dit-b-2", 130, 130_315_808 - 768 - 16 * 769),
+    ],
+)
+def test_transformers_have_the_papers_sizes(name, published, count):
+    with torch.device("meta"):
+        assert parameter_count(DiT.preset(name, num_classes=1000)) == count
+    assert round(count / 1e6) == published
+
+
+def test_a_new_transformer_is_zero_and_its_blocks_are_identities():
+    model = DiT(3, **SMALL, num_classes=2)
+    t, x, y = torch.rand(2), torch.randn(2, 3, 4, 6), torch.tensor([0, 1])
+    assert not model(t, x, y).any()
+    hidden, embedding = torch.randn(2, 6, 16), torch.randn(2, 16)
+    assert torch.equal(model.blocks[0](hidden, embedding), hidden)
+    # the one layer that starts at zero hears every later one after a step
+    model(t, x, y).sum().backward()
+    assert model.leave.bias.grad.any()
+
+
+def test_patches_are_where_they_were():
+    """With blocks that are identities and a modulation that is constant, a patch depends on itself alone."""
+    torch.manual_seed(0)
+    model = DiT(2, **SMALL)
+    torch.nn.init.normal_(model.leave.weight)
+    x = torch.randn(1, 2, 6, 4)
+    changed = x.clone()
+    changed[0, 1, 3, 2] += 1.0  # of the patch of rows 2-3 and columns 2-3
+    t = torch.rand(1)
+    different = (model(t, x) != model(t, changed)).any(1)[0]
+    inside = torch.zeros(6, 4, dtype=torch.bool)
+    inside[2:4, 2:4] = True
+    assert torch.equal(different, inside)
+
+
+def test_positions_tell_every_place():
+    """Oracle: sines and cosines of row and column at DiT's frequencies, one place at a time."""
+    from flows.models.dit import positions
+
+    features = positions(3, 5, 8)
+    for row, column in itertools.product(range(3), range(5)):
+        waves = [f(at / 10_000 ** (i / 2)) for at in (row, column) for f in (math.cos, math.sin) for i in range(2)]
+        torch.testing.assert_close(features[5 * row + column], torch.tensor(waves), rtol=1e-5, atol=1e-6)
+    assert len(features.unique(dim=0)) == 15
+
+
 def test_presets_run():
+    assert DiT.preset("dit", in_channels=3)(torch.rand(2), torch.randn(2, 3, 8, 6)).shape == (2, 3, 8, 6)
+    assert list(DIT_PRESETS) == ["dit", "dit-s-2", "dit-b-2"]
     for name in ("digits", "mnist"):
         size = PRESETS[name]["image_size"]
         assert UNet.preset(name)(torch.rand(2), torch.randn(2, 1, size, size)).shape == (2, 1, size, size)
@@ -163,6 +228,17 @@ def test_bad_models_and_conditions():
         UNet(3, image_size=32, attention=(5,))
     with pytest.raises(ValueError, match="name must be one of"):
         UNet.preset("huge")
+    for options, says in (
+        ({"width": 18}, "width must be a multiple of 4 .* and of heads=2; got 18"),
+        ({"heads": 3}, "of heads=3; got 16"),
+        ({"depth": 0}, "depth must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            DiT(3, **{**SMALL, **options})
+    with pytest.raises(ValueError, match="multiples of patch_size=2; got 4 × 5"):
+        DiT(3, **SMALL)(torch.rand(1), torch.randn(1, 3, 4, 5))
+    with pytest.raises(ValueError, match="built without conditions"):
+        DiT(3, **SMALL)(torch.rand(1), torch.randn(1, 3, 4, 4), torch.tensor([1]))
     labels = UNet.preset("digits", num_classes=3)
     with pytest.raises(ValueError, match="integer labels"):
         labels(torch.rand(2), torch.randn(2, 1, 8, 8), torch.rand(2))

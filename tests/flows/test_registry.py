@@ -58,6 +58,24 @@ def test_every_coupling_trains_and_is_diagnosed(name, tmp_path, capsys):
     assert registry.couplings()[name].__name__ in capsys.readouterr().out
 
 
+def test_every_model_is_built_for_images_with_labels():
+    task = build.Task(None, (3, 16, 8), num_classes=5)
+    for name in registry.model_names():
+        if name not in ("mlp", "cifar10-c2ot", "imagenet32-c2ot"):  # large, and built like the others
+            with torch.device("meta"):
+                model = build.build_model(TrainConfig(model=name), task)
+                out = model(torch.rand(2), torch.rand(2, 3, 16, 8), torch.zeros(2, dtype=torch.long))
+            assert out.shape == (2, 3, 16, 8)
+    with pytest.raises(
+        ConfigError, match=r"--model dit has patches of 2 pixels, which do not divide images \(1, 9, 8\)"
+    ):
+        build.build_model(TrainConfig(model="dit"), build.Task(None, (1, 9, 8)))
+    with pytest.raises(ConfigError, match="--dropout is of the U-Nets; --model dit has none"):
+        build.build_model(TrainConfig(model="dit", dropout=0.1), task)
+    with pytest.raises(ConfigError, match="--model dit is for images"):
+        build.build_model(TrainConfig(model="dit"), build.Task(None, (2,)))
+
+
 @pytest.mark.parametrize("name", registry.path_classes())
 def test_every_path_trains(name, tmp_path, capsys):
     command = ["train", *TINY, "--path", name, "--settings", "path.sigma=0.2", "--out", str(tmp_path / "run")]

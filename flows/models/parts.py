@@ -1,0 +1,29 @@
+"""What models share: features of times and places, and attention that can be differentiated forwards."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+
+def sinusoids(values: Tensor, dim: int) -> Tensor:
+    """Features ``(B, dim)`` of values ``(B,)``: cosines, then sines, with periods from 2π to nearly 20,000π.
+
+    In float32 or better.
+    """
+    half = dim // 2
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    rate = torch.exp(-math.log(10_000) / half * torch.arange(half, device=values.device, dtype=torch.float32))
+    angle = values[:, None] * rate
+    return F.pad(torch.cat((angle.cos(), angle.sin()), 1), (0, dim % 2))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention ``(…, n, d)``, fused where no forward-mode derivative is asked for."""
+    if forward_ad.unpack_dual(q).tangent is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
