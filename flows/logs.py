@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,21 @@ class RunLog:
         tensorboard: write event files too (needs the package tensorboard).
         progress: show the bar.
         waited: seconds that were waited for batches before this attempt.
+        on_row: called with each row as a dict, once it is written.
     """
 
     def __init__(
-        self, out: Path | None, *, steps: int, first: int, tensorboard: bool, progress: bool, waited: float = 0.0
+        self,
+        out: Path | None,
+        *,
+        steps: int,
+        first: int,
+        tensorboard: bool,
+        progress: bool,
+        waited: float = 0.0,
+        on_row: Callable[[dict[str, float]], Any] | None = None,
     ) -> None:
+        self.on_row = on_row
         self._last = time.perf_counter(), waited, first
         # A disabled bar would still take tqdm's lock, which forked processes share: one that is killed keeps it.
         self.bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True) if progress else None
@@ -95,6 +106,8 @@ class RunLog:
             for name, value in figures.items():
                 if name != "step":
                     self.writer.add_scalar(name, value, int(figures["step"]))
+        if self.on_row is not None:
+            self.on_row({name: figures[name] for name in COLUMNS if name in figures})
 
     def close(self) -> None:
         """End the bar and flush the files."""

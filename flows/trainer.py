@@ -63,6 +63,8 @@ class Trainer:
         checkpoint_every: steps between checkpoints (the last step is saved as well); None for the last only.
         keep: checkpoints kept, at least 2 so that one is good while another is damaged.
         log_every: steps between rows of ``metrics.csv``.
+        on_log: called with each row as a dict of numbers, on rank 0: ``on_log=wandb.log``, or ``lambda row:
+            mlflow.log_metrics(row, row["step"])``. A run without a folder logs too.
         tensorboard: write event files.
         progress: show a bar with loss and the share of time that waits for the coupling.
         preview: called as ``preview(model, step)`` with the averaged model in eval mode, without gradients, on rank 0;
@@ -97,6 +99,7 @@ class Trainer:
         checkpoint_every: int | None = None,
         keep: int = 3,
         log_every: int = 50,
+        on_log: Callable[[dict[str, float]], Any] | None = None,
         tensorboard: bool = False,
         progress: bool = True,
         preview: Callable[[nn.Module, int], None] | None = None,
@@ -134,7 +137,9 @@ class Trainer:
         if checkpoint_every is not None and self.out is None:
             raise ValueError("checkpoint_every needs a folder to write to: give out")
         self.keep = checks.count(keep, "keep", at_least=2)
-        self.tensorboard, self.progress, self.preview = tensorboard, progress, preview
+        if on_log is not None and not callable(on_log):
+            raise TypeError(f"on_log must be called with a dict of each row; got {type(on_log).__name__}")
+        self.tensorboard, self.progress, self.preview, self.on_log = tensorboard, progress, preview, on_log
         self.config = config or {}
         try:
             json.dumps(self.config)
@@ -200,6 +205,7 @@ class Trainer:
             tensorboard=self.tensorboard and self.rank == 0,
             progress=self.progress and self.rank == 0,
             waited=waited,
+            on_row=self.on_log,
         )
         saved: FilePath | None = None
         signals = Signals()
@@ -379,14 +385,8 @@ class Trainer:
 
     def _report(self, log: RunLog) -> None:
         if self.rank == 0:
-            log.row(
-                self.step,
-                self.loader.wait_seconds,
-                epoch=self.loader.epoch,
-                loss=float(self._guard.loss),
-                lr=self._rate,
-                grad_norm=float(self._guard.norm),
-            )
+            figures = {"loss": float(self._guard.loss), "lr": self._rate, "grad_norm": float(self._guard.norm)}
+            log.row(self.step, self.loader.wait_seconds, epoch=self.loader.epoch, **figures)
 
     def _show(self) -> None:
         if self.rank == 0 and self.preview is not None:

@@ -333,6 +333,27 @@ def test_previews_and_reports(straight, tmp_path):
     assert float(row["grad_norm"]) > 0
 
 
+def test_every_row_goes_to_a_callable_too(tmp_path):
+    rows = []
+    run = trainer(tmp_path, log_every=10, on_log=rows.append)
+    run.fit()
+    assert [row["step"] for row in rows] == [10, 20, 24]
+    assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
+    with open(tmp_path / "metrics.csv") as file:
+        written = list(csv.DictReader(file))
+    for row, line in zip(rows, written, strict=True):
+        assert list(row) == list(line)
+        assert all(float(line[name]) == pytest.approx(row[name], rel=1e-5) for name in row)
+    alone = []
+    trainer(log_every=10, on_log=alone.append).fit()
+    assert [row["loss"] for row in alone] == [row["loss"] for row in rows]
+    run.steps = 30
+    run.fit()
+    assert [row["step"] for row in rows[3:]] == [30]
+    with pytest.raises(TypeError, match="on_log must be called with a dict of each row; got str"):
+        trainer(on_log="wandb")
+
+
 def test_tensorboard_files_and_what_they_need(tmp_path, monkeypatch):
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "torch.utils.tensorboard", None)
