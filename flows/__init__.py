@@ -3,6 +3,7 @@
 from flows import datasets, metrics, models, testing
 from flows.checkpoint import CheckpointError
 from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
+from flows.export import load_model
 from flows.guidance import GuidedModel, drop_conditions, null_condition
 from flows.integrate import IntegrationError, Trajectory, integrate
 from flows.interrupt import Interrupted, NonFiniteLoss
@@ -47,6 +48,7 @@ __all__ = [
     "diagnose",
     "drop_conditions",
     "integrate",
+    "load_model",
     "log_likelihood",
     "metrics",
     "models",
