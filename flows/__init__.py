@@ -12,12 +12,15 @@ from flows.loader import CoupledBatch, CoupledLoader, WorkerDied
 from flows.logs import TrainResult
 from flows.lr_schedule import warmup_schedule
 from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
+from flows.pairs import PairedDataset, generate_pairs
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
+from flows.reflow import AnnealingReflow
 from flows.step_times import bellman_schedule, straighten
 from flows.times import LogitNormalTimes, PowerTimes, ShiftedTimes, TimeLaw, UniformTimes
 from flows.trainer import Trainer
 
 __all__ = [
+    "AnnealingReflow",
     "CheckpointError",
     "CoupledBatch",
     "CoupledLoader",
@@ -30,6 +33,7 @@ __all__ = [
     "LinearPath",
     "LogitNormalTimes",
     "NonFiniteLoss",
+    "PairedDataset",
     "Path",
     "PowerTimes",
     "SchrodingerBridgePath",
@@ -47,6 +51,7 @@ __all__ = [
     "datasets",
     "diagnose",
     "drop_conditions",
+    "generate_pairs",
     "integrate",
     "load_model",
     "log_likelihood",

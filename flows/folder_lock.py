@@ -89,6 +89,6 @@ class FolderLock:
 
     def _in_use(self, holder: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder} is in use by {holder}, which trains there: two runs would mix their checkpoints. Give "
+            f"{self.folder} is in use by {holder}, which writes there: two would mix their files. Give "
             "another folder, or wait until it is done"
         )

@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from flows.checkpoint import differences
 from flows.matching import CoupledBatch
 from flows.ot_batches import Fetched, OTBatches
+from flows.reflow import AnnealingReflow
+from flows.seeds import generator_at
 from flows.sources import Source
 from mbot import Coupling, checks, convergence
 from mbot.conditions import Labels
@@ -42,6 +44,9 @@ class CoupledLoader:
     noise with one of its points: these come equally often on average, not once an epoch. The data set is loaded once.
     One that brings noises of its own (`mbot.DataCoupling`, likewise) gives each sample its noise, once an epoch; each
     process exchanges noises for all, so all hold the same on equal processors.
+
+    Pairs of a model (`flows.PairedDataset`, or `flows.AnnealingReflow` over one) are served as they are, each once an
+    epoch; source, coupling and collate are left out.
 
     Args:
         dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating
@@ -112,8 +117,9 @@ class CoupledLoader:
         self.num_workers = checks.count(num_workers, "num_workers", at_least=0)
         self.prefetch = checks.count(prefetch, "prefetch")
         self.device = torch.device("cpu" if device is None else device)
+        self.annealing = dataset if isinstance(dataset, AnnealingReflow) else None
         self.batches = OTBatches(
-            dataset,
+            dataset if self.annealing is None else self.annealing.pairs,
             source,
             coupling,
             batch_size,
@@ -172,6 +178,10 @@ class CoupledLoader:
         if self._served is None or self._served[0] != number:
             self._served = (number, self._cut(self._take(number), number))
         batch = self._served[1][inside]
+        if self.annealing is not None:
+            step = self.epoch * len(self) + self._batch
+            generator = generator_at(self.batches.seed, "anneal", step, self.batches.rank, device=batch.x1.device)
+            batch = self.annealing.anneal(batch, step, generator)
         self._batch += 1
         if self._batch == len(self):
             self.epoch, self._batch = self.epoch + 1, 0
@@ -185,7 +195,7 @@ class CoupledLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position and settings, and the noises of a coupling that brings its own; all else follows from the seed."""
-        state = {"epoch": self.epoch, "batch": self._batch, "settings": self.batches.settings()}
+        state = {"epoch": self.epoch, "batch": self._batch, "settings": self._settings()}
         if self.coupling.brings_noise:
             state["noises"] = {"epoch": self._held[0], "coupling": self._held[1].state_dict()}
         return state
@@ -196,7 +206,7 @@ class CoupledLoader:
         Raises:
             ValueError: the state belongs to other settings (data size, batch sizes, seed, coupling, processes).
         """
-        differ = differences(state["settings"], self.batches.settings())
+        differ = differences({"pairs": None, "annealing": "None"} | state["settings"], self._settings())
         if differ:
             raise ValueError(f"this loader cannot go on from that state; they differ in {differ}")
         self.close()
@@ -204,6 +214,9 @@ class CoupledLoader:
         if self.coupling.brings_noise:
             noises, coupling = state["noises"], self.batches.coupling
             self._held = int(noises["epoch"]), coupling.load_state_dict(noises["coupling"])  # type: ignore[attr-defined]
+
+    def _settings(self) -> dict[str, Any]:
+        return {**self.batches.settings(), "annealing": repr(self.annealing)}
 
     def close(self) -> None:
         """Stop the background work; iterating starts it again at the same batch."""

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from flows.items import floating, read
 from flows.matching import CoupledBatch, check_coupling
+from flows.pairs import PairedDataset
 from flows.seeds import derive_seed, generator_at
 from flows.sources import Source, Sources
 from mbot import Coupling, IndependentCoupling, checks
@@ -69,6 +70,9 @@ class OTBatches:
             )
         coupling = check_coupling(IndependentCoupling() if coupling is None else coupling)
         self.dataset, self.collate = dataset, collate
+        self.pairs = dataset if isinstance(dataset, PairedDataset) else None  # which bring their starts
+        if self.pairs is not None and (source is not None or collate is not None):
+            raise ValueError("pairs are served as they are, with the starts they hold: leave source and collate out")
         self.batch_size = batch_size = checks.count(batch_size, "batch_size")
         self.ot_batch_size = ot_batch_size = checks.count(ot_batch_size, "ot_batch_size")
         self.scope = checks.choice(scope, "coupling_scope", ("rank", "global"))
@@ -104,12 +108,18 @@ class OTBatches:
 
     def use_coupling(self, coupling: Coupling) -> None:
         """Pair with this coupling from now on."""
+        if self.pairs is not None and coupling != IndependentCoupling():
+            raise ValueError(
+                f"pairs are served as they are, which is IndependentCoupling() (the default); got {coupling!r}"
+            )
         self.coupling = coupling
         matched = self.sources.sampling == "matched"
         if matched and coupling.needs_data_set:
             raise ValueError(f"source_sampling='matched' draws for the targets of a batch; {coupling!r} chooses them")
         own = coupling.sources_per_target
         self.times = self.sources_per_target or own or 1
+        if self.pairs is not None and self.times > 1:
+            raise ValueError(f"a pair has one start: leave sources_per_target out; got {self.times}")
         if coupling.needs_data_set and self.times > 1:
             raise ValueError(f"sources_per_target={self.times} are drawn for each target; {coupling!r} chooses targets")
         as_drawn = matched and self.times == own
@@ -167,11 +177,15 @@ class OTBatches:
             "source_samples": self.sources.size,
             "source_sampling": self.sources.sampling,
             "sources_per_target": self.times,
+            "pairs": None if self.pairs is None else self.pairs.identity,
         }
 
     def fetch(self, number: int) -> Fetched:
         """This process's samples of an OT batch: all that code of the data sets makes, for one thread at a time."""
         index, x, y, source = self._rows(number), None, None, None
+        if self.pairs is not None:
+            x0, x, y = self.pairs.rows(index)
+            return Fetched(number, x, y, index, (x0, None))
         if self.whole is None:
             x, y = self._samples(index, derive_seed(self.seed, "fetch", number, self.rank))
         if self.sources.are_read:

@@ -6,9 +6,11 @@ import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -24,6 +26,37 @@ def derive_seed(*parts: int | str) -> int:
 def generator_at(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator seeded by `derive_seed`."""
     return torch.Generator(device).manual_seed(derive_seed(*parts))
+
+
+@dataclass(frozen=True)
+class SeededNoise:
+    """Standard normal noise by position: that of position i is a function of the seed and i alone.
+
+    Args:
+        seed: of all.
+        positions: of the rows.
+        shape: of a sample.
+        dtype: of the result; drawn in float32.
+    """
+
+    seed: int
+    positions: range
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def __getitem__(self, rows: slice) -> SeededNoise:
+        return SeededNoise(self.seed, self.positions[rows], self.shape, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Noise of some rows, ``(B, d…)``, on the CPU."""
+        drawn, generator = torch.empty(len(rows), *self.shape), torch.Generator()
+        for k, row in enumerate(rows.tolist()):
+            generator.manual_seed(derive_seed(self.seed, "pair", self.positions[row]))
+            torch.randn(self.shape, generator=generator, out=drawn[k])
+        return drawn.to(self.dtype)
 
 
 @contextmanager
