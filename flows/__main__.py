@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (NonFiniteLoss, IntegrationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -108,7 +110,7 @@ def _load(flag: str, name: str, root: Path | None, conditional: bool, config: Tr
     offered: dict[str, Any] = {
         "n": 20_000, "generator": generator_at(config.seed, flag), "root": root, "path": root,
         "size": config.image_size, "flip": flip, "download": config.download, "labels": conditional,
-        "y": "y" if conditional else None,
+        "x": config.samples_key, "y": config.labels_key if conditional else None,
     }  # fmt: skip
     taken = {key: offered[key] for key in inspect.signature(make).parameters if key in offered}
     if root is None and {"root", "path"} & set(taken):
@@ -134,6 +136,27 @@ def _load(flag: str, name: str, root: Path | None, conditional: bool, config: Tr
         raise ConfigError(f"labels must be 0, 1, 2, …; the smallest of {root or name} is {int(labels.min())}")
     classes = int(labels.max()) + 1 if isinstance(dataset, TensorDataset) else len(dataset.classes)
     return Task(dataset, tuple(x.shape), num_classes=classes)
+
+
+def fitting_batches(config: TrainConfig, task: Task) -> tuple[TrainConfig, str | None]:
+    """The settings with batches that the data set fills, and what was changed in words, or None.
+
+    Raises:
+        ConfigError: fewer samples than processes.
+    """
+    size, world = len(task.dataset), dist.get_world_size() if dist.is_initialized() else 1  # type: ignore[arg-type]
+    if size >= world * config.ot_batch_size:
+        return config, None
+    if size < world:
+        raise ConfigError(f"--data {config.data} holds {size} samples, fewer than the {world} processes")
+    batch = min(config.batch_size, size // world)
+    ot_batch = size // world // batch * batch
+    said = (
+        f"{size} samples are fewer than an OT batch of {config.ot_batch_size}"
+        + (f" in each of {world} processes" if world > 1 else "")
+        + f": --ot-batch-size {ot_batch} --batch-size {batch}"
+    )
+    return replace(config, batch_size=batch, ot_batch_size=ot_batch), said
 
 
 def build_coupling(config: TrainConfig | DiagnoseConfig, task: Task) -> mbot.Coupling:
@@ -320,9 +343,13 @@ def generate(
     *,
     guidance: float = 1.0,
     batch_size: int = 500,
+    progress: Callable[[int], object] | None = None,
     **solver: Any,
 ) -> tuple[Tensor, Tensor, float]:
-    """Samples on the CPU, from where the task's flows start: ``(x1, x0, mean NFE of a batch)``."""
+    """Samples on the CPU, from where the task's flows start: ``(x1, x0, mean NFE of a batch)``.
+
+    ``progress`` is called with the number of samples after each batch.
+    """
     x0 = task.starts(n, y, generator)
     field = model if guidance == 1 or y is None else GuidedModel(model, guidance)
     device = next(model.parameters()).device
@@ -332,4 +359,6 @@ def generate(
         solved = integrate(field, x0[rows].to(device), y=None if y is None else y[rows].to(device), **solver)
         ends.append(solved.final.cpu())
         evaluations.append(solved.nfe)
+        if progress is not None:
+            progress(len(ends[-1]))
     return torch.cat(ends), x0, sum(evaluations) / len(evaluations)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import tyro
 
 from flows import registry
 from flows.integrate import METHODS
@@ -44,7 +46,11 @@ class TrainConfig:
     data: Data = "digits"
     """What to learn. digits and the planar families need no files."""
     data_root: Path | None = None
-    """Folder (mnist, fashion-mnist, cifar10, folder) or file (arrays: .npy, .npz with x and y) of the data."""
+    """Folder (mnist, fashion-mnist, cifar10, folder) or file (arrays: .npy, .npz, .csv, .tsv) of the data."""
+    samples_key: str = "auto"
+    """Of arrays: key of the samples in an .npz file, or columns of a .csv or .tsv table (a,b,c); auto: x, or all."""
+    labels_key: str = "auto"
+    """Of arrays: key or column of the labels (or other conditions); auto: y of an .npz file, none of a table."""
     download: bool = False
     """Fetch missing data through torchvision, where that is installed."""
     image_size: int = 32
@@ -87,7 +93,7 @@ class TrainConfig:
     batch_size: int = 128
     """Pairs a training step (and process)."""
     ot_batch_size: int = 640
-    """Pairs coupled at once, a multiple of batch_size."""
+    """Pairs coupled at once, a multiple of batch_size; both become smaller where the data set is."""
     coupling_scope: Literal["rank", "global"] = "rank"
     """Under torchrun: couple the batch of each process, or all of them together."""
     timeout: float = 1800.0
@@ -132,7 +138,7 @@ class TrainConfig:
     """Steps between rows of metrics.csv."""
     preview_every: int | None = None
     """Steps between grids of samples; None for one at the end."""
-    evaluate: int = 1000
+    evaluate: Annotated[int, tyro.conf.arg(aliases=("--evaluate-samples",))] = 500
     """Samples that the table at the end is measured on; 0 for no table."""
     tensorboard: bool = False
     """Write TensorBoard event files."""
@@ -152,6 +158,10 @@ class DiagnoseConfig:
     """What is paired with standard normal noise."""
     data_root: Path | None = None
     """Folder or file of the data."""
+    samples_key: str = "auto"
+    """Of arrays: key of the samples in an .npz file, or columns of a .csv or .tsv table (a,b,c); auto: x, or all."""
+    labels_key: str = "auto"
+    """Of arrays: key or column of the labels (or other conditions); auto: y of an .npz file, none of a table."""
     download: bool = False
     """Fetch missing data through torchvision, where that is installed."""
     image_size: int = 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flows import metrics
 from flows.build import Task, generate
@@ -74,6 +76,7 @@ def evaluate(
     classifier: SmallClassifier | None = None,
     shape: tuple[int, ...] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Measure a model with each of `SOLVERS`.
 
@@ -90,6 +93,7 @@ def evaluate(
         classifier: used instead of a newly trained one.
         shape: of a sample of the model, where that is not the data's: a flow in a latent space.
         decode: from such samples to the data's space.
+        progress: show a bar of samples drawn.
 
     Returns:
         ``{"rows": {solver: {measure: value}}, "facts": {...}}``, plain values.
@@ -101,8 +105,11 @@ def evaluate(
     y = task.conditions(num, generator)
     facts: dict[str, Any] = {"samples": num, "guidance": guidance}
     measure: Callable[[Tensor, Tensor | None], dict[str, float]]
+    bar = tqdm(total=num * len(SOLVERS), unit="sample", disable=not progress, desc="measuring")
+    hook = _calls_on(bar, model) if progress else None
     if task.images and task.num_classes:
         if classifier is None:
+            bar.set_description("measuring: a classifier is trained")
             classifier, facts["classifier_accuracy"] = train_classifier(task, seed)
         judge = classifier
         features = metrics.in_batches(judge.features, reference, 500)
@@ -125,14 +132,35 @@ def evaluate(
     space = task if shape is None else replace(task, shape=shape)
     rows: dict[str, dict[str, float]] = {}
     for name, solver in SOLVERS.items():
-        x, _, nfe = generate(model, space, y, num, generator_at(seed, "noise"), guidance=guidance, **solver)
+        bar.set_description(f"measuring: {name}")
+        x, _, nfe = generate(
+            model, space, y, num, generator_at(seed, "noise"), guidance=guidance, progress=bar.update, **solver
+        )  # fmt: skip
         rows[name] = {"NFE": nfe, **measure(x if decode is None else decode(x), y)}
     rows["data"] = {"NFE": 0, **measure(other, None if labels is None else labels[num : 2 * num])}
     if not task.images:
+        bar.set_description("measuring: straightness")
         x0 = space.starts(num, y, generator_at(seed, "noise"))
         facts["straightness"] = metrics.straightness(model, x0, y=y)
         facts["path_energy"] = metrics.path_energy(model, x0, y=y)
+    bar.close()
+    if hook is not None:
+        hook.remove()
     return {"rows": rows, "facts": facts}
+
+
+def _calls_on(bar: Any, model: nn.Module) -> Any:
+    """Count the calls of a model on a bar, twice a second: one batch of an adaptive solver may take minutes."""
+    calls, shown = 0, time.monotonic()
+
+    def count(*_: object) -> None:
+        nonlocal calls, shown
+        calls += 1
+        if time.monotonic() - shown > 0.5:
+            bar.set_postfix_str(f"{calls} calls of the model")
+            shown = time.monotonic()
+
+    return model.register_forward_hook(count)
 
 
 def as_table(result: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ class OTBatches:
         self.ot_batch_size = ot_batch_size = checks.count(ot_batch_size, "ot_batch_size")
         self.scope = checks.choice(scope, "coupling_scope", ("rank", "global"))
         self.seed = checks.count(seed, "seed", at_least=0)
-        self.shuffle, self.drop_last = bool(shuffle), bool(drop_last)
+        self.shuffle, self.drop_last = checks.flag(shuffle, "shuffle"), checks.flag(drop_last, "drop_last")
         if ot_batch_size % batch_size:
             lower = max(1, ot_batch_size // batch_size) * batch_size
             raise ValueError(

@@ -133,7 +133,7 @@ class Pools:
     """
 
     def __init__(self, groups0: Labels, groups1: Labels) -> None:
-        source, target, names = class_codes(groups0, groups1)
+        source, target, names = class_codes(groups0, groups1, names=("groups of the source", "groups of the targets"))
         sizes = np.bincount(source, minlength=len(names))
         lacking = [names[code] for code in np.unique(target) if not sizes[code]]
         if lacking:

@@ -214,6 +214,14 @@ def count(value: Any, name: str, *, at_least: int = 1) -> int:
     return int(scalar)
 
 
+def flag(value: Any, name: str) -> bool:
+    """True or False, of Python, NumPy or torch."""
+    scalar = _scalar(value)
+    if not isinstance(scalar, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}")
+    return scalar
+
+
 def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:
     """One of a few words."""
     if value not in allowed:

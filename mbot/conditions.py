@@ -156,15 +156,16 @@ def vectors(y: Labels, name: str, device: torch.device) -> tuple[Tensor, np.ndar
 
 
 def class_codes(
-    y0: Labels, y1: Labels, *, key: str = "", allow_missing: bool = False
+    y0: Labels, y1: Labels, *, names: tuple[str, str] = ("y0", "y1"), allow_missing: bool | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[Any]]:
     """Labels as codes that both sides share.
 
     Args:
         y0: conditions of n samples; of dicts, all keys together make a class.
         y1: conditions of m samples.
-        key: of these conditions in a dict, for the errors.
-        allow_missing: missing labels are a class of their own, with the last code; else they are refused.
+        names: of the two, for the errors.
+        allow_missing: missing labels are a class of their own, with the last code; else they are refused. None: the
+            caller has no setting ``allow_dropped`` that an error could name.
 
     Returns:
         int64 codes ``(n,)`` and ``(m,)``, numbered as the classes come up in ``y1`` and then in ``y0``; and the classes
@@ -174,7 +175,7 @@ def class_codes(
         TypeError: neither numbers nor strings.
         ValueError: rows of unequal length, numbers on one side and strings on the other, missing labels.
     """
-    names = f"y1{key}", f"y0{key}"
+    names = names[::-1]
     if isinstance(y0, Mapping) != isinstance(y1, Mapping) or (isinstance(y0, Mapping) and set(y0) != set(y1)):
         keys = [sorted(y) if isinstance(y, Mapping) else type(y).__name__ for y in (y1, y0)]
         raise ValueError(f"{names[0]} and {names[1]} must have equal keys; got {keys[0]} and {keys[1]}")
@@ -262,7 +263,7 @@ def _missing(value: Any) -> bool:
         return True
 
 
-def _gone(rows: Any, name: str, allowed: bool) -> np.ndarray:
+def _gone(rows: Any, name: str, allowed: bool | None) -> np.ndarray:
     """Which rows are missing, ``(n,)``."""
     if isinstance(rows, np.ndarray):
         gone, partly = (rows != rows).all(1), (rows != rows).any(1)
@@ -270,9 +271,10 @@ def _gone(rows: Any, name: str, allowed: bool) -> np.ndarray:
         missing = [[_missing(value) for value in row] for row in rows]
         gone, partly = (np.array([how(row) for row in missing], bool) for how in (all, any))
     if partly.any() and not allowed:
+        hint = " (allow_dropped=True takes these as dropped conditions)" if allowed is False else ""
         raise ValueError(
             f"{name} must hold a label for each sample; {partly.sum()} are None or NaN, the first at index "
-            f"{partly.argmax()} (allow_dropped=True takes these as dropped conditions)"
+            f"{partly.argmax()}{hint}"
         )
     if (partly & ~gone).any():
         raise ValueError(f"row {(partly & ~gone).argmax()} of {name} is missing in part: None and NaN stand for a row")

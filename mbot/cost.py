@@ -182,6 +182,8 @@ def root(squared: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Points ``(…, d)`` scaled to norm 1; a point of norm 0 has no direction and is refused."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if not norm.numel():
+        return x
     least, most = torch.stack(norm.detach().aminmax()).tolist()
     if x.dtype == torch.float32 and not 1e-15 < least <= most < math.inf:  # squares under- or overflow
         return unit(x.double()).float()

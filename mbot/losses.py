@@ -59,9 +59,10 @@ class MiniBatchLoss(nn.Module):
         self.transport = transport
         self.num_batches = _both_sides(num_batches, "num_batches")
         self.batch_size = _both_sides(batch_size, "batch_size")
+        self.replacement, self.disjoint = checks.flag(replacement, "replacement"), checks.flag(disjoint, "disjoint")
         if replacement and disjoint:
             raise ValueError("disjoint batches are drawn without replacement: set replacement or disjoint, not both")
-        self.replacement, self.disjoint, self.generator = replacement, disjoint, generator
+        self.generator = generator
         self.cost = check_cost(cost)
 
     def extra_repr(self) -> str:
@@ -251,7 +252,7 @@ class MiniBatchOT(MiniBatchLoss):
             cost=cost, generator=generator,
         )  # fmt: skip
         self.pairing = checks.choice(pairing, "pairing", ("grid", "aligned"))
-        self.debiased = debiased
+        self.debiased = checks.flag(debiased, "debiased")
         if pairing == "aligned" and self.num_batches[0] != self.num_batches[1]:
             raise ValueError(f"pairing='aligned' needs equally many batches on both sides; got {self.num_batches}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ def train(arguments: list[str]) -> None:
         if several and config.download and first:
             dist.barrier()
         build.check_guidance(config.guidance, config, task)
+        config, smaller = build.fitting_batches(config, task)
+        if smaller and first:
+            print(smaller)
 
         def preview(model: Any, step: int) -> None:
             generator = torch.Generator().manual_seed(config.seed)
@@ -59,12 +63,22 @@ def train(arguments: list[str]) -> None:
             if first and config.evaluate:
                 model = trainer.sampling_model.eval()
                 result = evaluation.evaluate(
-                    model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance
+                    model,
+                    task,
+                    num=config.evaluate,
+                    seed=config.seed,
+                    guidance=config.guidance,
+                    progress=config.progress,
                 )
                 evaluation.write(result, config.out)
                 print(evaluation.as_table(result))
             if first:
-                print(f"written: {config.out} (checkpoints, metrics.csv, samples, evaluation.md)")
+                print(f"written: {config.out} ({', '.join(_written(config.out))})")
     finally:
         if several:
             dist.destroy_process_group()
+
+
+def _written(out: Path) -> list[str]:
+    """What lies in the folder of a run, without hidden files."""
+    return sorted(path.name for path in out.iterdir() if path.name[0] != ".")

@@ -1,7 +1,8 @@
-"""Arrays from ``.npy`` and ``.npz`` files, and time series of cell populations."""
+"""Arrays from NumPy's files and tables of text, and time series of cell populations."""
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,41 +15,38 @@ from torch.utils.data import TensorDataset
 from flows.datasets.images import ImageData
 
 
-def load_arrays(path: str | Path, *, x: str = "x", y: str | None = "y") -> TensorDataset | ImageData:
-    """Samples, and conditions where there are some, from a ``.npy`` or ``.npz`` file.
+def load_arrays(path: str | Path, *, x: str = "auto", y: str | None = "auto") -> TensorDataset | ImageData:
+    """Samples, and conditions where there are some, from a ``.npy``, ``.npz``, ``.csv`` or ``.tsv`` file.
 
-    Integer conditions ``(N,)`` become int64 labels, others float32 vectors. Images of bytes, ``(N, H, W)``,
-    ``(N, H, W, C)`` or ``(N, C, H, W)`` with 1 or 3 channels, become `ImageData`; all else becomes float32.
+    Integer and text conditions ``(N,)`` become int64 labels (texts in alphabetical order), others float32 vectors.
+    Images of bytes, ``(N, H, W)``, ``(N, H, W, C)`` or ``(N, C, H, W)`` with 1 or 3 channels, become `ImageData`; all
+    else becomes float32.
 
     Args:
-        path: the file. Pickled objects are refused.
-        x: key of the samples in an ``.npz`` file (``"x_train"`` is found too).
-        y: key of the conditions; None to leave them.
+        path: the file. Pickled objects are refused. A table of text has a line of names first; without one, all its
+            columns are samples.
+        x: key of the samples in an ``.npz`` file, or names of columns of a table, with commas between them. ``"auto"``:
+            ``"x"`` (or ``"x_train"``), or all columns of the table but ``y``.
+        y: key or column of the conditions; None to leave them. ``"auto"``: ``"y"`` (or ``"y_train"``) where an ``.npz``
+            file has it, and no column of a table.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such key, no numbers, NaN, or unequal lengths.
+        ValueError: another kind of file, no such key, no numbers, NaN, or unequal lengths.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no array file at {path}")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a plain .npy or .npz file ({error})") from error
-    if isinstance(loaded, np.ndarray):
-        samples, conditions = loaded, None
+    if path.suffix.lower() in (".csv", ".tsv"):
+        samples, conditions = _table(path, x, y)
     else:
-        keys = loaded.files
-        found = next((key for key in (x, f"{x}_train") if key in keys), None)
-        if found is None:
-            raise ValueError(f"{path} holds {keys}, not {x!r}; say which key holds the samples")
-        labels = None if y is None else next((key for key in (y, f"{y}_train") if key in keys), None)
-        samples, conditions = loaded[found], None if labels is None else loaded[labels]
+        samples, conditions = _arrays(path, x, y)
     if samples.dtype.kind not in "buif" or samples.ndim < 2 or not len(samples):
         raise ValueError(f"samples must be numbers of shape (N, d…); got {samples.dtype} of shape {samples.shape}")
     if conditions is not None and len(conditions) != len(samples):
         raise ValueError(f"{path} holds {len(samples)} samples and {len(conditions)} conditions")
+    if conditions is not None and conditions.dtype.kind in "US":
+        conditions = np.unique(conditions, return_inverse=True)[1].reshape(conditions.shape)
     given = None if conditions is None else torch.from_numpy(conditions)
     if given is not None:
         if not given.is_floating_point() and given.ndim != 1:
@@ -63,6 +61,80 @@ def load_arrays(path: str | Path, *, x: str = "x", y: str | None = "y") -> Tenso
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"the samples of {path} must be finite; some are NaN or infinite")
     return TensorDataset(tensor) if given is None else TensorDataset(tensor, given)
+
+
+def _arrays(path: Path, x: str, y: str | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples and conditions of NumPy's files."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no .npy or .npz file of plain arrays (pickled objects are not loaded). Tables are read from "
+            ".csv and .tsv files; save other kinds by numpy.savez(path, x=samples, y=labels)"
+        ) from error
+    if isinstance(loaded, np.ndarray):
+        return loaded, None
+    keys = loaded.files
+    names = ["x" if x == "auto" else x, "y" if y == "auto" else y]
+    found, labels = (next((key for key in (name, f"{name}_train") if key in keys), None) for name in names)
+    for key, given, flag in ((found, x, "--samples-key"), (labels, None if y == "auto" else y, "--labels-key")):
+        if key is None and given is not None:
+            what = "x" if given == "auto" else given
+            raise ValueError(f"{path} holds the keys {keys}, not {what!r}; say which one it is: {flag} KEY")
+    try:
+        return loaded[found], None if y is None or labels is None else loaded[labels]
+    except ValueError as error:
+        raise ValueError(f"{path} holds pickled objects, which are not loaded: save plain numbers") from error
+
+
+def _table(path: Path, x: str, y: str | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples ``(N, d)`` and conditions ``(N,)`` of a table of text, by the names of its columns."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [
+                line for line in csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if line
+            ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of text in UTF-8 ({error})") from error
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    named = any(_number(word) is None for word in lines[0])
+    names = [word.strip() for word in lines[0]] if named else [str(i) for i in range(len(lines[0]))]
+    ragged = next((i for i, line in enumerate(lines) if len(line) != len(names)), None)
+    if ragged is not None:
+        raise ValueError(f"{path} has {len(names)} columns; line {ragged + 1} of its rows has {len(lines[ragged])}")
+    if len(lines) == named or len(set(names)) < len(names):
+        raise ValueError(f"{path} must have rows below its names, which must differ; got {names}")
+    columns = dict(zip(names, zip(*lines[named:], strict=True), strict=True))
+    y = None if y == "auto" else y
+    wanted = [name for name in names if name != y] if x == "auto" else [name.strip() for name in x.split(",")]
+    unknown = [name for name in (*wanted, *(() if y is None else (y,))) if name not in names]
+    if unknown:
+        raise ValueError(f"{path} has the columns {names}, not {unknown} (--samples-key, --labels-key)")
+    values: dict[str, list[float | None]] = {name: [_number(word) for word in columns[name]] for name in wanted}
+    for name, found in values.items():
+        if None in found:
+            row = found.index(None)
+            raise ValueError(
+                f"column {name!r} of {path} holds {columns[name][row]!r}, which is no number: --labels-key {name} "
+                "takes it as labels, --samples-key names the columns to learn"
+            )
+    samples = np.array(list(values.values()), np.float64).T
+    if y is None:
+        return samples, None
+    words = [word.strip() for word in columns[y]]
+    try:
+        return samples, np.array([int(word) for word in words])
+    except ValueError:
+        numbers = [_number(word) for word in words]
+        return samples, np.array(words if None in numbers else numbers)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def _channels_first(images: np.ndarray) -> Tensor:

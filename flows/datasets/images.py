@@ -297,5 +297,11 @@ def _torchvision(name: str, root: str | Path) -> None:
     try:
         import torchvision.datasets
     except ImportError as error:
-        raise ImportError(f"downloading {name} goes through torchvision: pip install torchvision") from error
-    getattr(torchvision.datasets, name)(str(root), download=True)
+        raise ImportError(
+            f"downloading {name} goes through torchvision, which is not installed: pip install torchvision, or put the "
+            f"files under {root} yourself"
+        ) from error
+    try:
+        getattr(torchvision.datasets, name)(str(root), download=True)
+    except RuntimeError as error:
+        raise OSError(f"{name} could not be downloaded to {root}: {error}") from error

@@ -107,6 +107,7 @@ class ConditionalOTCoupling(Coupling):
 
     def __post_init__(self) -> None:
         checks.choice(self.condition_cost, "condition_cost", COSTS)
+        checks.store(self, allow_dropped=checks.flag(self.allow_dropped, "allow_dropped"))
         checks.choice(self.missing, "missing", ("error", "drop"))
         named = named_conditions(self.condition, self.condition_cost)
         if isinstance(self.condition, Mapping):

@@ -9,6 +9,7 @@ arXiv 2603.15279): each exchange lowers the cost of the whole.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,8 +105,8 @@ class DataCoupling(Coupling):
             self,
             num_noises=checks.count(self.num_noises, "num_noises"),
             refresh=None if self.refresh is None else checks.count(self.refresh, "refresh"),
-            exchange=bool(self.exchange),
-            conditional=bool(self.conditional),
+            exchange=checks.flag(self.exchange, "exchange"),
+            conditional=checks.flag(self.conditional, "conditional"),
             tol=checks.positive(self.tol, "tol", allow_zero=True),
             ignores_conditions=not self.conditional,
         )
@@ -156,17 +157,19 @@ class DataCoupling(Coupling):
         )  # fmt: skip
         return dataclasses.replace(self, assignment=start)._matched(data, codes, 0, progress)
 
-    def noises(self, rows: Tensor, turn: int = 0) -> Tensor:
+    def noises(self, rows: Tensor | Sequence[int], turn: int = 0) -> Tensor:
         """The noises of points of the data set.
 
         Args:
-            rows: ``(n,)`` positions of the points.
+            rows: ``(n,)`` positions of the points, integers in a tensor, an array or a list.
             turn: which of its noises each point gives.
 
         Returns:
             ``(n, d…)``, float32, on the device of ``rows``.
         """
-        held = self._held()
+        held, rows = self._held(), torch.as_tensor(rows)
+        if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise TypeError(f"rows must be integers (n,); got {rows.dtype} of shape {tuple(rows.shape)}")
         number = held.number[rows.to(held.number.device), turn % self.num_noises].to(rows.device)
         return normals_at(_key(held), number, torch.Size(held.shape).numel()).reshape(len(rows), *held.shape)
 

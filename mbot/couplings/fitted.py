@@ -19,7 +19,7 @@ def codes_of(y: Labels | None, points: Tensor, name: str) -> Tensor:
     if y is None:
         raise ValueError(f"conditional=True needs {name}, the class of each of the {len(points)} points; got none")
     check(y, len(points), name, "the data set")
-    return torch.from_numpy(class_codes(y, y)[1]).to(points.device)
+    return torch.from_numpy(class_codes(y, y, names=(name, name))[1]).to(points.device)
 
 
 def fingerprint(points: Tensor, codes: Tensor | None = None) -> int:

@@ -116,7 +116,8 @@ def sides(conditions: dict[str, Condition], y0: Labels, y1: Labels, like: Tensor
         label = f"[{name!r}]" if name else ""
         part0, part1 = (_named(y, name, conditions, side) for y, side in ((y0, "y0"), (y1, "y1")))
         if condition.kind == "discrete":
-            code0, code1, names = class_codes(part0, part1, key=label, allow_missing=allow_dropped)
+            both = f"y0{label}", f"y1{label}"
+            code0, code1, names = class_codes(part0, part1, names=both, allow_missing=allow_dropped)
             gone0, gone1 = code0 == len(names) - 1, code1 == len(names) - 1
             dropped += int(gone1.sum())
             if condition.hard:

@@ -75,6 +75,7 @@ class OTCoupling(Coupling):
     def __post_init__(self) -> None:
         check_transport(self.transport)
         check_cost(self.cost)
+        checks.store(self, replacement=checks.flag(self.replacement, "replacement"))
         if self.refill is not None:
             checks.choice(self.refill, "refill", ("sampled", "independent"))
             if not self.transport.leaves_mass:

@@ -128,6 +128,8 @@ class SemidiscreteCoupling(Coupling):
     def __post_init__(self) -> None:
         checks.store(
             self,
+            conditional=checks.flag(self.conditional, "conditional"),
+            balanced=checks.flag(self.balanced, "balanced"),
             steps=checks.count(self.steps, "steps"),
             batch_size=checks.count(self.batch_size, "batch_size", at_least=2),
             rate=checks.positive(self.rate, "rate"),

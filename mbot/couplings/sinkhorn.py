@@ -94,6 +94,7 @@ class SinkhornCoupling(Coupling):
         checks.store(
             self,
             reg=checks.positive(self.reg, "reg"),
+            relative=checks.flag(self.relative, "relative"),
             max_iter=checks.count(self.max_iter, "max_iter"),
             tol=checks.positive(self.tol, "tol"),
             cells=checks.count(self.cells, "cells"),

@@ -52,7 +52,7 @@ def fit(
     def checked() -> tuple[int, str]:
         points, _ = checks.samples(data, data, "data", "data")
         check(y, len(points), "y", "data")
-        codes = None if y is None else torch.from_numpy(class_codes(y, y)[1]).to(points.device)
+        codes = None if y is None else torch.from_numpy(class_codes(y, y, names=("y", "y"))[1]).to(points.device)
         return fingerprint(points, codes), repr(coupling)
 
     found = ranks.from_all(checked)

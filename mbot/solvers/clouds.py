@@ -153,7 +153,7 @@ class _Matching:
             times = self.size // len(y)
             check(labels[0], len(x), "labels[0]", "x")
             check(labels[1], len(y), "labels[1]", "y")
-            code0, code1, names = class_codes(*labels)
+            code0, code1, names = class_codes(*labels, names=("labels[0]", "labels[1]"))
             counts = [np.bincount(code, minlength=len(names)) for code in (code0, code1)]
             wrong = np.flatnonzero(counts[0] != times * counts[1])
             if len(wrong):

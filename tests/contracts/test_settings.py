@@ -1,5 +1,6 @@
 """Numeric settings of every public class: numbers of any library are kept as plain ones, all else is refused."""
 
+import contextlib
 import dataclasses
 import inspect
 import pickle
@@ -117,3 +118,32 @@ def test_float32_scalars_keep_their_value():
     assert mbot.PartialOT(np.float32(0.25)) == mbot.PartialOT(torch.tensor(0.25)) == mbot.PartialOT(0.25)
     assert mbot.PartialOT(np.float32(0.3)).mass == float(np.float32(0.3))
     assert mbot.UnbalancedOT(1, np.int64(2)) == mbot.UnbalancedOT(1.0, 2.0)
+
+
+FLAGS = [
+    *((lambda given, case=case, name=field.name: dataclasses.replace(case, **{name: given}), field.name)
+      for case in {type(case): case for case in flat(COUPLINGS)}.values() for field in dataclasses.fields(case)
+      if isinstance(getattr(case, field.name), bool)),
+    *((lambda given, make=make, name=name: make(mbot.ExactOT(), num_batches=2, batch_size=2, **{name: given}), name)
+      for make in (mbot.MiniBatchOT, mbot.BoMbOT) for name, parameter in inspect.signature(make).parameters.items()
+      if isinstance(parameter.default, bool)),
+    *((lambda given, name=name: flows.CoupledLoader(LOADER.batches.dataset, batch_size=2, **{name: given}), name)
+      for name in ("shuffle", "drop_last")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "name"), FLAGS, ids=[f"{i} {name}" for i, (_, name) in enumerate(FLAGS)])
+def test_switches_are_true_or_false(make, name):
+    """Anything else is true or false by accident: ``balanced="no"`` was on."""
+    for wrong in ("no", "", 1, 0, None, [True], 0.5, torch.ones(2, dtype=torch.bool)):
+        with pytest.raises(TypeError, match=f"{name} must be True or False"):
+            make(wrong)
+    for right in (True, np.False_, torch.tensor(True)):
+        with contextlib.suppress(ValueError):  # of another setting that it contradicts
+            made = make(right)
+            assert type(getattr(made, name, bool(right))) is bool
+
+
+def test_the_switches_of_the_table():
+    names = {name for _, name in FLAGS}
+    assert {"balanced", "exchange", "conditional", "relative", "replacement", "allow_dropped", "debiased"} <= names

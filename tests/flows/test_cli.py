@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 import flows
+import flows.evaluation
 import mbot
 from flows import build, checkpoint, config
 from flows import settings as files
@@ -260,7 +263,6 @@ def test_files_that_are_none(tmp_path, monkeypatch):
         (["--data", "moons", "--model", "mnist"], "--model mnist is for images"),
         (["--device", "tpu9"], "--device tpu9 cannot be used"),
         (["--ot-batch-size", "100"], "multiple of batch_size=128"),
-        (["--batch-size", "4000", "--ot-batch-size", "4000"], "1797 samples, fewer than one OT batch"),
     ],
 )
 def test_settings_that_do_not_fit(arguments, says, tmp_path, capsys):
@@ -409,3 +411,89 @@ def test_paper_presets_have_the_papers_models():
         settings = parse(TrainConfig, ["--preset", preset], "train")
         with torch.device("meta"):
             assert parameter_count(build.build_model(settings, Images())) == count
+
+
+def own_data(folder):
+    """Small files as people have them: pictures, rows, keys of their own, a table."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for i in range(9):
+        Image.fromarray(rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
+    points = rng.normal(size=(50, 3))
+    kinds = [("wolf", "ant", "cat")[i % 3] for i in range(50)]
+    np.save(folder / "rows.npy", points)
+    np.savez(folder / "keys.npz", features=points, target=np.arange(50) % 3, kind=np.array(kinds))
+    lines = [",".join([*(f"{v:.6f}" for v in row), kind]) for row, kind in zip(points, kinds, strict=True)]
+    (folder / "table.csv").write_text("\n".join(["a,b,c,kind", *lines]) + "\n")
+    return points
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "classes", "sizes"),
+    [
+        ("pictures", ["--image-size", "8"], 0, "9 samples are fewer than an OT batch of 640: --ot-batch-size 9"),
+        ("rows.npy", [], 0, "50 samples are fewer than an OT batch of 640: --ot-batch-size 50 --batch-size 50"),
+        ("keys.npz", ["--samples-key", "features", "--labels-key", "target", "--batch-size", "20"], 3,
+         "--ot-batch-size 40 --batch-size 20"),
+        ("keys.npz", ["--samples-key", "features", "--labels-key", "kind"], 3, "50 samples"),
+        ("keys.npz", ["--samples-key", "features"], 0, "50 samples"),
+        ("table.csv", ["--labels-key", "kind"], 3, "50 samples"),
+        ("table.csv", ["--samples-key", "a,c"], 0, "50 samples"),
+    ],
+)  # fmt: skip
+def test_small_own_data_are_trained_on_at_the_defaults(tmp_path, capsys, file, flags, classes, sizes):
+    own_data(tmp_path)
+    data = "folder" if file == "pictures" else "arrays"
+    run = tmp_path / "run"
+    command = ["train", "--data", data, "--data-root", str(tmp_path / file), *flags, "--model", "mlp", "--steps", "2",
+               "--no-progress", "--device", "cpu", "--out", str(run)]  # fmt: skip
+    assert main([*command, "--evaluate-samples", "10"]) == 0
+    said = capsys.readouterr().out
+    assert sizes in said.splitlines()[0]
+    written = re.search(r"written: .* \((.*)\)", said)[1].split(", ")
+    assert {"checkpoints", "config.toml", "metrics.csv", "evaluation.md"} <= set(written)
+    assert all((run / name).exists() for name in written)
+    _, task, _ = build.load_run(run, None, torch.device("cpu"))
+    assert task.num_classes == classes
+    assert main([*command, "--evaluate-samples", "0", "--resume", "--steps", "3"]) == 0, (
+        "the same sizes are found again"
+    )
+
+
+def test_the_last_line_names_only_what_was_written(tmp_path, capsys):
+    assert main(["train", *TINY, "--data", "moons", "--no-conditional", "--out", str(tmp_path / "run")]) == 0
+    assert "evaluation" not in capsys.readouterr().out
+
+
+def test_the_evaluation_shows_how_far_it_is(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", *[f for f in TINY if f != "--no-progress"][:-4], "--evaluate", "20", "--out", run]) == 0
+    said = capsys.readouterr().err
+    for part in ("a classifier is trained", *flows.evaluation.SOLVERS):
+        assert f"measuring: {part}" in said
+    assert main(["evaluate", "--run", run, "--num", "20", "--device", "cpu"]) == 0
+    assert "measuring: adaptive" in capsys.readouterr().err
+
+
+def test_a_download_without_torchvision_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    for data in ("mnist", "fashion-mnist", "cifar10"):
+        for command in ("train", "diagnose"):
+            assert main([command, "--data", data, "--data-root", str(tmp_path), "--download"]) == 2
+            said = capsys.readouterr().err
+            assert "pip install torchvision" in said
+            assert said.count("\n") == 1
+
+
+def test_a_download_that_fails_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    def fails(root, download):
+        raise RuntimeError("Error downloading train-images")
+
+    datasets = types.SimpleNamespace(MNIST=fails)
+    monkeypatch.setitem(sys.modules, "torchvision", types.SimpleNamespace(datasets=datasets))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+    assert main(["train", "--data", "mnist", "--data-root", str(tmp_path), "--download"]) == 3
+    assert "MNIST could not be downloaded" in capsys.readouterr().err

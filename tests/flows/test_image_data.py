@@ -218,7 +218,7 @@ def test_arrays(tmp_path):
     np.save(tmp_path / "g.npy", np.array([{}], dtype=object))
     for name, says in (
         ("d.npz", "6 samples and 5"),
-        ("e.npz", r"holds \['z'\]"),
+        ("e.npz", r"holds the keys \['z'\]"),
         ("f.npy", "finite"),
         ("g.npy", "plain"),
         ("h.npz", r"labels of shape \(N,\)"),
@@ -227,6 +227,60 @@ def test_arrays(tmp_path):
             load_arrays(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         load_arrays(tmp_path / "none.npy")
+
+
+def test_tables_of_text(tmp_path):
+    def table(text, name="t.csv", **keys):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return load_arrays(tmp_path / name, **keys)
+
+    plain = "a,b,kind\n1,2.5,wolf\n-3e1, 4 ,ant\n5,6,wolf\n"
+    data = table(plain, y="kind")
+    assert data.tensors[0].tolist() == [[1, 2.5], [-30, 4], [5, 6]]
+    assert data.tensors[1].tolist() == [1, 0, 1], "ant, wolf"
+    assert table(plain, x="b, a").tensors[0].tolist() == [[2.5, 1], [4, -30], [6, 5]]
+    assert table(plain.replace(",", "\t"), "t.tsv", y="kind").tensors[1].tolist() == [1, 0, 1]
+    assert table("\ufeff" + plain, y="kind").tensors[0].shape == (3, 2), "a mark of spreadsheets"
+    assert table('a,"b, quoted"\r\n1,"2"\r\n').tensors[0].tolist() == [[1, 2]]
+    assert table("x,y\n1,2\n3,4\n").tensors[0].tolist() == [[1, 2], [3, 4]], "y is a coordinate unless it is named"
+    assert table("x,y\n1,2\n3,4\n", y="y").tensors[1].dtype == torch.int64
+    assert table("x,y\n1,2\n3,4.5\n", y="y").tensors[1].tolist() == [2, 4.5]
+    assert table("1,2,0\n3,4,1\n", y="2").tensors[1].tolist() == [0, 1], "columns without names have numbers"
+    for text, keys, says in (
+        (plain, {}, "column 'kind' of .* holds 'wolf', which is no number"),
+        (plain, {"y": "sort"}, r"columns \['a', 'b', 'kind'\], not \['sort'\]"),
+        (plain, {"x": "a,c"}, r"not \['c'\]"),
+        ("a,b\n1,2\n3\n", {}, "2 columns; line 3 of its rows has 1"),
+        ("a,a\n1,2\n", {}, "must differ"),
+        ("a,b\n", {}, "rows below its names"),
+        ("", {}, "empty"),
+        ("a,b\n1,\n", {}, "holds '', which is no number"),
+        ("a,b\n1,nan\n", {}, "finite"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            table(text, **keys)
+    (tmp_path / "t.csv").write_bytes(b"a,b\n1,\xff\n")
+    with pytest.raises(ValueError, match="no table of text in UTF-8"):
+        load_arrays(tmp_path / "t.csv")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"Tables are read from \.csv and \.tsv files"):
+        load_arrays(tmp_path / "t.parquet")
+
+
+def test_keys_of_archives(tmp_path):
+    points = RNG.normal(size=(4, 3))
+    np.savez(tmp_path / "k.npz", points=points, kind=np.array(["b", "a", "b", "c"]), objects=np.array([{}] * 4))
+    data = load_arrays(tmp_path / "k.npz", x="points", y="kind")
+    assert data.tensors[1].tolist() == [1, 0, 1, 2]
+    assert len(load_arrays(tmp_path / "k.npz", x="points").tensors) == 1
+    for keys, says in (
+        ({}, "not 'x'; say which one it is: --samples-key KEY"),
+        ({"x": "points", "y": "labels"}, "not 'labels'; say which one it is: --labels-key KEY"),
+        ({"x": "points", "y": "y"}, "not 'y'"),
+        ({"x": "points", "y": "objects"}, "pickled objects"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            load_arrays(tmp_path / "k.npz", **keys)
 
 
 def test_cell_series_leave_a_time_out(tmp_path):

@@ -320,3 +320,17 @@ def test_couplings_of_data_sets_take_classes_in_dicts(coupling):
     assert one == other
     with pytest.raises(ValueError, match="one condition for each of the 60 samples of the data set; got 59"):
         learned.fit(x, {"a": classes[:59]})
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_errors_of_labels_name_what_was_given(side, missing):
+    """Not the arguments of a coupling, nor a setting that there is none of."""
+    labels = [["a", "b"], ["a", "b"]]
+    labels[side] = ["a", missing]
+    with pytest.raises(ValueError, match=rf"^labels\[{side}\] must hold a label for each sample; 1 are None or NaN, "
+                       "the first at index 1$"):  # fmt: skip
+        mbot.match_clouds(torch.randn(2, 2), torch.randn(2, 2), labels=tuple(labels))
+    labels[side] = [1, 2]
+    with pytest.raises(ValueError, match=r"labels\[[01]\] and labels\[[01]\] must hold labels of one kind"):
+        mbot.match_clouds(torch.randn(2, 2), torch.randn(2, 2), labels=tuple(labels))

@@ -125,3 +125,15 @@ def test_points_among_themselves_cost_nothing_at_themselves(cost, dtype):
     exact = {"sqeuclidean": exact, "euclidean": exact.sqrt(), "cosine": exact / 2}[cost]
     torch.testing.assert_close(mbot.pairwise_cost(x, y, cost).double(), exact, rtol=1e-4, atol=1e-14)
     assert float(mbot.pairwise_cost(x, x, cost).diagonal(dim1=1, dim2=2).abs().max()) < 1e-14
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize("d", [2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_batches_of_no_clouds_have_no_costs(cost, shape, d, dtype):
+    x, y = torch.empty(*shape, 3, d, dtype=dtype, requires_grad=True), torch.empty(*shape, 4, d, dtype=dtype)
+    found = mbot.pairwise_cost(x, y, cost)
+    assert found.shape == (*shape, 3, 4)
+    found.sum().backward()
+    assert x.grad.shape == x.shape

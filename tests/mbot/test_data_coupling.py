@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -173,3 +174,13 @@ def test_what_does_not_fit_is_refused():
     for name, bad in (("num_noises", 0), ("refresh", 0), ("tol", -1.0)):
         with pytest.raises(ValueError, match=name):
             DataCoupling(**{name: bad})
+
+
+def test_noises_of_positions_in_any_container():
+    coupling = DataCoupling().fit(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    wanted = coupling.noises(torch.tensor([0, 5]))
+    for rows in ([0, 5], (0, 5), np.array([0, 5]), torch.tensor([0, 5], dtype=torch.int32)):
+        assert torch.equal(coupling.noises(rows), wanted)
+    for wrong in ([0.5, 1.0], [True, False], 3, [[0, 1]]):
+        with pytest.raises(TypeError, match="rows must be integers"):
+            coupling.noises(wrong)

@@ -85,7 +85,7 @@ def test_classes_are_equal_where_their_values_are(values, which):
     assert all(g or same(names[c], v) for c, v, g in zip(codes, values, gone, strict=True))
     if any(gone):
         with pytest.raises(ValueError, match=r"None or NaN, the first at index .* \(allow_dropped=True"):
-            conditions.class_codes(values, values)
+            conditions.class_codes(values, values, allow_missing=False)
 
 
 @pytest.mark.parametrize("left", [*INTEGERS, *FLOATS, torch.bool])
