@@ -18,6 +18,7 @@ from flows.reflow import AnnealingReflow
 from flows.step_times import bellman_schedule, straighten
 from flows.times import LogitNormalTimes, PowerTimes, ShiftedTimes, TimeLaw, UniformTimes
 from flows.trainer import Trainer
+from minibatch_transport import __version__ as __version__
 
 __all__ = [
     "AnnealingReflow",

@@ -25,8 +25,7 @@ from mbot.losses import BoMbOT, MiniBatchLoss, MiniBatchOT
 from mbot.plan import Plan
 from mbot.solvers.clouds import CloudMatching, match_clouds
 from mbot.transport import EntropicOT, ExactOT, PartialOT, SlicedOT, Transport, UnbalancedOT
-
-__version__ = "0.1.0"
+from minibatch_transport import __version__ as __version__
 
 __all__ = [
     "BoMbCoupling",

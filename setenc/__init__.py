@@ -1,5 +1,6 @@
 """Set encoders that stream, merge and train on sets of any size: UMBC (Willette et al. 2023, arXiv 2208.12401)."""
 
+from minibatch_transport import __version__ as __version__
 from setenc import io
 from setenc.decoders import (
     ISAB,
