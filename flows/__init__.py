@@ -11,7 +11,8 @@ from flows.likelihood import log_likelihood
 from flows.loader import CoupledBatch, CoupledLoader, WorkerDied
 from flows.logs import TrainResult
 from flows.lr_schedule import warmup_schedule
-from flows.matching import FlowBatch, FlowMatching, along_path, regression_loss
+from flows.matching import FlowBatch, FlowMatching, Objective, along_path, regression_loss
+from flows.mean_flow import MeanFlow
 from flows.pairs import PairedDataset, generate_pairs
 from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
 from flows.reflow import AnnealingReflow
@@ -33,7 +34,9 @@ __all__ = [
     "Interrupted",
     "LinearPath",
     "LogitNormalTimes",
+    "MeanFlow",
     "NonFiniteLoss",
+    "Objective",
     "PairedDataset",
     "Path",
     "PowerTimes",

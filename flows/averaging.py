@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mbot import checks
 
-def averaged_model(model: nn.Module, decay: float, steps: Callable[[], int]) -> AveragedModel:
-    """The average ``a + (1 - d) (w - a)`` of weights and buffers, with ``d = min(decay, (1 + step) / (10 + step))``.
+
+def check_decay(ema: float | None) -> float | None:
+    """A decay in [0, 1), or None for no average."""
+    decay = None if ema is None else checks.positive(ema, "ema", allow_zero=True)
+    if decay is not None and decay >= 1:
+        raise ValueError(f"ema must lie in [0, 1) or be None; got {ema!r}")
+    return decay
+
+
+def averaged_model(model: nn.Module, decay: float, steps: Callable[[], int], scale: float = 1.0) -> AveragedModel:
+    """The average ``a + (1 - d^scale) (w - a)`` of weights and buffers, ``d = min(decay, (1 + n) / (10 + n))``.
+
+    n is ``scale`` times the steps done. A batch of ``scale`` times the samples then averages over as many samples
+    (Busbridge et al. 2023, arXiv 2307.13813).
 
     Args:
         model: its weights are in float32 or better.
         decay: in [0, 1).
         steps: returns the number of steps done; called at each update.
+        scale: samples of a step, relative to those that ``decay`` is meant for.
 
     Raises:
         ValueError: weights of half precision, in which the average would stand still.
@@ -28,7 +44,16 @@ def averaged_model(model: nn.Module, decay: float, steps: Callable[[], int]) -> 
         )
 
     def average(averaged: Any, current: Any, count: Any) -> None:
-        step = steps()
-        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averaged, current, count)
+        step = scale * steps()
+        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)) ** scale)(averaged, current, count)
 
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+
+
+@contextmanager
+def at_rest(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """The model in eval mode, without gradients; afterwards its mode and torch's default generators are as before."""
+    mode = model.training
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield model.eval()
+        model.train(mode)

@@ -218,7 +218,7 @@ def fitted(coupling: Any, data: tuple[Tensor, Any], generator: torch.Generator, 
 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
     """A freshly initialised model, the same for the same seed."""
-    conditions = {"num_classes": task.num_classes, "condition_dim": task.condition_dim}
+    conditions: dict[str, Any] = {"num_classes": task.num_classes, "condition_dim": task.condition_dim}
     name = config.model
     if name == "auto":
         name = next((key for key in _FITTING if PRESETS[key]["image_size"] >= task.shape[-1]), _FITTING[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -126,6 +127,15 @@ def latest(folder: str | Path) -> Path | None:
     """The checkpoint of the highest step in a folder, unread; None where there is none."""
     found = saved(Path(folder))
     return found[-1] if found else None
+
+
+def plain_values(config: dict[str, Any]) -> dict[str, Any]:
+    """Values that a checkpoint can hold beside its tensors, or a TypeError."""
+    try:
+        json.dumps(config)
+    except TypeError as error:
+        raise TypeError(f"config must hold plain values (numbers, strings, lists, dicts): {error}") from error
+    return config
 
 
 def differences(saved: dict[str, Any], mine: dict[str, Any]) -> str:

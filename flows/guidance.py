@@ -30,6 +30,14 @@ def null_condition(y: Any) -> Any:
     return [None] * len(y) if isinstance(y, list) else torch.full_like(y, torch.nan if y.is_floating_point() else -1)
 
 
+def check_share(value: float, name: str) -> float:
+    """A number in [0, 1], or an error that names it."""
+    share = checks.positive(value, name, allow_zero=True)
+    if share > 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value!r}")
+    return share
+
+
 def drop_conditions(y: Any, probability: float, generator: torch.Generator | None = None) -> Any:
     """Conditions with each row replaced by `null_condition` with a probability (Ho and Salimans, arXiv 2207.12598).
 
@@ -43,9 +51,7 @@ def drop_conditions(y: Any, probability: float, generator: torch.Generator | Non
     Returns:
         Tensors of int64 or floating point where conditions are numeric, else lists.
     """
-    if not 0 <= checks.positive(probability, "probability", allow_zero=True) <= 1:
-        raise ValueError(f"probability must lie in [0, 1]; got {probability!r}")
-    if y is None or probability == 0:
+    if check_share(probability, "probability") == 0 or y is None:
         return y
     first = _droppable(y)
     while isinstance(first, Mapping):
@@ -80,9 +86,10 @@ def _droppable(y: Any) -> Any:
 class GuidedModel:
     """A velocity field pushed along its condition: ``v(∅) + scale (v(y) - v(∅))``.
 
-    For a model trained with dropped conditions. Scale 1 is the conditional field, 0 the unconditional one, more than 1
-    follows the condition harder, less than 0 leads away from it. Both fields come from one call at twice the batch; a
-    plain scale of 1 or 0 makes one call at the batch's size. Works wherever a model does, `flows.integrate` included.
+    For a model trained with dropped conditions, of velocities or of average ones (which take ``until``). Scale 1 is the
+    conditional field, 0 the unconditional one, more than 1 follows the condition harder, less than 0 leads away from
+    it. Both fields come from one call at twice the batch; a plain scale of 1 or 0 makes one call at the batch's size.
+    Works wherever a model does, `flows.integrate` included.
 
     Args:
         model: ``model(t, x, y) -> velocity``.
@@ -108,15 +115,16 @@ class GuidedModel:
         else:
             checks.finite(self.scale, "scale")
 
-    def __call__(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
+    def __call__(self, t: Tensor, x: Tensor, y: Any = None, **until: Tensor) -> Tensor:
         """Guided velocity, ``(B, d…)``."""
         if y is None:
             raise ValueError("guidance needs conditions: pass y")
         y = _droppable(y)
         nothing = self.null(y)
         if not isinstance(self.scale, Tensor) and self.scale in (0, 1):
-            return self.model(t, x, y if self.scale == 1 else nothing)
-        both = self.model(torch.cat((t, t)), torch.cat((x, x)), concatenate([nothing, y]))
+            return self.model(t, x, y if self.scale == 1 else nothing, **until)
+        twice = {name: torch.cat((time, time)) for name, time in until.items()}
+        both = self.model(torch.cat((t, t)), torch.cat((x, x)), concatenate([nothing, y]), **twice)
         without, given = both.chunk(2)
         scale: Any = self.scale
         if isinstance(scale, Tensor):

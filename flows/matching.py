@@ -5,9 +5,10 @@ A coupling pairs noise with data, a path connects each pair, and a model regress
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -97,6 +98,8 @@ class FlowBatch:
         y: conditions of the pairs (those of the target samples), or None.
         weight: ``(B,)`` weights of the pairs (of mean 1) and times, or None.
         info: facts from the coupling.
+        noise: ``(B, d…)`` standard normal noise of the path, or None for a path without.
+        until: ``(B,)`` ends of the intervals that `flows.MeanFlow` averages over, or None.
     """
 
     t: Tensor
@@ -105,14 +108,16 @@ class FlowBatch:
     y: Any = None
     weight: Tensor | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    noise: Tensor | None = None
+    until: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.t)
 
     def __getitem__(self, index: slice | Tensor) -> FlowBatch:
-        y = select(self.y, index)
-        weight = None if self.weight is None else self.weight[index]
-        return FlowBatch(self.t[index], self.xt[index], self.ut[index], y, weight, self.info)
+        rows = [None if part is None else part[index] for part in (self.weight, self.noise, self.until)]
+        points = self.t[index], self.xt[index], self.ut[index]
+        return FlowBatch(*points, select(self.y, index), rows[0], self.info, *rows[1:])
 
     def split(self, size: int) -> Iterator[FlowBatch]:
         """Consecutive batches of ``size`` (the last may be smaller)."""
@@ -132,24 +137,41 @@ def along_path(
         generator: source of randomness for the times and the path's noise.
         times: law of the times; None for uniform ones.
     """
-    dtype = torch.promote_types(x1.dtype, torch.float32)
-    t = (UniformTimes() if times is None else times)(len(x1), generator, x1.device, dtype)
+    times = UniformTimes() if times is None else times
+    return at_times(path, x0, x1, times(len(x1), generator, x1.device, times_dtype(x1)), generator)
+
+
+def times_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the times beside samples: float32 or better."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def at_times(path: Path, x0: Tensor, x1: Tensor, t: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
+    """The point on the path of each pair at its time ``t`` ``(B,)``."""
     noise = None
     if path.needs_noise:
         noise = draw(torch.randn, *x1.shape, generator=generator, device=x1.device, dtype=x1.dtype)
-    return FlowBatch(t, *path.sample(x0, x1, t, noise))
+    return FlowBatch(t, *path.sample(x0, x1, t, noise), noise=noise)
 
 
 def regression_loss(model: VelocityModel, batch: FlowBatch) -> Tensor:
     """Weighted mean squared error of the model's velocity, averaged over pairs and features; a scalar."""
-    predicted = model(batch.t, batch.xt, batch.y)
-    if predicted.shape != batch.ut.shape:
+    return weighted_mean(squared_error(model(batch.t, batch.xt, batch.y), batch.ut), batch.weight)
+
+
+def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Squared error of each sample ``(B,)``, averaged over features, in float32 or better."""
+    if predicted.shape != target.shape:
         raise ValueError(
-            f"the model must return velocities of shape {tuple(batch.ut.shape)}; got {tuple(predicted.shape)}"
+            f"the model must return velocities of shape {tuple(target.shape)}; got {tuple(predicted.shape)}"
         )
-    error = (predicted.float() - batch.ut.float()) if batch.ut.dtype.itemsize < 4 else predicted - batch.ut
-    error = error.square().flatten(1).mean(1)
-    return error.mean() if batch.weight is None else (batch.weight.to(error.dtype) * error).mean()
+    error = (predicted.float() - target.float()) if target.dtype.itemsize < 4 else predicted - target
+    return error.square().flatten(1).mean(1)
+
+
+def weighted_mean(error: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of errors ``(B,)`` times their weights (of mean 1), or None for no weights; a scalar."""
+    return error.mean() if weight is None else (weight.to(error.dtype) * error).mean()
 
 
 def check_coupling(coupling: object) -> Coupling:
@@ -160,7 +182,116 @@ def check_coupling(coupling: object) -> Coupling:
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class Objective(ABC):
+    """What a model is trained for: pairs from a coupling, points on their paths at drawn times, and a loss there.
+
+    The one place where a batch is coupled and put on a path. A subclass, a frozen dataclass, implements `batch_loss`.
+    `flows.FlowMatching` describes the arguments.
+    """
+
+    coupling: Coupling = None  # type: ignore[assignment]  # never None once built
+    path: Path = field(default_factory=LinearPath)
+    times: TimeLaw = field(default_factory=UniformTimes)
+    time_weight: TimeWeight | None = None
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        check_times(self.times)
+        if self.time_weight is not None and not callable(self.time_weight):
+            raise TypeError(f"time_weight must be a function of times (B,) or None; got {self.time_weight!r}")
+        if self.coupling is None:
+            object.__setattr__(self, "coupling", self.path.default_coupling())
+        self.path.check_coupling(check_coupling(self.coupling))
+
+    def settings(self) -> dict[str, str]:
+        """Settings by which runs are compared, as text: all but the coupling, which the loader saves."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "coupling"}
+        named = {name: getattr(value, "__qualname__", repr(value)) for name, value in values.items()}
+        return {"objective": type(self).__name__, **named}
+
+    def paired_by(self, coupling: Coupling | None) -> Self:
+        """The objective with the coupling that a loader was given (None: its own).
+
+        Raises:
+            ValueError: it was built with another one, or the coupling contradicts its path.
+        """
+        if coupling is None or coupling == self.coupling:
+            return self
+        if self.coupling != self.path.default_coupling():
+            raise ValueError(f"the loader pairs by {coupling!r}, the objective by {self.coupling!r}: give one of them")
+        return replace(self, coupling=coupling)
+
+    def couple(
+        self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
+    ) -> CoupledBatch:
+        """Pair two batches; the arguments are those of `loss`."""
+        return CoupledBatch.of(self.coupling(x0, x1, y0, y, generator=generator), x0, x1, y, y0=y0)
+
+    def along(self, batch: CoupledBatch, generator: torch.Generator | None = None) -> FlowBatch:
+        """A time and a point on the path of each pair of a batch."""
+        x1 = batch.x1
+        t, until = self._times(len(x1), generator, x1.device, times_dtype(x1))
+        points = at_times(self.path, batch.x0, x1, t, generator)
+        return replace(points, y=batch.y, weight=self._weight(t, batch.weight), info=batch.info, until=until)
+
+    @outside_graphs
+    def points(
+        self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
+    ) -> FlowBatch:
+        """`couple`, then `along`."""
+        return self.along(self.couple(x0, x1, y, y0=y0, generator=generator), generator)
+
+    @abstractmethod
+    def batch_loss(self, model: Any, batch: FlowBatch) -> Tensor:
+        """Loss of a model on points of `along`, a scalar."""
+
+    def loss(
+        self,
+        model: Any,
+        x0: Tensor,
+        x1: Tensor,
+        y: Any = None,
+        *,
+        y0: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Loss of a model on one batch, a scalar.
+
+        Args:
+            model: ``model(t, x, y)`` with t of shape ``(B,)``; y is None without conditions.
+            x0: ``(n, d…)`` noise, or samples of another data set.
+            x1: ``(m, d…)`` data.
+            y: conditions of the data, one a sample (see `mbot.conditions`); they follow their samples.
+            y0: conditions of the source samples, for couplings that read them.
+            generator: source of randomness for the coupling, the times and the path's noise.
+        """
+        return self.batch_loss(model, self.points(x0, x1, y, y0=y0, generator=generator))
+
+    def _times(
+        self, n: int, generator: torch.Generator | None, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None]:
+        """Times of a batch, and the ends of its intervals where the objective has some."""
+        return self.times(n, generator, device, dtype), None
+
+    def _weight(self, t: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Weights of pairs times those of their times."""
+        if self.time_weight is None:
+            return weight
+        factor = checks.finite(self.time_weight(t), "time_weight of the times")
+        if factor.shape != t.shape:
+            raise ValueError(f"time_weight must give one weight a time, {tuple(t.shape)}; got {tuple(factor.shape)}")
+        return factor if weight is None else weight * factor
+
+
+def check_objective(objective: object) -> Objective:
+    """An objective, or a TypeError."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be one such as flows.MeanFlow(); got {objective!r}")
+    return objective
+
+
+@dataclass(frozen=True)
+class FlowMatching(Objective):
     """Flow matching with any coupling and any path.
 
     Args:
@@ -180,78 +311,12 @@ class FlowMatching:
     (tensor([1., 1.]), 4)
     """
 
-    coupling: Coupling = None  # type: ignore[assignment]  # never None once built
-    path: Path = field(default_factory=LinearPath)
-    times: TimeLaw = field(default_factory=UniformTimes)
-    time_weight: TimeWeight | None = None
-
-    def __post_init__(self) -> None:
-        check_path(self.path)
-        check_times(self.times)
-        if self.time_weight is not None and not callable(self.time_weight):
-            raise TypeError(f"time_weight must be a function of times (B,) or None; got {self.time_weight!r}")
-        if self.coupling is None:
-            object.__setattr__(self, "coupling", self.path.default_coupling())
-        self.path.check_coupling(check_coupling(self.coupling))
-
-    def settings(self) -> dict[str, str]:
-        """Settings by which runs are compared, as text: path, times and the name of the time weight."""
-        weight = getattr(self.time_weight, "__qualname__", repr(self.time_weight))
-        return {"path": repr(self.path), "times": repr(self.times), "time_weight": weight}
-
-    def couple(
-        self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
-    ) -> CoupledBatch:
-        """Pair two batches; the arguments are those of `sample`."""
-        return CoupledBatch.of(self.coupling(x0, x1, y0, y, generator=generator), x0, x1, y, y0=y0)
-
-    def along(self, batch: CoupledBatch, generator: torch.Generator | None = None) -> FlowBatch:
-        """A time and a point on the path of each pair of a batch."""
-        points = along_path(self.path, batch.x0, batch.x1, generator, self.times)
-        return replace(points, y=batch.y, weight=self._weight(points.t, batch.weight), info=batch.info)
-
-    def _weight(self, t: Tensor, weight: Tensor | None) -> Tensor | None:
-        """Weights of pairs times those of their times."""
-        if self.time_weight is None:
-            return weight
-        factor = checks.finite(self.time_weight(t), "time_weight of the times")
-        if factor.shape != t.shape:
-            raise ValueError(f"time_weight must give one weight a time, {tuple(t.shape)}; got {tuple(factor.shape)}")
-        return factor if weight is None else weight * factor
-
-    @outside_graphs
     def sample(
         self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
     ) -> FlowBatch:
-        """Couple two batches and draw a time and a point on each pair's path.
+        """Couple two batches and draw a time and a point on each pair's path; the arguments are those of `loss`."""
+        return self.points(x0, x1, y, y0=y0, generator=generator)
 
-        Args:
-            x0: ``(n, d…)`` noise, or samples of another data set.
-            x1: ``(m, d…)`` data.
-            y: conditions of the data, one a sample (see `mbot.conditions`); they follow their samples.
-            y0: conditions of the source samples, for couplings that read them.
-            generator: source of randomness for the coupling, the times and the path's noise.
-        """
-        return self.along(self.couple(x0, x1, y, y0=y0, generator=generator), generator)
-
-    def loss(
-        self,
-        model: VelocityModel,
-        x0: Tensor,
-        x1: Tensor,
-        y: Any = None,
-        *,
-        y0: Any = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Flow-matching loss of a model on one batch: ``mean w |model(t, xt, y) - ut|^2``, a scalar.
-
-        Args:
-            model: ``model(t, x, y) -> velocity`` with t of shape ``(B,)``; y is None without conditions.
-            x0: ``(n, d…)`` noise.
-            x1: ``(m, d…)`` data.
-            y: conditions of the data.
-            y0: conditions of the source samples.
-            generator: source of randomness.
-        """
-        return regression_loss(model, self.sample(x0, x1, y, y0=y0, generator=generator))
+    def batch_loss(self, model: VelocityModel, batch: FlowBatch) -> Tensor:
+        """``mean w |model(t, xt, y) - ut|^2`` on points of `sample`, a scalar."""
+        return regression_loss(model, batch)

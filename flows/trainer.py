@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -18,14 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from flows import checkpoint
-from flows.averaging import averaged_model
+from flows.averaging import at_rest, averaged_model, check_decay
 from flows.checkpoint import CheckpointError
 from flows.folder_lock import FolderLock
-from flows.guidance import drop_conditions
+from flows.guidance import check_share, drop_conditions
 from flows.interrupt import Interrupted, NumberGuard, Signals
 from flows.loader import CoupledLoader, WorkerDied
 from flows.logs import RunLog, TrainResult
-from flows.matching import FlowMatching, TimeWeight, regression_loss
+from flows.matching import FlowMatching, Objective, TimeWeight, check_objective
 from flows.paths import LinearPath, Path
 from flows.seeds import derive_seed, generator_at, random_states, restore_random_states
 from flows.times import TimeLaw, UniformTimes
@@ -36,7 +35,7 @@ _SIGNAL, _NON_FINITE = 1, 2
 
 
 class Trainer:
-    """Flow-matching training of ``model(t, x, y)`` on the batches of a `CoupledLoader`.
+    """Training of a model ``model(t, x, y)`` on the batches of a `CoupledLoader`.
 
     Under ``torch.distributed`` (started by ``torchrun``) the model is wrapped in DistributedDataParallel and only rank
     0 writes. SIGTERM or SIGINT finishes the step, saves and raises `flows.Interrupted` (exit code 75). On the CPU a
@@ -50,11 +49,15 @@ class Trainer:
             path's own.
         times: law of the times that the model is trained at; None for uniform ones.
         time_weight: weight of the loss at each time, see `flows.FlowMatching`. A resumed run compares its name.
+        objective: what the model is trained for, such as `flows.MeanFlow`; None for `flows.FlowMatching`. It comes with
+            its own path, times and time weight; a loader that was given a coupling keeps it.
         optimizer: over the model's parameters; None for Adam at 2e-4.
         scheduler: stepped once an optimiser step; None for a constant rate. See `warmup_schedule`.
         out: folder of the run: ``checkpoints/``, ``metrics.csv``, ``tensorboard/``. None writes nothing.
         seed: of times, path noise, dropped conditions and (at the start) of torch's default generators.
         ema: decay of the averaged weights, or None. Rises as ``(1 + step) / (10 + step)`` at first.
+        ema_reference_batch: samples of a step (accumulated, of all processes) that ``ema`` is meant for; κ times as
+            many decay by ``ema^κ``, for the same half-life in samples. None: ``ema`` for any batch.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` autocast (weights stay as they are; fp16 scales gradients).
         clip: largest gradient norm, or None.
         accumulate: training batches an optimiser step.
@@ -86,11 +89,13 @@ class Trainer:
         path: Path | None = None,
         times: TimeLaw | None = None,
         time_weight: TimeWeight | None = None,
+        objective: Objective | None = None,
         optimizer: Optimizer | None = None,
         scheduler: LRScheduler | None = None,
         out: str | FilePath | None = None,
         seed: int = 0,
         ema: float | None = 0.9999,
+        ema_reference_batch: int | None = None,
         precision: str = "fp32",
         clip: float | None = None,
         accumulate: int = 1,
@@ -111,24 +116,26 @@ class Trainer:
         if not isinstance(loader, CoupledLoader):
             raise TypeError(f"loader must be a flows.CoupledLoader; got {type(loader).__name__}")
         self.model, self.loader, self.steps = model, loader, checks.count(steps, "steps")
-        given: Any = loader.given_coupling  # None: the path's own
-        self.matching = FlowMatching(given, path or LinearPath(), times or UniformTimes(), time_weight)
-        loader.use_coupling(self.matching.coupling)
+        given: Any = loader.given_coupling  # None: the objective's, which is its path's unless it was given one
+        if objective is None:
+            objective = FlowMatching(given, path or LinearPath(), times or UniformTimes(), time_weight)
+        elif not (path is times is time_weight is None):
+            raise ValueError("path, times and time_weight belong to the objective: give them to it")
+        self.objective = check_objective(objective).paired_by(given)
+        loader.use_coupling(self.objective.coupling)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.optimizer = torch.optim.Adam(model.parameters(), lr=2e-4) if optimizer is None else optimizer
         self.scheduler = scheduler
         self.out = None if out is None else FilePath(out)
         self.lock = FolderLock(self.out)  # held by fit and save; hold it to write to the folder yourself
         self.seed = checks.count(seed, "seed", at_least=0)
-        self.ema_decay = None if ema is None else checks.positive(ema, "ema", allow_zero=True)
-        if self.ema_decay is not None and self.ema_decay >= 1:
-            raise ValueError(f"ema must lie in [0, 1) or be None; got {ema!r}")
+        self.ema_decay = check_decay(ema)
+        reference = ema_reference_batch
+        self.ema_batch = None if reference is None else checks.count(reference, "ema_reference_batch")
         self.precision = checks.choice(precision, "precision", tuple(_DTYPES))
         self.clip = None if clip is None else checks.positive(clip, "clip")
         self.accumulate = checks.count(accumulate, "accumulate")
-        self.condition_dropout = checks.positive(condition_dropout, "condition_dropout", allow_zero=True)
-        if self.condition_dropout > 1:
-            raise ValueError(f"condition_dropout must lie in [0, 1]; got {condition_dropout!r}")
+        self.condition_dropout = check_share(condition_dropout, "condition_dropout")
         self.every = {
             "checkpoint": None if checkpoint_every is None else checks.count(checkpoint_every, "checkpoint_every"),
             "log": checks.count(log_every, "log_every"),
@@ -140,17 +147,14 @@ class Trainer:
         if on_log is not None and not callable(on_log):
             raise TypeError(f"on_log must be called with a dict of each row; got {type(on_log).__name__}")
         self.tensorboard, self.progress, self.preview, self.on_log = tensorboard, progress, preview, on_log
-        self.config = config or {}
-        try:
-            json.dumps(self.config)
-        except TypeError as error:
-            raise TypeError(f"config must hold plain values (numbers, strings, lists, dicts): {error}") from error
+        self.config = checkpoint.plain_values(config or {})
 
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.step = 0
         decay = self.ema_decay
-        self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step)
+        scale = loader.batch_size * self.accumulate * self.world / self.ema_batch if self.ema_batch else 1.0
+        self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step, scale)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
         self._ddp: Any = model
@@ -164,7 +168,7 @@ class Trainer:
     @property
     def path(self) -> Path:
         """The path that connects pairs."""
-        return self.matching.path
+        return self.objective.path
 
     @property
     def sampling_model(self) -> nn.Module:
@@ -321,9 +325,10 @@ class Trainer:
     def _settings(self) -> dict[str, Any]:
         """Settings that a resumed run must share with the saved one."""
         return {
-            **self.matching.settings(),
+            **self.objective.settings(),
             "seed": self.seed,
             "ema": self.ema_decay,
+            "ema_reference_batch": self.ema_batch,
             "precision": self.precision,
             "clip": self.clip,
             "accumulate": self.accumulate,
@@ -343,12 +348,12 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for part in range(self.accumulate):
             batch = self.loader.next_batch().to(self.device)
-            flow = self.matching.along(batch, self.generator)
+            flow = self.objective.along(batch, self.generator)
             flow = replace(flow, y=drop_conditions(flow.y, self.condition_dropout, self.generator))
             quiet = self.world > 1 and part + 1 < self.accumulate
             with self._ddp.no_sync() if quiet else contextlib.nullcontext():
                 with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
-                    loss = regression_loss(self._run, flow) / self.accumulate
+                    loss = self.objective.batch_loss(self._run, flow) / self.accumulate
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -390,10 +395,5 @@ class Trainer:
 
     def _show(self) -> None:
         if self.rank == 0 and self.preview is not None:
-            model = self.sampling_model
-            mode = model.training
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                model.eval()
+            with at_rest(self.sampling_model, self.device) as model:
                 self.preview(model, self.step)
-                model.train(mode)

@@ -1,4 +1,4 @@
-"""Conditions as vectors that are added to a model's time embedding."""
+"""Conditions and intervals of time, which models add to their embedding of the time."""
 
 from __future__ import annotations
 
@@ -70,6 +70,24 @@ def condition_embedding(out_dim: int, num_classes: int, condition_dim: int) -> C
     if not num_classes and not condition_dim:
         return None
     return ConditionEmbedding(out_dim, num_classes=num_classes, condition_dim=condition_dim)
+
+
+def interval_length(t: Tensor, until: Tensor | None) -> Tensor:
+    """Time from ``t`` to ``until``, both ``(B,)``; 0 where ``until`` is None: the velocity at ``t``."""
+    if until is None:
+        return torch.zeros_like(t)
+    if until.shape != t.shape:
+        raise ValueError(f"until must hold one time a sample, {tuple(t.shape)}; got {tuple(until.shape)}")
+    if t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((until < t).any()):
+        row = int((until < t).nonzero()[0])  # a GPU is not waited for
+        raise ValueError(f"until must not be before t; got t = {float(t[row]):g}, until = {float(until[row]):g}")
+    return until - t
+
+
+def refuse_until(until: Any) -> None:
+    """A model of velocities takes no ``until``."""
+    if until is not None:
+        raise ValueError("this model was built for velocities; build it with average_velocity=True to pass until")
 
 
 def refuse_conditions(y: Any) -> None:

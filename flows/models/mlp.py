@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flows.models.condition import condition_embedding, refuse_conditions
+from flows.models.condition import condition_embedding, interval_length, refuse_conditions, refuse_until
 from mbot import checks
 
 
@@ -22,6 +22,8 @@ class ResidualMLP(nn.Module):
         width: hidden features.
         depth: residual blocks.
         expansion: width of a block's inner layer relative to ``width``.
+        average_velocity: take ``until`` too, for `flows.MeanFlow`. Given the weights of a velocity model
+            (``load_state_dict(..., strict=False)``), the model without ``until`` is that model.
 
     >>> ResidualMLP(2, num_classes=3)(torch.rand(5), torch.randn(5, 2), torch.tensor([0, 1, 2, 0, 1])).shape
     torch.Size([5, 2])
@@ -36,6 +38,7 @@ class ResidualMLP(nn.Module):
         width: int = 128,
         depth: int = 3,
         expansion: int = 4,
+        average_velocity: bool = False,
     ) -> None:
         super().__init__()
         for value, name, least in (
@@ -53,10 +56,15 @@ class ResidualMLP(nn.Module):
             for _ in range(depth)
         )
         self.output = nn.Linear(width, dim)
+        self.interval = nn.Linear(1, width, bias=False) if average_velocity else None
 
-    def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
-        """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``."""
+    def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
+        """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``; or its average to ``until``."""
         hidden = self.inputs(x.flatten(1)) + self.time(t[:, None].to(x.dtype))
+        if self.interval is None:
+            refuse_until(until)
+        else:
+            hidden = hidden + self.interval(interval_length(t, until)[:, None].to(x.dtype))
         if self.condition is None:
             refuse_conditions(y)
         else:

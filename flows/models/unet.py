@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flows.models.condition import condition_embedding, refuse_conditions
+from flows.models.condition import condition_embedding, interval_length, refuse_conditions, refuse_until
 from mbot import checks
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -58,6 +58,8 @@ class UNet(nn.Module):
         num_classes: labels ``(B,)`` as conditions.
         condition_dim: vectors ``(B, condition_dim)`` as conditions; excludes ``num_classes``. "No condition" is label
             -1, or a vector of NaN.
+        average_velocity: take ``until`` too, for `flows.MeanFlow`. Given the weights of a velocity model
+            (``load_state_dict(..., strict=False)``), the model without ``until`` is that model.
 
     >>> model = UNet.preset("digits", num_classes=10)
     >>> model(torch.rand(2), torch.randn(2, 1, 8, 8), torch.tensor([3, -1])).shape
@@ -77,6 +79,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         num_classes: int = 0,
         condition_dim: int = 0,
+        average_velocity: bool = False,
     ) -> None:
         super().__init__()
         multipliers, attention = tuple(multipliers), tuple(attention)
@@ -127,15 +130,23 @@ class UNet(nn.Module):
         self.leave = nn.Sequential(
             _norm(width, groups), nn.SiLU(), _zeroed(nn.Conv2d(width, in_channels, 3, padding=1))
         )
+        self.interval = None
+        if average_velocity:
+            last = _zeroed(nn.Linear(embedding, embedding))
+            self.interval = nn.Sequential(nn.Linear(self.features, embedding), nn.SiLU(), last)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> UNet:
         """A model of a paper's size (`PRESETS`), with changes such as ``num_classes``."""
         return cls(**{**PRESETS[checks.choice(name, "name", tuple(PRESETS))], **changes})
 
-    def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
-        """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``."""
+    def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
+        """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``; its mean to ``until``."""
         embedding = self.time(_sinusoids(t, self.features).to(x.dtype))
+        if self.interval is None:
+            refuse_until(until)
+        else:
+            embedding = embedding + self.interval(_sinusoids(interval_length(t, until), self.features).to(x.dtype))
         if self.condition is None:
             refuse_conditions(y)
         else:
@@ -163,8 +174,9 @@ def _apply(layers: Any, x: Tensor, embedding: Tensor) -> Tensor:
 def _sinusoids(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal features ``(B, dim)`` of times in [0, 1], which are stretched to the diffusion models' [0, 1000]."""
     half = dim // 2
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
     rate = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-    angle = 1000 * t.float()[:, None] * rate
+    angle = 1000 * t[:, None] * rate
     return F.pad(torch.cat((angle.cos(), angle.sin()), 1), (0, dim % 2))
 
 

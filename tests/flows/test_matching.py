@@ -165,7 +165,7 @@ def trained(path, coupling=None, loader=None, **settings):
 def test_a_bridge_gets_its_entropic_pairs_wherever_it_is_used():
     assert FlowMatching(path=BRIDGE).coupling == ENTROPIC
     trainer = trained(BRIDGE)
-    assert trainer.loader.coupling == trainer.matching.coupling == ENTROPIC
+    assert trainer.loader.coupling == trainer.objective.coupling == ENTROPIC
     trainer.fit()
     by_hand = trained(BRIDGE, ENTROPIC)
     by_hand.fit()
