@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flows.models.condition import condition_embedding, refuse_conditions
-from flows.models.parts import attention, sinusoids
+from flows.models.condition import condition_embedding, interval_length, refuse_conditions, refuse_until
+from flows.models.parts import attention, sinusoids, time_features
 from mbot import checks
 
 DIT_PRESETS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,8 @@ class DiT(nn.Module):
         num_classes: labels ``(B,)`` as conditions.
         condition_dim: vectors ``(B, condition_dim)`` as conditions; excludes ``num_classes``. "No condition" is label
             -1, or a vector of NaN.
+        average_velocity: take ``until`` too, for `flows.MeanFlow`. Given the weights of a velocity model
+            (``load_state_dict(..., strict=False)``), the model without ``until`` is that model.
 
     >>> model = DiT.preset("dit", num_classes=10)
     >>> model(torch.rand(2), torch.randn(2, 1, 8, 8), torch.tensor([3, -1])).shape
@@ -57,6 +59,7 @@ class DiT(nn.Module):
         expansion: int = 4,
         num_classes: int = 0,
         condition_dim: int = 0,
+        average_velocity: bool = False,
     ) -> None:
         super().__init__()
         for value, name in ((in_channels, "in_channels"), (patch_size, "patch_size"), (width, "width"),
@@ -73,6 +76,12 @@ class DiT(nn.Module):
         self.norm = _Modulated(width, 2)
         self.leave = nn.Linear(width, features)
         self._start()
+        self.interval = None
+        if average_velocity:
+            last = nn.Linear(width, width)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.interval = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), last)
 
     def _start(self) -> None:
         """DiT's initial weights: Xavier's, small embeddings, and zero for what scales a block or the output."""
@@ -91,13 +100,17 @@ class DiT(nn.Module):
         """A model of a paper's size (`DIT_PRESETS`), with changes such as ``num_classes``."""
         return cls(**{**DIT_PRESETS[checks.choice(name, "name", tuple(DIT_PRESETS))], **changes})
 
-    def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
-        """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``."""
+    def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
+        """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``; its mean to ``until``."""
         batch, channels, height, wide = x.shape
         side = self.patch_size
         if height % side or wide % side:
             raise ValueError(f"sides of images must be multiples of patch_size={side}; got {height} × {wide}")
-        embedding = self.time(sinusoids(1000 * t, _TIME_FEATURES).to(x.dtype))
+        embedding = self.time(time_features(t, _TIME_FEATURES).to(x.dtype))
+        if self.interval is None:
+            refuse_until(until)
+        else:
+            embedding = embedding + self.interval(time_features(interval_length(t, until), _TIME_FEATURES).to(x.dtype))
         if self.condition is None:
             refuse_conditions(y)
         else:

@@ -22,6 +22,11 @@ def sinusoids(values: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat((angle.cos(), angle.sin()), 1), (0, dim % 2))
 
 
+def time_features(t: Tensor, dim: int) -> Tensor:
+    """Sinusoids ``(B, dim)`` of times in [0, 1], which are stretched to the diffusion models' [0, 1000]."""
+    return sinusoids(1000 * t.to(torch.promote_types(t.dtype, torch.float32)), dim)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention ``(…, n, d)``, fused where no forward-mode derivative is asked for."""
     if forward_ad.unpack_dual(q).tangent is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.models.condition import condition_embedding, interval_length, refuse_conditions, refuse_until
+from flows.models.parts import time_features
 from mbot import checks
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -142,11 +143,11 @@ class UNet(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
         """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``; its mean to ``until``."""
-        embedding = self.time(_sinusoids(t, self.features).to(x.dtype))
+        embedding = self.time(time_features(t, self.features).to(x.dtype))
         if self.interval is None:
             refuse_until(until)
         else:
-            embedding = embedding + self.interval(_sinusoids(interval_length(t, until), self.features).to(x.dtype))
+            embedding = embedding + self.interval(time_features(interval_length(t, until), self.features).to(x.dtype))
         if self.condition is None:
             refuse_conditions(y)
         else:
@@ -169,15 +170,6 @@ def _apply(layers: Any, x: Tensor, embedding: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x, embedding)
     return x
-
-
-def _sinusoids(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal features ``(B, dim)`` of times in [0, 1], which are stretched to the diffusion models' [0, 1000]."""
-    half = dim // 2
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
-    rate = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-    angle = 1000 * t[:, None] * rate
-    return F.pad(torch.cat((angle.cos(), angle.sin()), 1), (0, dim % 2))
 
 
 def _groups(widths: list[int]) -> int:

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 import flows
 import mbot
 from flows import FlowBatch, FlowMatching, MeanFlow, checkpoint
-from flows.models import ResidualMLP, UNet
+from flows.models import DiT, ResidualMLP, UNet
 
 
 def gen(seed=0):
@@ -66,6 +66,11 @@ def test_the_closed_form_samples_the_data_in_any_steps(steps):
 def unet(**settings):
     model = UNet(1, image_size=4, channels=4, multipliers=(1, 2), blocks=1, attention=(2,), num_classes=3,
                  average_velocity=True, **settings)  # fmt: skip
+    return restless(model)
+
+
+def restless(model):
+    """A model none of whose layers is zero, in float64."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.double()
@@ -77,8 +82,9 @@ def unet(**settings):
         (lambda: ResidualMLP(2, num_classes=3, width=16, average_velocity=True).double(), (2,)),
         (lambda: unet(), (1, 4, 4)),
         (lambda: unet(dropout=0.3), (1, 4, 4)),
+        (lambda: restless(DiT(1, width=8, depth=1, heads=2, num_classes=3, average_velocity=True)), (1, 4, 4)),
     ],
-    ids=["mlp", "unet", "unet with dropout"],
+    ids=["mlp", "unet", "unet with dropout", "dit"],
 )
 def test_the_target_holds_the_derivative_along_the_path(build, shape):
     torch.manual_seed(0)
@@ -231,8 +237,9 @@ def test_guidance_combines_average_velocities():
     [
         (lambda **new: ResidualMLP(2, num_classes=3, width=8, **new), (2,)),
         (lambda **new: UNet.preset("digits", channels=8, num_classes=3, **new), (1, 8, 8)),
+        (lambda **new: DiT(1, width=8, depth=1, heads=2, num_classes=3, **new), (1, 8, 8)),
     ],
-    ids=["mlp", "unet"],
+    ids=["mlp", "unet", "dit"],
 )
 def test_models_of_average_velocities_begin_as_the_velocity_model(build, shape):
     torch.manual_seed(0)
