@@ -28,8 +28,8 @@ class MeanFlow(Objective):
     Differentiating ``(until - t) u`` along the flow gives ``u = v + (until - t) du/dt``, where ``du/dt`` is the
     derivative of u along ``(v, 1, 0)`` in ``(x, t, until)``. The model regresses the right side, with the velocity of
     the pair's path for v, the derivative of the model itself by `torch.func.jvp`, and no gradient through either. Where
-    ``until = t`` that is plain flow matching. The derivative is taken in float32, also under autocast, and with
-    attention that is not fused.
+    ``until = t`` that is plain flow matching. The derivative is taken in float32, also under autocast, with attention
+    that is not fused, and outside of what `torch.compile` compiles.
 
     A model is called as ``model(t, x, y, until=until)``; `flows.models` are built for it by ``average_velocity=True``.
     Without ``until`` it gives the velocity at t, so that it runs in `flows.integrate` too.
