@@ -8,9 +8,10 @@ do not depend on the number of workers, and a run can resume at any of them.
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, pairwise
@@ -20,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flows.checkpoint import differences
+from flows.items import Columns
 from flows.matching import CoupledBatch
 from flows.ot_batches import Fetched, OTBatches
 from flows.reflow import AnnealingReflow
@@ -30,7 +32,7 @@ from mbot.conditions import Labels
 
 
 class CoupledLoader:
-    """Batches of coupled noise and data from any map-style data set, coupled ahead of the training step.
+    """Batches of coupled noise and data from any data set, coupled ahead of the training step.
 
     Iterating yields the `CoupledBatch`es of one epoch (the rest of it after an interruption or `load_state_dict`);
     iterate again for the next. Each sample appears at most once an epoch.
@@ -48,9 +50,14 @@ class CoupledLoader:
     Pairs of a model (`flows.PairedDataset`, or `flows.AnnealingReflow` over one) are served as they are, each once an
     epoch; source, coupling and collate are left out.
 
+    An iterable data set is read in stretches of ``shuffle_buffer`` samples, each an epoch, in the calling thread and by
+    every process alike (do not split it). It goes on from a saved state by a state of its own, ``state_dict()`` and
+    ``load_state_dict()``, which those of Hugging Face datasets and torchdata have; others are refused then.
+
     Args:
-        dataset: map-style; an item is a sample, or ``(sample, condition)``. Samples are arrays or tensors of floating
-            point and one shape; conditions are numbers, strings, arrays, or dicts of them.
+        dataset: map-style or iterable; an item is a sample, ``(sample, condition)``, or a dict with ``columns``.
+            Samples are arrays or tensors of floating point and one shape, or images of PIL, which become tensors in
+            [-1, 1]; conditions are numbers, strings, arrays, or dicts of them.
         source: where flows start: None for standard normal noise of the data's shape, a callable
             ``source(n, generator)`` that returns ``(n, d…)`` or that and conditions, a tensor ``(N, d…)``, or a
             map-style data set of samples or ``(sample, condition)``.
@@ -65,6 +72,9 @@ class CoupledLoader:
         prefetch: OT batches prepared ahead (by each worker).
         device: where batches are wanted; None for the CPU.
         collate: turns a list of items into samples or ``(samples, conditions)``; None for torch's default.
+        columns: of data sets whose items are dicts: the names of samples, or of samples and conditions, such as
+            ``("image", "label")``; of ``source`` as well. Excludes ``collate``.
+        shuffle_buffer: samples of a stretch of an iterable data set, rounded up to whole OT batches.
         coupling_scope: under ``torch.distributed``: ``"rank"`` couples each process's batch by itself, ``"global"``
             is one coupling of the samples of all processes (see `mbot.distributed.GlobalCoupling`), and each gets the
             partners of its samples.
@@ -107,6 +117,8 @@ class CoupledLoader:
         prefetch: int = 2,
         device: torch.device | str | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
+        columns: str | Sequence[str] | None = None,
+        shuffle_buffer: int = 4096,
         coupling_scope: str = "rank",
         source_sampling: str = "independent",
         groups: tuple[Labels, Labels] | None = None,
@@ -127,13 +139,17 @@ class CoupledLoader:
             seed=seed,
             shuffle=shuffle,
             drop_last=drop_last,
-            collate=collate,
+            collate=collate if columns is None else Columns.named(columns, collate),
+            shuffle_buffer=shuffle_buffer,
             scope=coupling_scope,
             timeout=timeout,
             source_sampling=source_sampling,
             groups=groups,
             sources_per_target=sources_per_target,
         )
+        self.stream = self.batches.stream
+        if self.stream is not None and num_workers:
+            raise ValueError("an iterable data set is read by one thread: leave num_workers out")
         self.given_coupling = coupling
         self.multiprocessing_context = multiprocessing_context
         self.epoch = 0
@@ -185,11 +201,15 @@ class CoupledLoader:
         self._batch += 1
         if self._batch == len(self):
             self.epoch, self._batch = self.epoch + 1, 0
+            if self.stream is not None:
+                self.stream.forget(self.epoch)
         self.wait_seconds += time.perf_counter() - began
         return batch
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch."""
+        if self.stream is not None:
+            raise ValueError("a stream has no epochs to go to; load_state_dict goes on from a state")
         self.epoch, self._batch = checks.count(epoch, "epoch", at_least=0), 0
         self.close()
 
@@ -198,18 +218,23 @@ class CoupledLoader:
         state = {"epoch": self.epoch, "batch": self._batch, "settings": self._settings()}
         if self.coupling.brings_noise:
             state["noises"] = {"epoch": self._held[0], "coupling": self._held[1].state_dict()}
+        if self.stream is not None:
+            state["stream"] = self.stream.state(self.epoch)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position.
 
         Raises:
-            ValueError: the state belongs to other settings (data size, batch sizes, seed, coupling, processes).
+            ValueError: the state belongs to other settings (data size, batch sizes, seed, coupling, processes); or an
+                iterable data set has no state of its own.
         """
         differ = differences({"pairs": None, "annealing": "None"} | state["settings"], self._settings())
         if differ:
             raise ValueError(f"this loader cannot go on from that state; they differ in {differ}")
         self.close()
+        if self.stream is not None:
+            self.stream.load_state(int(state["epoch"]), state["stream"])
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
         if self.coupling.brings_noise:
             noises, coupling = state["noises"], self.batches.coupling
@@ -354,6 +379,7 @@ def _run(
         fetched = map(batches.fetch, count(first))
     ahead: deque[Future[CoupledBatch]] = deque()
     pool = None if num_workers and in_workers else ThreadPoolExecutor(1, thread_name_prefix="flows-coupling")
+    ending = sys.is_finalizing  # when the interpreter ends, modules are gone already, and so is the pool's own
     try:
         if pool is None:
             yield from fetched
@@ -362,7 +388,7 @@ def _run(
                 ahead.append(pool.submit(_couple, batches, next(fetched), device))
             yield ahead.popleft().result()
     finally:
-        if pool is not None:
+        if pool is not None and not ending():
             # A collective that one process has begun must be finished by all, and noises be exchanged by one thread.
             together = batches.scope == "global" or batches.coupling.brings_noise
             pool.shutdown(wait=together, cancel_futures=not together)

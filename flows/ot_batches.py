@@ -17,6 +17,7 @@ from flows.matching import CoupledBatch, check_coupling
 from flows.pairs import PairedDataset
 from flows.seeds import derive_seed, generator_at
 from flows.sources import Source, Sources
+from flows.streams import as_stream
 from mbot import Coupling, IndependentCoupling, checks
 from mbot.conditions import Labels, select, to_device
 from mbot.convergence import warn
@@ -62,14 +63,10 @@ class OTBatches:
         source_sampling: str = "independent",
         groups: tuple[Labels, Labels] | None = None,
         sources_per_target: int | None = None,
+        shuffle_buffer: int = 4096,
     ) -> None:
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise TypeError(
-                f"dataset must be map-style, with __len__ and __getitem__; got {type(dataset).__name__}. "
-                "Wrap tensors in torch.utils.data.TensorDataset"
-            )
         coupling = check_coupling(IndependentCoupling() if coupling is None else coupling)
-        self.dataset, self.collate = dataset, collate
+        self.collate = collate
         self.pairs = dataset if isinstance(dataset, PairedDataset) else None  # which bring their starts
         if self.pairs is not None and (source is not None or collate is not None):
             raise ValueError("pairs are served as they are, with the starts they hold: leave source and collate out")
@@ -91,7 +88,11 @@ class OTBatches:
         timeout = checks.positive(timeout, "timeout")
         if self.scope == "global" and self.world > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self.size = len(dataset)
+        self.stream = as_stream(dataset, shuffle_buffer, self.world * ot_batch_size, self.seed)
+        self.dataset = dataset if self.stream is None else self.stream
+        if self.stream is not None and source_sampling != "independent":
+            raise ValueError("source_sampling='matched' needs the classes of all samples, which a stream does not tell")
+        self.size = len(self.dataset)  # type: ignore[arg-type]
         self.full, rest = divmod(self.size, self.world * ot_batch_size)
         self.rest = 0 if drop_last else rest // self.world
         if not self.full and not self.rest:
@@ -113,6 +114,8 @@ class OTBatches:
                 f"pairs are served as they are, which is IndependentCoupling() (the default); got {coupling!r}"
             )
         self.coupling = coupling
+        if self.stream is not None and coupling.needs_data_set:
+            raise ValueError(f"{coupling!r} is fitted to a whole data set; a stream is never whole")
         matched = self.sources.sampling == "matched"
         if matched and coupling.needs_data_set:
             raise ValueError(f"source_sampling='matched' draws for the targets of a batch; {coupling!r} chooses them")
@@ -187,16 +190,19 @@ class OTBatches:
             x0, x, y = self.pairs.rows(index)
             return Fetched(number, x, y, index, (x0, None))
         if self.whole is None:
-            x, y = self._samples(index, derive_seed(self.seed, "fetch", number, self.rank))
+            epoch = number // self.per_epoch
+            dataset = self.dataset if self.stream is None else self.stream.stretch(epoch)
+            x, y = self._samples(dataset, index, derive_seed(self.seed, "fetch", number, self.rank))
+            index = index if self.stream is None else index + epoch * self.size
         if self.sources.are_read:
             n, part, targets = self._share(number, len(index))
             generator = generator_at(self.seed, "noise", number, part)
             source = self.sources.read(n, generator, derive_seed(self.seed, "source", number, part), targets)
         return Fetched(number, x, y, index, source)
 
-    def _samples(self, index: Tensor, seed: int) -> tuple[Tensor, Any]:
+    def _samples(self, dataset: Any, index: Tensor, seed: int) -> tuple[Tensor, Any]:
         """Collated samples and conditions."""
-        x, y = read(self.dataset, index, seed, self.collate)
+        x, y = read(dataset, index, seed, self.collate)
         if not isinstance(x, Tensor):
             raise TypeError(
                 "an item of the data set must be a sample or (sample, condition); a batch of them came out as "
@@ -223,7 +229,7 @@ class OTBatches:
 
     def load_whole(self) -> tuple[Tensor, Any]:
         """The data set as one batch."""
-        return self._samples(torch.arange(self.size), derive_seed(self.seed, "fetch"))
+        return self._samples(self.dataset, torch.arange(self.size), derive_seed(self.seed, "fetch"))
 
     def _couple_whole(self, fetched: Fetched, device: torch.device) -> CoupledBatch:
         """Fresh noise with its points of the whole data set; each process alone, as the potentials are global."""

@@ -115,7 +115,7 @@ class Sources:
                     "source_sampling='matched' draws from the class of each target: source and dataset must be data "
                     "sets of (sample, condition); or give groups, those of all source samples and of all samples"
                 )
-            groups = all_conditions(self.source), all_conditions(dataset)
+            groups = all_conditions(self.source, self.collate), all_conditions(dataset, self.collate)
         check(groups[0], self.size, "groups[0]", "source")
         check(groups[1], len(dataset), "groups[1]", "dataset")
         return groups

@@ -195,11 +195,27 @@ class ImageFolder(Dataset[Any]):
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             upright = _sixteen_bits(upright, path) if upright.mode[0] in "IF" else upright.convert("RGB")
-            pixels = np.asarray(ImageOps.fit(upright, (self.size, self.size)), np.float32)
-        x = torch.from_numpy(pixels if pixels.ndim == 3 else np.stack([pixels] * 3, -1)).permute(2, 0, 1) / 127.5 - 1
+            x = _tensor(ImageOps.fit(upright, (self.size, self.size))).expand(3, -1, -1)
         if self.flip and bool(torch.rand(()) < 0.5):
             x = x.flip(-1)
         return (x, label) if self.classes and self.labels else x
+
+
+def image_tensor(image: Any) -> Tensor:
+    """An image of PIL as ``(C, H, W)`` in [-1, 1]: one channel where it is grey, else three; transparency is dropped.
+
+    Raises:
+        ValueError: pixels of unknown range.
+    """
+    if image.mode[0] in "IF":
+        return _tensor(_sixteen_bits(image, "an image"))
+    return _tensor(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+
+
+def _tensor(image: Any) -> Tensor:
+    """Pixels of 0 to 255, in one channel or three, as a tensor in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, np.float32))
+    return (pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]) / 127.5 - 1
 
 
 def save_grid(images: Tensor, path: str | Path, *, columns: int = 10, scale: int = 1) -> None:
@@ -236,7 +252,7 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != "." and p.is_file())
 
 
-def _sixteen_bits(image: Any, path: Path) -> Any:
+def _sixteen_bits(image: Any, path: Path | str) -> Any:
     """Grey of 16 bits on the scale of bytes; PIL's own conversion would cut it off at 255."""
     from PIL import Image
 

@@ -52,6 +52,17 @@ class Items(Dataset):
         return torch.full((3,), float(i)) + noise, {"label": i % 2, "name": f"n{i}"}
 
 
+def test_a_script_that_ends_with_a_loader_says_nothing():
+    code = """if True:
+        import queue, torch, flows
+        loader = flows.CoupledLoader(torch.utils.data.TensorDataset(torch.zeros(64, 2)), batch_size=4)
+        batch = loader.next_batch()
+        queue.kept = loader  # until this module is taken down, which the thread pool needs
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stderr == ""
+
+
 def test_an_epoch_serves_every_sample_once_in_batches_of_one_size():
     batches = list(loader())
     assert [len(b) for b in batches] == [4] * 15
