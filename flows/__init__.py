@@ -14,14 +14,17 @@ from flows.lr_schedule import warmup_schedule
 from flows.matching import FlowBatch, FlowMatching, Objective, along_path, regression_loss
 from flows.mean_flow import MeanFlow
 from flows.pairs import PairedDataset, generate_pairs
-from flows.paths import LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
+from flows.paths import AffinePath, LinearPath, Path, SchrodingerBridgePath, TargetPath, VariancePreservingPath
+from flows.predictions import as_velocity
 from flows.reflow import AnnealingReflow
+from flows.scores import ScoreMatching, integrate_sde
 from flows.step_times import bellman_schedule, straighten
 from flows.times import LogitNormalTimes, PowerTimes, ShiftedTimes, TimeLaw, UniformTimes
 from flows.trainer import Trainer
 from minibatch_transport import __version__ as __version__
 
 __all__ = [
+    "AffinePath",
     "AnnealingReflow",
     "CheckpointError",
     "CoupledBatch",
@@ -41,6 +44,7 @@ __all__ = [
     "Path",
     "PowerTimes",
     "SchrodingerBridgePath",
+    "ScoreMatching",
     "ShiftedTimes",
     "TargetPath",
     "TimeLaw",
@@ -51,12 +55,14 @@ __all__ = [
     "VariancePreservingPath",
     "WorkerDied",
     "along_path",
+    "as_velocity",
     "bellman_schedule",
     "datasets",
     "diagnose",
     "drop_conditions",
     "generate_pairs",
     "integrate",
+    "integrate_sde",
     "load_model",
     "log_likelihood",
     "metrics",

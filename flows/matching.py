@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flows.paths import LinearPath, Path, check_path
+from flows.predictions import check_prediction, from_velocity
 from flows.times import TimeLaw, UniformTimes, check_times
 from mbot import Coupling, Pairs, checks
 from mbot.conditions import select, to_device
@@ -301,15 +302,23 @@ class FlowMatching(Objective):
         times: law of the times that the model is trained at.
         time_weight: weight of the loss at each time, as a function of times ``(B,)``; it multiplies the weights of the
             pairs. ``lambda t: (-times.log_density(t)).exp()`` gives the loss of uniform times. None for no weights.
+        prediction: what the model predicts: ``"velocity"``, ``"x1"`` or ``"noise"``, the x0 of the pair. The last two
+            need an affine path without noise of its own; see `flows.as_velocity`.
 
     Raises:
-        ValueError: a coupling that contradicts the path, see `flows.Path.check_coupling`.
+        ValueError: a coupling that contradicts the path, see `flows.Path.check_coupling`, or a prediction that does.
 
     >>> fm = FlowMatching()
     >>> batch = fm.sample(torch.zeros(4, 2), torch.ones(4, 2), generator=torch.Generator().manual_seed(0))
     >>> batch.ut[0], len(batch)
     (tensor([1., 1.]), 4)
     """
+
+    prediction: str = "velocity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_prediction(self.prediction, self.path)
 
     def sample(
         self, x0: Tensor, x1: Tensor, y: Any = None, *, y0: Any = None, generator: torch.Generator | None = None
@@ -318,5 +327,6 @@ class FlowMatching(Objective):
         return self.points(x0, x1, y, y0=y0, generator=generator)
 
     def batch_loss(self, model: VelocityModel, batch: FlowBatch) -> Tensor:
-        """``mean w |model(t, xt, y) - ut|^2`` on points of `sample`, a scalar."""
-        return regression_loss(model, batch)
+        """``mean w |model(t, xt, y) - ut|^2`` on points of `sample`, a scalar; of x1 or noise if they are predicted."""
+        target = from_velocity(self.path, self.prediction, batch.t, batch.xt, batch.ut)
+        return regression_loss(model, replace(batch, ut=target))

@@ -1,7 +1,8 @@
 """Probability paths between a paired noise x0 and sample x1: where a point is at time t, and how fast it moves there.
 
-A path is a frozen dataclass with one method, ``sample(x0, x1, t, noise) -> (xt, ut)``; adding one means a new class
-here and a line in ``flows/__init__.py``.
+A path is a frozen dataclass with one method, ``sample(x0, x1, t, noise) -> (xt, ut)``; `AffinePath` has it for paths
+that weigh x0, x1 and noise by functions of the time. Adding one means a new class here and a line in
+``flows/__init__.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +63,58 @@ class Path(ABC):
         """Refuse a coupling that contradicts the path, with a ValueError; any is taken unless a path overrides this."""
 
 
+class Weights(NamedTuple):
+    """Weights of an affine path at a time, and their derivatives (in units of `AffinePath.speed`).
+
+    Attributes:
+        x0: weight of the source sample, the literature's sigma(t).
+        x1: weight of the target sample, its alpha(t).
+        x0_rate: derivative of the weight of x0.
+        x1_rate: derivative of the weight of x1.
+    """
+
+    x0: Tensor
+    x1: Tensor
+    x0_rate: Tensor | float
+    x1_rate: Tensor | float
+
+
 @dataclass(frozen=True)
-class LinearPath(Path):
+class AffinePath(Path):
+    """``xt = x0_weight(t) x0 + x1_weight(t) x1 + std(t) noise``, with the derivative of each as velocity.
+
+    A subclass says what the weights are (`weights`), and the standard deviation of the noise where it has some (`std`).
+    """
+
+    speed: ClassVar[float] = 1.0
+    """Factor of the derivatives of the weights."""
+    convex: ClassVar[bool] = False
+    """Whether the weights of x0 and x1 add up to 1; a pair of equal samples then stays exactly there."""
+
+    @abstractmethod
+    def weights(self, t: Tensor) -> Weights:
+        """Weights of x0 and x1 at times of any shape."""
+
+    def std(self, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Standard deviation of the noise at times of any shape, and its derivative divided by itself."""
+        return 0.0, 0.0
+
+    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Path.sample`."""
+        at = self.weights(_like(t, x0))
+        xt = x0 + at.x1 * (x1 - x0) if self.convex else at.x0 * x0 + at.x1 * x1
+        ut = self.speed * (at.x1_rate * x1 + at.x0_rate * x0)
+        if not self.needs_noise:
+            return xt, ut
+        # Near t = 0 and 1, the noise of a bridge needs more digits of the time than half precision has.
+        std, growth = self.std(_like(t.to(torch.promote_types(t.dtype, torch.float32)), x0, keep=True))
+        offset = std * _noise(noise, self)
+        drift = 0.0 if isinstance(growth, float) else (growth * offset).to(x0.dtype)
+        return xt + offset.to(x0.dtype), ut + drift
+
+
+@dataclass(frozen=True)
+class LinearPath(AffinePath):
     """Straight lines: ``xt = (1 - t) x0 + t x1 + sigma * noise`` with velocity ``x1 - x0`` (I-CFM, arXiv 2302.00482).
 
     Args:
@@ -70,6 +122,7 @@ class LinearPath(Path):
     """
 
     sigma: float = 0.0
+    convex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.store(self, sigma=checks.positive(self.sigma, "sigma", allow_zero=True))
@@ -79,16 +132,17 @@ class LinearPath(Path):
         """Whether there is any."""
         return self.sigma > 0
 
-    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Path.sample`."""
-        xt = x0 + _like(t, x0) * (x1 - x0)
-        if self.needs_noise:
-            xt = xt + self.sigma * _noise(noise, self)
-        return xt, x1 - x0
+    def weights(self, t: Tensor) -> Weights:
+        """``1 - t`` and ``t``."""
+        return Weights(1 - t, t, -1.0, 1.0)
+
+    def std(self, t: Tensor) -> tuple[float, float]:
+        """``sigma`` at all times."""
+        return self.sigma, 0.0
 
 
 @dataclass(frozen=True)
-class SchrodingerBridgePath(Path):
+class SchrodingerBridgePath(AffinePath):
     """Brownian bridges of the Schrödinger bridge (SB-CFM; Tong et al. 2024, arXiv 2302.00482).
 
     ``xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) noise`` with velocity
@@ -105,6 +159,7 @@ class SchrodingerBridgePath(Path):
     """
 
     sigma: float = 1.0
+    convex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.store(self, sigma=checks.positive(self.sigma, "sigma"))
@@ -134,19 +189,18 @@ class SchrodingerBridgePath(Path):
                 "no coupling for the path's own, or the sigma that belongs to the coupling"
             )
 
-    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Path.sample`."""
-        # Near t = 0 and 1, t (1 - t) needs more digits than half precision has.
-        at = _like(t.to(torch.promote_types(t.dtype, torch.float32)), x0, keep=True)
-        variance = at * (1 - at)
-        offset = self.sigma * variance.sqrt() * _noise(noise, self)
-        xt = x0 + _like(t, x0) * (x1 - x0) + offset.to(x0.dtype)
-        drift = (1 - 2 * at) / (2 * variance + _FLOOR) * offset
-        return xt, x1 - x0 + drift.to(x0.dtype)
+    def weights(self, t: Tensor) -> Weights:
+        """``1 - t`` and ``t``."""
+        return Weights(1 - t, t, -1.0, 1.0)
+
+    def std(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``sigma sqrt(t (1 - t))``."""
+        variance = t * (1 - t)
+        return self.sigma * variance.sqrt(), (1 - 2 * t) / (2 * variance + _FLOOR)
 
 
 @dataclass(frozen=True)
-class TargetPath(Path):
+class TargetPath(AffinePath):
     """From the noise to a small Gaussian around the sample (FM; Lipman et al. 2023, arXiv 2210.02747, Eq. 20-23).
 
     ``xt = (1 - (1 - sigma) t) x0 + t x1`` with velocity ``x1 - (1 - sigma) x0``, which is the paper's
@@ -164,14 +218,13 @@ class TargetPath(Path):
         if self.sigma >= 1:
             raise ValueError(f"sigma must lie in [0, 1): it is what is left of unit noise; got {self.sigma!r}")
 
-    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Path.sample`."""
-        at = _like(t, x0)
-        return (1 - (1 - self.sigma) * at) * x0 + at * x1, x1 - (1 - self.sigma) * x0
+    def weights(self, t: Tensor) -> Weights:
+        """``1 - (1 - sigma) t`` and ``t``."""
+        return Weights(1 - (1 - self.sigma) * t, t, self.sigma - 1, 1.0)
 
 
 @dataclass(frozen=True)
-class VariancePreservingPath(Path):
+class VariancePreservingPath(AffinePath):
     """Quarter circles that keep the variance (VP; Albergo and Vanden-Eijnden 2023, arXiv 2209.15571).
 
     ``xt = cos(πt/2) x0 + sin(πt/2) x1 + sigma * noise`` with velocity ``π/2 (cos(πt/2) x1 - sin(πt/2) x0)``.
@@ -181,6 +234,7 @@ class VariancePreservingPath(Path):
     """
 
     sigma: float = 0.0
+    speed: ClassVar[float] = math.pi / 2
 
     def __post_init__(self) -> None:
         checks.store(self, sigma=checks.positive(self.sigma, "sigma", allow_zero=True))
@@ -190,13 +244,15 @@ class VariancePreservingPath(Path):
         """Whether there is any."""
         return self.sigma > 0
 
-    def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Path.sample`."""
-        angle = _like(t, x0) * (math.pi / 2)
-        xt = angle.cos() * x0 + angle.sin() * x1
-        if self.needs_noise:
-            xt = xt + self.sigma * _noise(noise, self)
-        return xt, (math.pi / 2) * (angle.cos() * x1 - angle.sin() * x0)
+    def weights(self, t: Tensor) -> Weights:
+        """``cos(πt/2)`` and ``sin(πt/2)``."""
+        angle = t * (math.pi / 2)
+        x0, x1 = angle.cos(), angle.sin()
+        return Weights(x0, x1, -x1, x0)
+
+    def std(self, t: Tensor) -> tuple[float, float]:
+        """``sigma`` at all times."""
+        return self.sigma, 0.0
 
 
 def check_path(path: object) -> Path:
