@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,14 +25,30 @@ import mbot
 def arguments(description: str | None, name: str, *, data: bool = True) -> argparse.ArgumentParser:
     """A parser with ``--quick``, ``--seed``, ``--out`` and, where a script can use files, ``--data-root``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny budget: under a minute on 2 cores")
+    quick_flag(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs") / name)
     if data:
         parser.add_argument(
             "--data-root", type=Path, help="folder with the real data; without it, the embedded default"
         )
+    if find_spec("matplotlib") is None:  # before minutes of work
+        raise SystemExit("the examples draw with matplotlib: pip install -c constraints.txt -e '.[examples]'")
     return parser
+
+
+def quick_flag(parser: argparse.ArgumentParser) -> None:
+    """The option ``--quick``, which every script has."""
+    parser.add_argument("--quick", action="store_true", help="a tiny budget: under a minute on 2 cores")
+
+
+def quick_note() -> str:
+    """What the figures and pictures of ``--quick`` say of themselves; else nothing."""
+    return (
+        "Quick setting: a tiny budget shows that this runs, not what the methods reach."
+        if "--quick" in sys.argv
+        else ""
+    )
 
 
 def machine() -> str:
@@ -128,6 +145,7 @@ def save_picture(figure: Any, path: Path, dpi: int = 80) -> None:
     from PIL import Image
 
     buffer = io.BytesIO()
+    figure.text(0.995, 0.003, quick_note(), ha="right", va="bottom", fontsize=8, color="#b2182b")
     figure.savefig(buffer, dpi=dpi)
     Image.open(buffer).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
     plotter().close(figure)
@@ -144,7 +162,8 @@ def save(name: str, args: argparse.Namespace, page: str, figures: dict[str, Any]
     """Write ``name.md`` and ``name.json`` (figures, options, machine) under ``args.out``, and print the page."""
     options = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("out", "data_root")}
     command = " ".join([f"python examples/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])])
-    page = f"{page.rstrip()}\n\nCommand: `{command}`. Machine: {machine()}.\n"
+    note = f"**{quick_note()}**\n\n" if args.quick else ""
+    page = f"{page.rstrip()}\n\n{note}Command: `{command}`. Machine: {machine()}.\n"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.md").write_text(page)
     content = {"machine": machine(), "options": options, **figures}

@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from common import quick_flag, quick_note
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -124,6 +125,7 @@ def report(runs: list[dict], facts: dict) -> str:
         if any(r["coupling"] == key for r in runs)
     }
     lines.append("Adaptive NFE: " + ", ".join(f"{name} {nfe:.0f}" for name, nfe in evaluations.items()) + ".")
+    lines += ["", f"**{quick_note()}**"] if quick_note() else []
     return "\n".join(lines) + "\n"
 
 
@@ -141,8 +143,12 @@ def main() -> None:
     parser.add_argument("--reg", type=float, help="temperature of W-CFM")
     parser.add_argument("--samples", type=int, default=800)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/couplings_on_digits"))
+    parser.add_argument("--out", type=Path, help="default: runs/couplings_on_digits, with --quick …_quick")
+    quick_flag(parser)
     args = parser.parse_args()
+    args.out = args.out or Path("runs") / f"couplings_on_digits{'_quick' if args.quick else ''}"
+    if args.quick:
+        args.steps, args.samples, args.components, args.seeds = 4, 40, 8, args.seeds[:1]
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / f"couplings_on_{args.data}.json"
     saved = json.loads(results.read_text()) if results.exists() else {"runs": []}

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from c2ot_moons import COUPLINGS, Protocol, coupling_for, draw, evaluate, machine, table, train
+from c2ot_moons import COUPLINGS, Protocol, coupling_for, draw, evaluate, table, train
+from common import machine, quick_flag, quick_note
 from torch import Tensor
 
 import flows
@@ -49,7 +50,8 @@ def picture(models: dict[str, torch.nn.Module], protocol: Protocol, seed: int, p
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[], xlim=(-7.5, 7.5), ylim=(-7.5, 7.5), aspect="equal")
         ax.spines[:].set_visible(False)
-    figure.suptitle("8 gaussians → moons given the class (colour): crosses are noise, dots are samples", fontsize=12)
+    title = "8 gaussians → moons given the class (colour): crosses are noise, dots are samples"
+    figure.suptitle(f"{title}\n{quick_note()}".strip(), fontsize=12)
     figure.tight_layout(rect=(0, 0, 1, 0.99))
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -73,7 +75,10 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=4000, help="points that W2 is measured on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    quick_flag(parser)
     args = parser.parse_args()
+    if args.quick:
+        args.steps, args.evaluate = 8, 300
     protocol = Protocol(steps=args.steps, evaluate=args.evaluate)
     args.out.mkdir(parents=True, exist_ok=True)
     models, runs = {}, []
@@ -84,7 +89,7 @@ def main() -> None:
     page = (
         f"8 gaussians -> moons given the class, {protocol.steps:,} steps of batch {protocol.batch} "
         f"(published: 20,000), squared W2 on {protocol.evaluate:,} points (published: 10,000), seed {args.seed}"
-        f"\n\n{table(runs)}\n"
+        f"\n\n{table(runs)}\n" + (f"\n**{quick_note()}**\n" if args.quick else "")
     )
     picture(models, protocol, args.seed, args.out / "demo.png")
     (args.out / "demo.md").write_text(page)

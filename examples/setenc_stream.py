@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import quick_flag, quick_note
 from torch import Tensor
 
 from setenc import tasks
@@ -102,7 +103,7 @@ def picture(sets: tasks.MixtureSets, shots: dict[str, list], path: Path) -> None
     floor = float(sets.oracle_nll())
     figure.suptitle(
         "One set in four kinds of stream: the mixture predicted so far (contours), the points seen (colour: class).\n"
-        f"The last column is the same for every stream; the true mixture has NLL {floor:.2f}",
+        f"The last column is the same for every stream; the true mixture has NLL {floor:.2f}. {quick_note()}",
         fontsize=11,
     )
     figure.tight_layout(rect=(0, 0, 1, 0.985))
@@ -117,7 +118,10 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/setenc_stream"))
+    quick_flag(parser)
     args = parser.parse_args()
+    if args.quick:
+        args.steps, args.points = 8, 200
     model = train(args.steps, args.points, args.seed)
     generator = torch.Generator().manual_seed(args.seed + 100)
     test = tasks.mixture_sets(200, args.points, generator=generator)

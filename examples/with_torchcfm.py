@@ -17,7 +17,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="60 steps")
     args = parser.parse_args()
+    args.steps = 60 if args.quick else args.steps
     torch.manual_seed(args.seed)
 
     matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.0)

@@ -25,13 +25,14 @@ def quick(tmp_path):
         command = [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", "--out", tmp_path, *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+            list(map(str, command)), capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
         )
         assert done.returncode == 0, done.stderr[-2000:]
         stem = stem or name
         assert (tmp_path / f"{stem}.{picture}").stat().st_size > 3000
         page = (tmp_path / f"{stem}.md").read_text()
         assert page.strip() in done.stdout
+        assert "Quick setting" in page
         assert "nan" not in page
         return json.loads((tmp_path / f"{stem}.json").read_text())
 

@@ -1,6 +1,8 @@
 """The example scripts run as a user runs them, at a tiny budget."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +12,29 @@ import numpy as np
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(*arguments):
+def run(script, *arguments):
+    """From another folder than the script's, as a user may."""
+    out = arguments[arguments.index("--out") + 1]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=True, cwd=EXAMPLES.parent
-    )
+        [sys.executable, *map(str, (script, *arguments))],
+        capture_output=True, text=True, check=True, cwd=out, env=environment,
+    )  # fmt: skip
+
+
+def test_every_script_takes_quick_and_is_run_with_it():
+    """The folder itself says which there are; each is named in a test file here that runs scripts with ``--quick``."""
+    tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    tried = " ".join(text for text in tests if "--quick" in text)
+    scripts = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
+    assert len(scripts) > 25
+    for name in set(scripts) - {"common", "abc"}:  # what they share; the other name of approximate_bayes
+        assert "--quick" in scripts[name] or re.search(r"\barguments\(|\bquick_flag\(", scripts[name]), name
+        assert re.search(rf"\b{name}\b", tried), f"no test runs examples/{name}.py --quick"
 
 
 def test_demo(tmp_path):
-    done = run(EXAMPLES / "demo.py", "--steps", 8, "--evaluate", 300, "--out", tmp_path)
+    done = run(EXAMPLES / "demo.py", "--quick", "--out", tmp_path)
     assert "| class | c2ot |" in done.stdout
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     figures = json.loads((tmp_path / "demo.json").read_text())
@@ -27,7 +44,7 @@ def test_demo(tmp_path):
 
 
 def test_c2ot_moons_keeps_finished_runs(tmp_path):
-    script = (EXAMPLES / "c2ot_moons.py", "--steps", 8, "--evaluate", 300, "--out", tmp_path)
+    script = (EXAMPLES / "c2ot_moons.py", "--quick", "--out", tmp_path)
     run(*script, "--conditions", "x", "--couplings", "c2ot")
     first = json.loads((tmp_path / "c2ot_moons.json").read_text())["runs"]
     assert len(first) == 1
@@ -39,8 +56,7 @@ def test_c2ot_moons_keeps_finished_runs(tmp_path):
 
 
 def test_couplings_on_digits_keeps_finished_runs(tmp_path):
-    tiny = ("--steps", 4, "--samples", 40, "--components", 8, "--out", tmp_path)
-    script = (EXAMPLES / "couplings_on_digits.py", *tiny, "--couplings")
+    script = (EXAMPLES / "couplings_on_digits.py", "--quick", "--out", tmp_path, "--couplings")
     run(*script, "fm", "--seeds", 0)
     first = json.loads((tmp_path / "couplings_on_digits.json").read_text())["runs"]
     done = run(*script, "fm", "wcfm", "--seeds", 0)
@@ -54,13 +70,19 @@ def test_single_cell_leaves_each_inner_time_out(tmp_path):
     rng = np.random.default_rng(0)
     t = np.repeat(np.arange(4), 30)
     np.savez(tmp_path / "cells.npz", x=rng.normal(size=(120, 3)) + t[:, None], t=t)
-    done = run(
-        EXAMPLES / "single_cell.py", "--data", tmp_path / "cells.npz", "--steps", 3, "--seeds", 0, "--out", tmp_path
-    )
+    done = run(EXAMPLES / "single_cell.py", "--data", tmp_path / "cells.npz", "--quick", "--out", tmp_path)
     assert "| method | t = 1 | t = 2 | mean |" in done.stdout
     errors = json.loads((tmp_path / "single_cell_cells.json").read_text())["errors"]
     assert set(errors) == {"unmoved", "middle of OT pairs", "I-CFM", "OT-CFM", "SB-CFM"}
     assert errors["middle of OT pairs"]["1"][0] < errors["unmoved"]["1"][0]
+
+
+def test_single_cell_makes_a_series_where_none_is_given(tmp_path):
+    done = run(EXAMPLES / "single_cell.py", "--quick", "--out", tmp_path)
+    assert "a series made here" in done.stdout
+    assert "Quick setting" in done.stdout
+    errors = json.loads((tmp_path / "single_cell_made.json").read_text())["errors"]
+    assert all(errors["middle of OT pairs"][str(t)][0] < errors["unmoved"][str(t)][0] for t in (1, 2, 3))
 
 
 def test_whole_data(tmp_path):

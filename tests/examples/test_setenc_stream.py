@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_stream_ends_in_the_same_prediction(tmp_path):
-    script = [sys.executable, "examples/setenc_stream.py", "--steps", "8", "--points", "200", "--out", str(tmp_path)]
+    script = [sys.executable, "examples/setenc_stream.py", "--quick", "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
     apart = done.stdout.split("last predictions: ")[1].split()[0]

@@ -49,6 +49,14 @@ def test_one_dimension_is_sorting():
     assert coupling(x, points).target.tolist() == [1, 1, 3, 0, 2, 2]
 
 
+@pytest.mark.parametrize("unit", [1.0, 255.0, 1e4])
+def test_data_of_any_unit_are_learned(unit):
+    """Grey levels of 0 … 255 beside noise of 1: all noise was nearest to a few points, and fits did not converge."""
+    points = unit * torch.rand(128, 16, generator=generator())
+    fitted = SemidiscreteCoupling(steps=300, batch_size=256, tol=9.0).fit(points, generator=generator())
+    assert fitted.potentials.chi2 < 0.1
+
+
 def test_regularisation_that_falls_finds_equal_cells_in_few_steps():
     """Quartiles again, in 150 steps; in the plane a fraction of the χ² of as many steps without."""
     points = torch.tensor([[3.0], [-2.0], [10.0], [0.5]])
