@@ -33,6 +33,13 @@ from flows.config import TrainConfig
 
 COUPLINGS = {"fm": "FM", "ot": "OT", "c2ot": "C²OT", "wcfm": "W-CFM"}
 MEASURES = ("consistency", "cross-entropy", "Fréchet")
+WHY = (
+    "Why consistency falls while the Fréchet distance improves: with few steps a sample is close to the mean of what "
+    "its noise may become. That is a typical, smooth digit, which a classifier is sure of, more than of real ones "
+    '(column "data"), and there are too few kinds of them, which the Fréchet distance sees. More steps give the spread '
+    "of the data, with its doubtful digits. Only where consistency falls below that of the data, as with OT, do "
+    "samples end in the wrong class."
+)
 KEPT = ("data", "model", "steps", "reg", "width", "depth", "components")  # options that figures hang on
 
 
@@ -125,6 +132,7 @@ def report(runs: list[dict], facts: dict) -> str:
         if any(r["coupling"] == key for r in runs)
     }
     lines.append("Adaptive NFE: " + ", ".join(f"{name} {nfe:.0f}" for name, nfe in evaluations.items()) + ".")
+    lines += ["", WHY]
     lines += ["", f"**{quick_note()}**"] if quick_note() else []
     return "\n".join(lines) + "\n"
 

@@ -185,7 +185,7 @@ def fid(
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
         raise ImportError(
-            "fid without an extractor needs torchmetrics: pip install 'minibatch-transport[fid]'; or give extractor, a "
+            "fid without an extractor needs pip install torchmetrics torch-fidelity torchvision; or give extractor, a "
             "function from images to features"
         ) from error
     measure = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=weights).to(generated.device)

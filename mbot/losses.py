@@ -171,11 +171,33 @@ class MiniBatchLoss(nn.Module):
         Its marginals are uniform only on average; points that no batch drew have no mass.
         """
         with torch.no_grad():
-            left, right = self._draw(x, y, a, b, self.num_batches, self.batch_size)
-            assert left.index is not None
-            assert right.index is not None
-            grid = self.solver(self.scheme, left, right)
-            return grid.scatter(self._pair_weights(grid)[0], left.index, right.index, len(x), len(y))
+            return self._plan_of(*self._draw(x, y, a, b, self.num_batches, self.batch_size), len(x), len(y))
+
+    def _plan_of(self, left: Side, right: Side, n: int, m: int) -> Plan:
+        assert left.index is not None
+        assert right.index is not None
+        grid = self.solver(self.scheme, left, right)
+        return grid.scatter(self._pair_weights(grid)[0], left.index, right.index, n, m)
+
+    @outside_graphs
+    @one_warning()
+    def barycentric_map(self, x: Tensor, y: Tensor, visits: int = 8) -> tuple[Tensor, Tensor]:
+        """Where mini-batch transport takes each source point: the mean of its targets over mini-batches of all points.
+
+        Both clouds go through random orders, so no point is left out; `plan` leaves out those that no batch drew.
+
+        Args:
+            x: ``(n, d…)`` source points.
+            y: ``(n', d…)`` target points.
+            visits: mini-batches that each source point is in, at least; more make the map less noisy.
+
+        Returns:
+            ``mapped`` ``(n, d…)``, and ``reached`` ``(n,)`` bool: False where a point sent no mass (in partial
+            transport) and stays where it is.
+        """
+        from mbot.low_memory import map_by_batches
+
+        return map_by_batches(self._plan_of, x, y, self.num_batches, self.batch_size, visits, self.generator)
 
     @outside_graphs
     @one_warning()

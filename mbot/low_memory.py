@@ -1,4 +1,4 @@
-"""Backward of a loss of mini-batch embeddings with the activations of one mini-batch in memory.
+"""Losses of many mini-batches in little memory: backward with the activations of one, and the map of all their plans.
 
 The loss needs the embeddings, not the activations behind them: embed all batches without gradients, differentiate the
 loss with respect to the embeddings, then embed each batch again and pass its gradient on (gradient caching, Gao et al.
@@ -13,6 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from mbot import checks
+from mbot.grid import Side
+from mbot.minibatch import rounds
+from mbot.plan import Plan
 
 
 def backward_by_batch(
@@ -81,3 +86,42 @@ def _set(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def map_by_batches(
+    plan_of: Callable[[Side, Side, int, int], Plan],
+    x: Tensor,
+    y: Tensor,
+    num: tuple[int, int],
+    size: tuple[int, int],
+    visits: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """The barycentric map of all plans together, a block of mini-batches in memory; see `MiniBatchLoss`.
+
+    Args:
+        plan_of: the plan of mini-batches of two sides, and the sizes of the clouds.
+        x: ``(n, d…)`` source points.
+        y: ``(n', d…)`` target points.
+        num: mini-batches of a block, of both sides.
+        size: of the mini-batches.
+        visits: mini-batches that each source point is in, at least.
+        generator: source of randomness.
+    """
+    checks.count(visits, "visits")
+    source, target = (points.detach() for points in checks.samples(x, y, "x", "y"))
+    streams = [
+        rounds(len(points), m, generator=generator, device=points.device, name=name)
+        for points, m, name in zip((source, target), size, "xy", strict=True)
+    ]
+    mass, arrived = source.new_zeros(len(source)), torch.zeros_like(source)
+    for _ in range(-(-visits * -(-len(source) // size[0]) // num[0])):
+        rows, cols = (torch.stack([next(s) for _ in range(k)]) for s, k in zip(streams, num, strict=True))
+        plan = plan_of(Side(source[rows], "xs", rows), Side(target[cols], "ys", cols), len(source), len(target))
+        row, col, moved = plan.entries()
+        moved = moved.to(mass)
+        mass.index_add_(0, row, moved)
+        arrived.index_add_(0, row, moved[:, None] * target[col])
+    reached = mass > 0
+    mapped = torch.where(reached[:, None], arrived / torch.where(reached, mass, 1)[:, None], source)
+    return mapped.reshape(x.shape), reached

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,20 @@ def draw_batches(
     else:
         index = _sparse_subsets(available, num_batches, batch_size, generator, device)
     return index if support is None else support[index]
+
+
+def rounds(
+    size: int, batch_size: int, *, generator: torch.Generator | None = None, device: torch.device, name: str = "x"
+) -> Iterator[Tensor]:
+    """Endless mini-batches ``(m,)`` that go through all points in one random order after the other.
+
+    No point is twice in a mini-batch: the last one of an order is filled up from the order's beginning.
+    """
+    if batch_size > size:
+        raise ValueError(f"a batch of {batch_size} cannot be drawn from the {size} points of {name}; lower batch_size")
+    while True:
+        order = draw(torch.randperm, size, generator=generator, device=device)
+        yield from torch.cat((order, order[: -size % batch_size])).split(batch_size)
 
 
 def _sparse_subsets(

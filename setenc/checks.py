@@ -82,11 +82,19 @@ def module(value: Any, name: str) -> nn.Module:
     return value
 
 
+def as_tensor(x: Any) -> Any:
+    """NumPy's arrays as tensors, copied where torch would warn that they are read-only (a memory map)."""
+    if isinstance(x, Tensor) or not hasattr(x, "__array_interface__"):
+        return x
+    return torch.as_tensor(x if x.flags.writeable else x.copy())
+
+
 def elements(x: Any, mask: Any, weights: Any, name: str = "x") -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A batch of sets ``(B, n, …)`` with the mask ``(B, n)`` and the weights ``(B, n)`` of its elements.
+    """A batch of sets ``(B, n, …)`` with the mask ``(B, n)`` and the weights ``(B, n)`` of its elements, or arrays.
 
     Elements of weight 0 are masked: like padding they may hold anything.
     """
+    x, mask, weights = as_tensor(x), as_tensor(mask), as_tensor(weights)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (B, n, …); got {type(x).__name__}")
     if x.ndim < 2:

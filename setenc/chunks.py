@@ -128,7 +128,7 @@ class IteratorSource(Source):
         begin = 0
         for item in self.make():
             x, *own = item if isinstance(item, tuple) else (item,)
-            x, mask, weights = (*map(_tensor, (x, *own)), None, None)[:3]
+            x, mask, weights = (*map(checks.as_tensor, (x, *own)), None, None)[:3]
             length = x.shape[1] if x.ndim > 1 else 0
             if mask is None and self.mask is not None:
                 mask = self.mask[:, begin : begin + length]
@@ -142,9 +142,3 @@ class IteratorSource(Source):
             for start in range(0, max(length, 1), size):
                 cut = [t if t is None else t[:, start : start + size] for t in (x, mask, weights)]
                 yield Chunk(cut[0], cut[1], cut[2])
-
-
-def _tensor(x: Any) -> Any:
-    """From an array, copied where torch would warn that it is read-only (a memory map)."""
-    read_only = not getattr(getattr(x, "flags", None), "writeable", True)
-    return x if x is None else torch.as_tensor(x.copy() if read_only else x)

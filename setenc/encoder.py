@@ -141,7 +141,7 @@ class UMBC(nn.Module):
         """The state after a chunk ``(B, n, …)`` of the streams too: any chunks, of any size, in any order.
 
         A ragged chunk (see `Ragged`) holds any number of elements of each of the ``B`` streams. Arguments as in
-        `forward`; the given state stays as it is.
+        `forward`, arrays included; the given state stays as it is.
         """
         if is_ragged(chunk):
             chunk = Ragged.of(chunk)
@@ -216,7 +216,11 @@ class UMBC(nn.Module):
     def attention(
         self, state: SetState, chunk: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """Shares ``(B, H, K, n)`` of elements that the state has seen; see `Pooling.attention`."""
+        """Shares ``(B, H, K, n)`` of elements that the state has seen; see `Pooling.attention`.
+
+        Each head and slot gives the elements of a set shares that sum to 1, so ``.mean((1, 2))``, ``(B, n)``, is how
+        much each counts on the whole.
+        """
         chunk, mask, weights = checks.elements(chunk, mask, weights)
         return self.pooling.attention(state, self._features(chunk, mask), mask, weights)
 

@@ -264,7 +264,7 @@ def _package(name: str, extra: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:
-        raise ImportError(f"this reader needs {name}: install minibatch-transport[{extra}]") from error
+        raise ImportError(f"this reader needs {name}: pip install {name}") from error
 
 
 def _ahead(make: Callable[[], Iterator[Tensor]], depth: int) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ def test_the_version_is_written_once():
     assert {mbot.__version__, flows.__version__, setenc.__version__} == {VERSION}
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == VERSION
     assert re.search(r"^## (\d\S*?):? ", (ROOT / "CHANGELOG.md").read_text() + " ", re.M)[1] == VERSION
+    assert f"version = {{{VERSION}}}" in (ROOT / "README.md").read_text()
     written = [p for p in ROOT.glob("*/__init__.py") if re.search(r"^__version__ *=", p.read_text(), re.M)]
     assert written == []
 

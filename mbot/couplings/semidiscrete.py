@@ -272,7 +272,7 @@ class SemidiscreteCoupling(Coupling):
         total = total or (lambda values: values)
         count = len(points)
         first = 0
-        # Scores <x, y>, without |y|²/2: where the data spread wider than the noise, that term gives one point all noise.
+        # Scores <x, y>, without |y|²/2: in data spread wider than the noise it gives one point all of the noise.
         last = (points - points.mean(0)).square().sum(1) / 2
         last -= last.mean()
         if self.potentials is not None:

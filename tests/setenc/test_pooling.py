@@ -1,7 +1,9 @@
 """Poolings against their formulas: five activations, large logits, shifts, Deep Sets, gated attention, ABMIL."""
 
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -224,3 +226,29 @@ def test_settings_are_checked():
         setenc.DeepSetsPooling(3.0, 8)
     with pytest.raises(ValueError, match="reduce must be one of"):
         setenc.DeepSetsPooling(3, 8, "min")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: setenc.SlotPooling(8, 8, 4, num_heads=2), lambda: setenc.GatedAttentionPooling(8, 8)]
+)
+def test_attention_of_a_memory_map_is_streamed(make, tmp_path):
+    """`update` and `attention` take the arrays that `encode` takes, read-only ones too, without a warning."""
+    np.save(tmp_path / "bag.npy", np.random.default_rng(0).normal(size=(1, 60, 5)).astype(np.float32))
+    bag = np.load(tmp_path / "bag.npy", mmap_mode="r")
+    torch.manual_seed(0)
+    enc = setenc.UMBC(torch.nn.Linear(5, 8), make(), setenc.MLPDecoder(8, 1)).eval()
+    chunks = [bag[:, i : i + 25] for i in range(0, 60, 25)]
+    mask = np.arange(60)[None] != 7
+    state = enc.init_state(1)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i, chunk in enumerate(chunks):
+            state = enc.update(state, chunk, mask[:, 25 * i : 25 * (i + 1)], np.ones(chunk.shape[:2], np.float32))
+        shares = torch.cat([enc.attention(state, chunk) for chunk in chunks], -1)
+        whole = torch.from_numpy(bag.copy())
+        torch.testing.assert_close(enc.readout(state), enc(whole, torch.from_numpy(mask)))
+    counts = shares.mean((1, 2))
+    assert counts.shape == (1, 60)
+    assert float(counts[0, mask[0]].sum()) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(TypeError, match=r"must be a torch.Tensor"):
+        enc.attention(state, [[1.0]])
