@@ -116,7 +116,7 @@ def generate_pairs(
     n: int,
     *,
     y: Any = None,
-    shape: tuple[int, ...] | None = None,
+    shape: int | tuple[int, ...] | None = None,
     x0: Tensor | None = None,
     method: str = "dopri5",
     steps: int | None = None,
@@ -276,8 +276,9 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype]:
 
 
 def _start(
-    model: Any, n: int, shape: tuple[int, ...] | None, x0: Tensor | None, seed: int, dtype: torch.dtype
+    model: Any, n: int, shape: int | tuple[int, ...] | None, x0: Tensor | None, seed: int, dtype: torch.dtype
 ) -> Tensor | SeededNoise:
+    shape = (shape,) if isinstance(shape, int) else shape
     if x0 is not None:
         x0 = checks.finite(checks.floating(x0, "x0"), "x0").detach().cpu().to(dtype)
         if len(x0) != n or x0.ndim < 2 or (shape is not None and x0.shape[1:] != tuple(shape)):

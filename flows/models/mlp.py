@@ -58,6 +58,11 @@ class ResidualMLP(nn.Module):
         self.output = nn.Linear(width, dim)
         self.interval = nn.Linear(1, width, bias=False) if average_velocity else None
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of a sample, for what starts from noise: ``(dim,)``."""
+        return (self.inputs.in_features,)
+
     def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
         """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``; or its average to ``until``."""
         hidden = self.inputs(x.flatten(1)) + self.time(t[:, None].to(x.dtype))

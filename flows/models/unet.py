@@ -49,7 +49,7 @@ class UNet(nn.Module):
 
     Args:
         in_channels: of the images, ``(B, in_channels, H, W)``.
-        image_size: H = W that ``attention`` refers to; other sizes run too.
+        image_size: H = W that ``attention`` refers to, and of samples that start from noise; other sizes run too.
         channels: at full resolution. Some resolution needs at least two, or normalisation cancels the time.
         multipliers: channels at each resolution (halved from one to the next), relative to ``channels``.
         blocks: residual blocks at a resolution.
@@ -97,6 +97,7 @@ class UNet(nn.Module):
             raise ValueError(f"attention must name resolutions of this model, {sizes}; got {absent}")
         embedding = 4 * channels
         self.features = max(channels, _LEAST_FEATURES)
+        self.sample_shape = (in_channels, image_size, image_size)
         self.time = nn.Sequential(nn.Linear(self.features, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.condition = condition_embedding(embedding, num_classes, condition_dim)
 

@@ -229,6 +229,13 @@ def test_fingerprints_tell_models_apart():
     assert fingerprint(compiled) == fingerprint(two)
 
 
+def test_shape_of_the_model():
+    sizes = {"in_channels": 2, "image_size": 4, "channels": 8, "multipliers": (1,), "blocks": 1, "attention": ()}
+    for model, shape in ((flows.models.ResidualMLP(3), (3,)), (flows.models.UNet(**sizes), (2, 4, 4))):
+        assert flows.generate_pairs(model, 2, **{**FIXED, "shape": None}).shape == shape
+    assert flows.generate_pairs(flows.models.ResidualMLP(3), 2, **{**FIXED, "shape": 3}).shape == (3,)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "says"),
     [
