@@ -6,10 +6,12 @@ A student that cannot start from its teacher's weights begins with plain flow ma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from flows.matching import CoupledBatch
@@ -29,11 +31,15 @@ class AnnealingReflow(Dataset[Any]):
     β and ξ follow from the loader's position and seed, a resumed run is the same. With ``Trainer(accumulate=k)`` an
     optimiser step takes k batches.
 
+    Flows that start elsewhere have no such sum. With their ``source``, each x0 is replaced by a fresh one with
+    probability β, so that x0' keeps its distribution there too.
+
     Args:
-        pairs: whose x0 are standard normal.
+        pairs: whose x0 are standard normal, or from ``source``.
         warmup_steps: batches after which β is 0; 0 for plain reflow.
         schedule: β at the share s of the warm-up: ``"linear"`` 1 - s, ``"cosine"`` (1 + cos πs) / 2, ``"exp"``
             (e^(-5s) - e^-5) / (1 - e^-5).
+        source: ``source(n, generator)`` draws ``(n, d…)`` start points of another kind; None for standard normal ones.
         flip: mirror a random half of the pairs, both members alike, along the last axis. Right for a teacher that
             treats mirrored images alike; during the whole training.
 
@@ -43,19 +49,28 @@ class AnnealingReflow(Dataset[Any]):
     """
 
     def __init__(
-        self, pairs: PairedDataset, warmup_steps: int, schedule: str = "linear", *, flip: bool = False
+        self,
+        pairs: PairedDataset,
+        warmup_steps: int,
+        schedule: str = "linear",
+        *,
+        source: Callable[[int, torch.Generator | None], Tensor] | None = None,
+        flip: bool = False,
     ) -> None:
         if not isinstance(pairs, PairedDataset):
             raise TypeError(f"pairs must be a flows.PairedDataset; got {type(pairs).__name__}")
         self.pairs = pairs
         self.warmup_steps = checks.count(warmup_steps, "warmup_steps", at_least=0)
         self.schedule = checks.choice(schedule, "schedule", SCHEDULES)
-        self.flip = bool(flip)
+        if source is not None and not callable(source):
+            raise TypeError(f"source must be a function of (n, generator) or None; got {type(source).__name__}")
+        self.source, self.flip = source, bool(flip)
         if self.flip and len(pairs.shape) != 3:
             raise ValueError(f"flip mirrors images (C, H, W); these pairs have samples of shape {pairs.shape}")
 
     def __repr__(self) -> str:
-        return f"AnnealingReflow(warmup_steps={self.warmup_steps}, schedule={self.schedule!r}, flip={self.flip})"
+        own = "" if self.source is None else f", source={getattr(self.source, '__qualname__', repr(self.source))}"
+        return f"AnnealingReflow(warmup_steps={self.warmup_steps}, schedule={self.schedule!r}{own}, flip={self.flip})"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -84,9 +99,15 @@ class AnnealingReflow(Dataset[Any]):
             generator: source of the fresh noise and the flips.
         """
         x0, x1, beta = batch.x0, batch.x1, self.beta(step)
-        if beta:
+        if beta and self.source is None:
             fresh = draw(torch.randn, *x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
             x0 = math.sqrt(1 - beta**2) * x0 + beta * fresh
+        elif beta and self.source is not None:
+            fresh = self.source(len(x0), generator).to(x0)
+            if fresh.shape != x0.shape:
+                raise ValueError(f"source must give points of shape {tuple(x0.shape)}; got {tuple(fresh.shape)}")
+            replaced = draw(torch.rand, len(x0), *[1] * (x0.ndim - 1), generator=generator, device=x0.device) < beta
+            x0 = torch.where(replaced, fresh, x0)
         if self.flip:
             mirrored = draw(torch.rand, len(x0), 1, 1, 1, generator=generator, device=x0.device) < 0.5
             x0, x1 = torch.where(mirrored, x0.flip(-1), x0), torch.where(mirrored, x1.flip(-1), x1)

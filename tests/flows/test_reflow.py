@@ -159,3 +159,30 @@ def test_bad_input(arguments, kind, says):
         flows.AnnealingReflow(*arguments)
     with pytest.raises(ValueError, match=r"flip mirrors images .*; these pairs have samples of shape \(2,\)"):
         flows.AnnealingReflow(made(), 3, flip=True)
+
+
+def eight(n, generator=None):
+    return flows.datasets.eight_gaussians(n, generator=generator)
+
+
+@pytest.mark.parametrize("step", [0, 3, 7, 10])
+def test_start_points_of_another_kind_are_replaced_by_fresh_ones(step):
+    """A share β of them, so that all are of that kind at every step."""
+    n = 20_000
+    pairs = flows.PairedDataset(eight(n, torch.Generator().manual_seed(1)), torch.zeros(n, 2))
+    annealing = flows.AnnealingReflow(pairs, 10, source=eight)
+    served = annealing.anneal(flows.CoupledBatch(pairs.x0, pairs.x1), step, torch.Generator().manual_seed(2))
+    kept = (served.x0 == pairs.x0).all(1).float().mean()
+    assert float(kept) == pytest.approx(1 - annealing.beta(step), abs=0.02)
+    assert float(served.x0.mean(0).abs().max()) < 5 * 3.6 / n**0.5
+    assert float((served.x0.norm(dim=1) - 5).abs().quantile(0.99)) == pytest.approx(
+        float((pairs.x0.norm(dim=1) - 5).abs().quantile(0.99)), abs=0.06
+    )
+
+
+def test_a_source_of_the_wrong_kind_is_told():
+    with pytest.raises(TypeError, match=r"source must be a function of \(n, generator\)"):
+        flows.AnnealingReflow(made(), 10, source=torch.randn(4, 2))
+    annealing = flows.AnnealingReflow(made(), 10, source=lambda n, generator: torch.randn(n, 3))
+    with pytest.raises(ValueError, match=r"shape \(24, 2\); got \(24, 3\)"):
+        annealing.anneal(flows.CoupledBatch(made().x0, made().x1), 0)
