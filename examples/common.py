@@ -151,6 +151,17 @@ def save_picture(figure: Any, path: Path, dpi: int = 80) -> None:
     plotter().close(figure)
 
 
+def kept(path: Path | None, name: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` found under this name, from the file of finished runs if it is there."""
+    runs = torch.load(path, weights_only=True) if path and path.exists() else {}
+    if name not in runs:
+        runs[name] = make()
+        if path:
+            torch.save(runs, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+    return runs[name]
+
+
 def _shown(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments without ``--out``, and with folders of one's own by their names."""
     pairs = zip(arguments, [None, *arguments], strict=False)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -31,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import Beside, arguments, he_init, plotter, save, save_picture, slot_block, spread, table
+from common import Beside, arguments, he_init, kept, plotter, save, save_picture, slot_block, spread, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -435,16 +434,6 @@ def page(
         f"width 128 with 128 slots. Completions from the stream and from the whole context differ by {gap:.0e} at most."
         "\n"
     )
-
-
-def kept(path: Path | None, name: str, make: Callable[[], Any]) -> Any:
-    """What ``make`` found under this name, from the file of finished runs if it is there."""
-    runs = torch.load(path, weights_only=True) if path and path.exists() else {}
-    if name not in runs:
-        runs[name] = make()
-        if path:
-            torch.save(runs, path)
-    return runs[name]
 
 
 def choose(parts: dict[str, Tensor], setting: Setting, args: argparse.Namespace) -> None:
