@@ -113,11 +113,16 @@ class Dense:
     def col_sums(self, phi: Tensor) -> Tensor:
         """See `Geometry`."""
         assert self.kernel is not None
-        shift = phi - self.row
+        shift = self._shift(phi)
         top = shift.amax(1, keepdim=True)
         scaled = _exp((shift - top).to(self.kernel.dtype))
         sums = (scaled[:, None, :] @ self.kernel)[:, 0].double().log() + top - self.col
         return self._mended(sums, self.cost.mT, phi, 1)
+
+    def _shift(self, phi: Tensor) -> Tensor:
+        """``phi`` relative to the kernel's; rows without a pair have none, wherever their potential is."""
+        shift = phi - self.row
+        return shift if self.reached is None else torch.where(self.reached[0], shift, -torch.inf)
 
     def _mended(self, sums: Tensor, cost: Tensor, potential: Tensor, axis: int) -> Tensor:
         """The sums, those that the kernel underflows for in the log domain."""
@@ -131,7 +136,7 @@ class Dense:
     def plan(self, phi: Tensor, psi: Tensor) -> Tensor:
         """``exp(phi + psi - C / reg)``, ``(B, n, m)``, in the costs' dtype: what the recent sums are sums of."""
         assert self.kernel is not None
-        plan = self.kernel * (phi - self.row).exp().to(self.kernel.dtype)[:, :, None]
+        plan = self.kernel * self._shift(phi).exp().to(self.kernel.dtype)[:, :, None]
         return plan.mul_((psi - self.col).exp().to(plan.dtype)[:, None, :])
 
     def col_tiles(self, cells: int) -> Iterator[tuple[slice, Tensor]]:

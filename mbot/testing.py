@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from mbot.cost import pairwise_cost
 from mbot.couplings import Coupling, Pairs
 from mbot.plan import Plan
+from mbot.solvers import fast_paths
 from mbot.transport import Transport
 
 _SIZES = ((6, 6), (5, 7), (1, 1), (1, 4), (4, 1))
@@ -66,6 +69,20 @@ def check_coupling(coupling: Coupling, *, device: torch.device | str = "cpu") ->
     _settings(coupling)
     for check in (_pairs, _unequal, _repeated, _coupling_inputs, _refused):
         check(coupling, device)
+
+
+@contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Inside, small problems take the general route instead of a compiled short cut, in this thread: to compare them.
+
+    >>> with without_fast_paths():
+    ...     reference = mbot.EntropicOT(0.1).plan(torch.rand(5, 5))
+    """
+    token = fast_paths.set(False)
+    try:
+        yield
+    finally:
+        fast_paths.reset(token)
 
 
 def _require(promise: bool, says: str) -> None:

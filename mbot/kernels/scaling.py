@@ -1,7 +1,7 @@
-"""Sinkhorn's iterations for a batch of small problems, one problem a thread, compiled with numba.
+"""Sinkhorn's iterations for a batch of small problems, from costs to plans, one problem a thread, compiled with numba.
 
-For problems whose costs spread over few enough regularisations that ``P0 = exp(-C / reg)`` neither under- nor overflows
-in float64. Iterations then are two products of ``P0`` with positive scalings ``u = exp(phi)`` and ``v``, the matrix
+For problems whose costs spread over few enough regularisations that ``P0 = exp((low - C) / reg)`` neither under- nor
+overflows in float64. Iterations then are two products of ``P0`` with positive scalings ``u`` and ``v``, the matrix
 stays in the cache, and no logarithm is taken. The steps of `mbot.solvers.marginals` are (``r = P0 v``): balanced
 ``u = a / r``, KL-relaxed ``u = a / r^rate``, and upper-bounded ``u = min(a / r, t)`` with one ``t`` for all rows.
 """
@@ -16,10 +16,73 @@ from mbot.kernels.compiled import compiled
 from mbot.kernels.threads import run_slices
 
 BALANCED, KL_RELAXED, UPPER_BOUNDED = 0, 1, 2
-_OPTIONS: dict[str, Any] = {
-    "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"},
-}  # fmt: skip
+_IN_ORDER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
+_OPTIONS: dict[str, Any] = {**_IN_ORDER, "fastmath": {"reassoc", "nsz", "contract"}}
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
+_SPREAD = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
+
+
+@compiled(**{**_OPTIONS, "fastmath": {"nnan", "nsz", "reassoc"}})
+def _range(cost):  # type: ignore[no-untyped-def]
+    """The least and the largest finite number."""
+    low, high = np.inf, -np.inf
+    for c in cost:
+        finite = c if c < np.inf else -np.inf
+        low = c if c < low else low
+        high = finite if finite > high else high
+    return low, high
+
+
+@compiled(**_IN_ORDER)
+def _exp(x, bits):  # type: ignore[no-untyped-def]
+    """``exp(x)`` in place, to rounding and 0 below -690: a series around multiples of log 2, which vectorises."""
+    powers = bits.view(np.float64)
+    for t in range(len(x)):
+        y = x[t] if x[t] > -700.0 else -700.0
+        y = y if y < 700.0 else 700.0
+        k = np.rint(y * 1.4426950408889634)
+        r = y - k * 0.6931471803691238  # log 2 in two parts, of which the first has few digits
+        r = r - k * 1.9082149292705877e-10
+        p = 1 / 479001600
+        p = p * r + 1 / 39916800
+        p = p * r + 1 / 3628800
+        p = p * r + 1 / 362880
+        p = p * r + 1 / 40320
+        p = p * r + 1 / 5040
+        p = p * r + 1 / 720
+        p = p * r + 1 / 120
+        p = p * r + 1 / 24
+        p = p * r + 1 / 6
+        p = p * r + 1 / 2
+        p = p * r + 1.0
+        x[t] = p * r + 1.0 if y > -690.0 else 0.0
+        bits[t] = (np.int64(np.int32(k)) + 1023) << 52
+    for t in range(len(x)):
+        x[t] *= powers[t]
+
+
+@compiled(**_IN_ORDER)
+def _log(x, out, bits):  # type: ignore[no-untyped-def]
+    """``log(x)`` of normal positive numbers, to rounding: exponents, and ``2 artanh`` of what is left."""
+    given, rest = x.view(np.int64), bits.view(np.float64)
+    for t in range(len(x)):
+        exponent = (given[t] - 4604544271217802240) >> 52  # of x in units of sqrt(1/2)
+        bits[t] = given[t] - (exponent << 52)
+        out[t] = np.float64(np.int32(exponent))
+    for t in range(len(x)):
+        s = (rest[t] - 1.0) / (rest[t] + 1.0)
+        q = s * s
+        p = 1 / 21
+        p = p * q + 1 / 19
+        p = p * q + 1 / 17
+        p = p * q + 1 / 15
+        p = p * q + 1 / 13
+        p = p * q + 1 / 11
+        p = p * q + 1 / 9
+        p = p * q + 1 / 7
+        p = p * q + 1 / 5
+        p = p * q + 1 / 3
+        out[t] = out[t] * 0.6931471805599453 + 2.0 * (s + s * q * p)
 
 
 @compiled(**_OPTIONS)
@@ -51,103 +114,166 @@ def _cap(weight, sums, mass, t):  # type: ignore[no-untyped-def]
 
 
 @compiled(**_OPTIONS)
-def _update(sums, weight, scale, kind, parameter, cap):  # type: ignore[no-untyped-def]
-    """New scalings from ``sums``; returns the cap and the mass that the change moves, or -1 where it fails."""
-    moved, total = 0.0, 0.0
-    if kind == UPPER_BOUNDED:
+def _update(sums, weight, scale, new, bits, kind, parameter, cap):  # type: ignore[no-untyped-def]
+    """New scalings from ``sums``; returns the cap, the share of the mass that moves (-1: out of range), and the mass.
+
+    Points of weight 0 are scaled by 0.
+    """
+    if kind == KL_RELAXED:
+        _log(sums, new, bits)
+        for i in range(len(new)):
+            new[i] *= -parameter / (1.0 + parameter)
+        _exp(new, bits)
+    elif kind == UPPER_BOUNDED:
         cap = _cap(weight, sums, parameter, cap)
         if not 1 / _HUGE < cap < _HUGE:
-            return cap, -1.0
-    for i in range(len(scale)):
-        if weight[i] > 0.0:
-            new = weight[i] * sums[i] ** -parameter if kind == KL_RELAXED else weight[i] / sums[i]
-            if kind == UPPER_BOUNDED:
-                new = min(new, cap)
-            if not 1 / _HUGE < new < _HUGE:
-                return cap, -1.0
-            moved += sums[i] * abs(new - scale[i])
-            total += sums[i] * scale[i]
-            scale[i] = new
-    return cap, moved / total
+            return cap, -1.0, 0.0
+    most = cap if kind == UPPER_BOUNDED else np.inf
+    moved, total, mass, lost = 0.0, 0.0, 0.0, 0
+    for i in range(len(new)):
+        value = weight[i] * new[i] if kind == KL_RELAXED else weight[i] / sums[i]
+        value = value if value < most else most
+        fits = (sums[i] > 1e-290) & (value > 1 / _HUGE) & (value < _HUGE)
+        live = weight[i] > 0.0
+        lost += 1 if live & (not fits) else 0
+        value = value if live else 0.0
+        moved += sums[i] * abs(value - scale[i])
+        total += sums[i] * scale[i]
+        mass += sums[i] * value
+        new[i] = value
+    return cap, (moved / total if lost == 0 else -1.0), mass
 
 
 @compiled(**_OPTIONS)
-def _solve(plan, a, b, kind, parameter, budget, tol, begin, stop, u_all, v_all, error, iterations, row_mass, col_mass):  # type: ignore[no-untyped-def]
-    n, m = plan.shape[1:]
-    rows, cols, before = np.empty(n), np.empty(m), np.empty(n)
-    for p in range(begin, stop):
-        kernel, u, v = plan[p], u_all[p], v_all[p]
-        for i in range(n):
-            u[i] = a[p, i] if a[p, i] > 0.0 else 1.0
-        for j in range(m):
-            v[j] = b[p, j] if b[p, j] > 0.0 else 1.0
-        row_cap = col_cap = 1.0
-        for turn in range(budget + 1):
-            for i in range(n):
-                total = 0.0
-                for j in range(m):
-                    total += kernel[i, j] * v[j]
-                rows[i] = total
-            before[:] = u
-            row_cap, error[p] = _update(rows, a[p], u, kind, parameter, row_cap)
-            # The first turn starts from columns that no step has been made for.
-            done = turn > 0 and 0.0 <= error[p] <= tol
-            if done or error[p] < 0.0 or turn == budget:
-                u[:] = before
-                break
-            cols[:] = 0.0
-            for i in range(n):
-                scale = u[i]
-                for j in range(m):
-                    cols[j] += scale * kernel[i, j]
-            col_cap, moved = _update(cols, b[p], v, kind, parameter, col_cap)
-            iterations[p] = turn + 1
-            if moved < 0.0:
-                error[p] = -1.0
-                break
-        col_mass[p] = 0.0
-        for i in range(n):
+def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ignore[no-untyped-def]
+    """Rounds until one would move less than ``tol`` of the mass; returns the scalings, that share, and the rounds."""
+    new_u, new_v, rows, cols = np.empty(len(u)), np.empty(len(v)), np.empty(len(u)), np.empty(len(v))
+    row_cap = col_cap = 1.0
+    for turn in range(budget + 1):
+        for i in range(len(u)):
             total = 0.0
+            for j in range(len(v)):
+                total += kernel[i, j] * v[j]
+            rows[i] = total
+        row_cap, error, row_mass = _update(rows, a, u, new_u, bits, kind, parameter, row_cap)
+        # The first turn starts from columns that no step has been made for.
+        if not error >= 0.0 or (turn > 0 and error <= tol) or turn == budget:
+            return u, v, error, turn
+        u, new_u = new_u, u
+        cols[:] = 0.0
+        for i in range(len(u)):
+            scale = u[i]
+            for j in range(len(v)):
+                cols[j] += scale * kernel[i, j]
+        col_cap, moved, col_mass = _update(cols, b, v, new_v, bits, kind, parameter, col_cap)
+        if not moved >= 0.0:
+            return u, v, -1.0, turn
+        v, new_v = new_v, v
+        if kind == KL_RELAXED:
+            # Where the dual is largest along (u t, v / t): after exact updates its terms are the masses themselves.
+            shift = (row_mass / col_mass) ** (parameter / 2.0)
+            if not 1 / _HUGE < shift < _HUGE:
+                return u, v, -1.0, turn
+            u *= shift
+            v /= shift
+    return u, v, -1.0, budget
+
+
+@compiled(**_OPTIONS)
+def _plan(cost, kernel, u, v, plan, rows, cols):  # type: ignore[no-untyped-def]
+    """Write the plan and its marginals; returns ``<C, P>``."""
+    n, m = cost.shape
+    cols[:] = 0.0
+    for i in range(n):
+        total, scale = 0.0, u[i]
+        for j in range(m):
+            mass = kernel[i, j] * scale * v[j]
+            kernel[i, j] = mass
+            total += mass
+            cols[j] += mass
+        rows[i] = total
+    transport = 0.0
+    for i in range(n):
+        total = 0.0
+        for j in range(m):
+            mass = kernel[i, j]
+            plan[i, j] = mass
+            total += mass * cost[i, j] if mass > 0.0 else 0.0
+        transport += total
+    return transport
+
+
+@compiled(**_OPTIONS)
+def _solve(  # type: ignore[no-untyped-def]
+    cost, a_all, b_all, kind, parameter, reg, budget, tol, begin, stop,
+    plan, phi, psi, rows, cols, transport, error, turns,
+):  # fmt: skip
+    n, m = cost.shape[1:]
+    kernel, bits = np.empty((n, m)), np.empty(max(n * m, n + m), np.int64)
+    a, u, b, v = np.empty(n), np.empty(n), np.empty(m), np.empty(m)
+    for p in range(begin, stop):
+        error[p], turns[p] = -1.0, 0
+        low, high = _range(cost[p].reshape(-1))
+        half, factor = low / (2.0 * reg), 1.0
+        if kind == KL_RELAXED:  # costs are lowered by ``low``, and potentials on each side by half of it
+            factor = np.exp(-half / (1.0 + parameter))
+        if not (high - low <= _SPREAD * reg and abs(half) < np.inf and 1 / _HUGE < factor < _HUGE):
+            continue
+        inverse = 1.0 / reg
+        for i in range(n):
             for j in range(m):
-                mass = kernel[i, j] * u[i] * v[j]
-                kernel[i, j] = mass
-                col_mass[p, j] += mass
-                total += mass
-            row_mass[p, i] = total
+                kernel[i, j] = (low - np.float64(cost[p, i, j])) * inverse
+        _exp(kernel.reshape(-1), bits)
+        for i in range(n):
+            a[i] = u[i] = a_all[p, i] * factor
+        for j in range(m):
+            b[j] = v[j] = b_all[p, j] * factor
+        found_u, found_v, share, rounds = _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits)
+        if not share >= 0.0:
+            continue
+        error[p], turns[p] = share, rounds
+        transport[p] = _plan(cost[p], kernel, found_u, found_v, plan[p], rows[p], cols[p])
+        for found, weight, potential in ((found_u, a, phi[p]), (found_v, b, psi[p])):
+            for i in range(len(found)):
+                found[i] = found[i] if weight[i] > 0.0 else 1.0
+            _log(found, potential, bits)
+            potential += half
 
 
 def iterate(
-    plan: np.ndarray,
+    cost: np.ndarray,
     a: np.ndarray,
     b: np.ndarray,
     kind: int,
     parameter: float,
+    reg: float,
     budget: int,
     tol: float,
 ) -> tuple[np.ndarray, ...]:
-    """Iterate every problem until an update moves less than ``tol`` of its mass, or ``budget`` times.
+    """Iterate every problem until a round would move less than ``tol`` of its mass, or ``budget`` times.
 
     Args:
-        plan: ``(B, n, m)`` float64, ``P0``; the plan on return.
-        a: ``(B, n)`` float64 weights of the rows; rows of weight 0 take no part and are 0 in ``P0``.
+        cost: ``(B, n, m)`` float32 or float64; ``+inf`` forbids a pair.
+        a: ``(B, n)`` float64 weights of the rows; all costs of rows of weight 0 are ``+inf``.
         b: ``(B, m)`` weights of the columns.
         kind: `BALANCED`, `KL_RELAXED` or `UPPER_BOUNDED`.
-        parameter: the rate of `KL_RELAXED`, the mass of `UPPER_BOUNDED`.
-        budget: iterations.
+        parameter: the ratio of `KL_RELAXED`, the mass of `UPPER_BOUNDED`.
+        reg: regularisation.
+        budget: rounds.
         tol: share of the mass.
 
     Returns:
-        ``u`` ``(B, n)`` and ``v`` ``(B, m)``; the share of the mass that one more update would move, ``(B,)``, negative
-        where scalings grew out of range (the problem then needs the log domain from the start); iterations ``(B,)``;
-        and the plan's row and column sums, ``(B, n)`` and ``(B, m)``.
+        Plans ``(B, n, m)`` in the costs' dtype; in float64 potentials in units of reg ``(B, n)``, ``(B, m)``, row and
+        column sums of the plans, and ``<C, P>`` ``(B,)``; the share of the mass that one more round would move,
+        ``(B,)``, negative where costs spread too far or scalings left the range of float64 (nothing else is written
+        then); and rounds ``(B,)``.
     """
-    problems, n, m = plan.shape
-    u, v = np.empty((problems, n)), np.empty((problems, m))
-    error, iterations = np.empty(problems), np.zeros(problems, np.int64)
-    sums = np.empty((problems, n)), np.empty((problems, m))
+    problems, n, m = cost.shape
+    sides = [np.empty((problems, size)) for size in (n, m, n, m)]
+    out = np.empty_like(cost), *sides, np.empty(problems), np.empty(problems), np.empty(problems, np.int64)
 
     def solve(begin: int, stop: int) -> None:
-        _solve(plan, a, b, kind, parameter, budget, tol, begin, stop, u, v, error, iterations, *sums)
+        _solve(cost, a, b, kind, parameter, reg, budget, tol, begin, stop, *out)
 
     run_slices(solve, np.ones(problems))
-    return u, v, error, iterations, *sums
+    return out

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mbot.geometry import Dense
+from mbot.solvers import fast_paths
 from mbot.solvers.marginals import KLRelaxed, Marginal
 from mbot.solvers.sinkhorn import Solution, rounding, solve
 from mbot.solvers.support import large_entries, usable_pairs
@@ -15,7 +18,6 @@ from mbot.solvers.support import large_entries, usable_pairs
 _WIDE = 2e3  # costs spread over more regularisations than this need float64, and a look at the largest
 _PATIENCE = 400  # rounds that problems with forbidden pairs get before these are looked at
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
-_PLAIN = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 _REFINE = 50  # rounds on plans whose potentials have too few digits
 _BUDGET = 400  # rounds in the compiled kernel, and two a row, before Newton steps are the quicker way to the end
 
@@ -30,20 +32,13 @@ class Plans(Solution):
     plan: Tensor = None  # type: ignore[assignment]
     rows: Tensor = None  # type: ignore[assignment]
     cols: Tensor = None  # type: ignore[assignment]
+    transport: Tensor = None  # type: ignore[assignment]  # ``<C, P>``
 
     def relative_to(self, a: Tensor, b: Tensor) -> Plans:
         """The same with potentials of ``P = a b exp(phi + psi - C / reg)``; 0 at points of weight 0."""
         self.phi = torch.where(a > 0, self.phi - a.log(), 0)
         self.psi = torch.where(b > 0, self.psi - b.log(), 0)
         return self
-
-    @classmethod
-    def unsolved(cls, cost: Tensor) -> Plans:
-        """Room for the problems ``cost`` ``(B, n, m)``, with an error of -1."""
-        problems, n, m = cost.shape
-        zeros = [torch.zeros(problems, size, dtype=torch.float64, device=cost.device) for size in (n, m, n, m)]
-        error = torch.full((problems,), -1.0, dtype=torch.float64, device=cost.device)
-        return cls(zeros[0], zeros[1], error, error.long() + 1, error > 0, torch.zeros_like(cost), zeros[2], zeros[3])
 
     def take(self, which: Tensor) -> Plans:
         """Some of the problems; no iterations yet."""
@@ -54,8 +49,8 @@ class Plans(Solution):
     def put(self, which: Tensor, other: Solution) -> None:
         """Write the solution of some problems; iterations add up."""
         super().put(which, other)
-        assert isinstance(other, Plans)
-        self.plan[which], self.rows[which], self.cols[which] = other.plan, other.rows, other.cols
+        for name in ("plan", "rows", "cols", "transport"):
+            getattr(self, name)[which] = getattr(other, name)
 
 
 def solve_matrices(
@@ -81,10 +76,38 @@ def solve_matrices(
     tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
     if not bool((a > 0).all() & (b > 0).all()):
         cost = torch.where((a > 0)[:, :, None] & (b > 0)[:, None, :], cost, torch.inf)
+    return _compiled_first(cost, a, b, step, reg, max_iter, tol, partial(_solved, step=step, reg=reg, tol=tol))
+
+
+def _compiled_first(
+    cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
+    others: Callable[..., Plans],
+) -> Plans:  # fmt: skip
+    """Plans by the compiled kernel as far as it goes; the ``others`` are solved by a function like `_solved`."""
+    problems, n, m = cost.shape
+    most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
+    if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
+        return others(cost, a, b, max_iter=max_iter)
+    found = _compiled(cost, a, b, step, reg, min(max_iter, _BUDGET + 2 * n), tol)
+    if bool(found.converged.all()):
+        return found
+    untried = found.error < 0
+    for left, begun in ((untried, False), (~untried & ~found.converged & (found.iterations < max_iter), True)):
+        if bool(left.any()):
+            rest = max_iter - int(found.iterations[left].max())
+            start = found.phi[left] if begun else None
+            found.put(left, others(cost[left], a[left], b[left], max_iter=rest, start=start))
+    return found
+
+
+def _solved(
+    cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
+    start: Tensor | None = None,
+) -> Plans:  # fmt: skip
+    """By the driver, from potentials ``start`` unless pairs are forbidden."""
     low, high = cost.amin((1, 2)).double(), cost.amax((1, 2)).double()
-    spread = high - low
-    if bool((spread <= _WIDE * reg).all()):
-        return _checked(cost, a, b, low, spread, step, reg, max_iter, tol)
+    if bool((high - low <= _WIDE * reg).all()):
+        return _checked(cost, a, b, step, reg, max_iter, tol, start)
     low = torch.where(low < torch.inf, low, 0)
     wanted, floor = step.least(a), reg * step.negligible
     excess = cost.double() - low[:, None, None]
@@ -95,8 +118,8 @@ def solve_matrices(
 
     def run(which: Tensor, budget: int) -> Plans:
         left = torch.where(allowed[which], cost[which], torch.inf)
-        spread = torch.where(allowed[which], excess[which], 0).amax((1, 2))
-        return _checked(left, a[which], b[which], low[which], spread, step, reg, budget, tol, forbidden=True)
+        others = partial(_checked, step=step, reg=reg, tol=tol, forbidden=True)
+        return _compiled_first(left, a[which], b[which], step, reg, budget, tol, others)
 
     must_hold = (wanted > 0) & ~allowed.all(2).all(1)
     patience = min(max_iter, _PATIENCE) if bool(must_hold.any()) else max_iter
@@ -122,18 +145,23 @@ def solve_matrices(
 
 
 def _checked(
-    cost: Tensor, a: Tensor, b: Tensor, low: Tensor, spread: Tensor, step: Marginal, reg: float, max_iter: int,
-    tol: float, forbidden: bool = False,
+    cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
+    start: Tensor | None = None, forbidden: bool = False,
 ) -> Plans:  # fmt: skip
     """The solution for given forbidden pairs; in float64 where the costs spread too far for float32."""
     dtype = cost.dtype
+    low = cost.amin((1, 2)).double()
+    low = torch.where(low < torch.inf, low, 0)
+    spread = cost.masked_fill(cost == torch.inf, -torch.inf).amax((1, 2)) - low
     if bool((spread > _WIDE * reg).any()):
         cost = cost.double()
     half = (low / (2 * reg))[:, None]  # costs are lowered to a least one of 0, and each side's potentials by half
     if forbidden and isinstance(step, KLRelaxed):  # points without a pair take no part
         a, b = torch.where(cost.amin(2) < torch.inf, a, 0), torch.where(cost.amin(1) < torch.inf, b, 0)
     log_a, log_b = step.lowered(a.log(), half), step.lowered(b.log(), half)
-    found = _solved(cost, low, spread, log_a, log_b, step, reg, max_iter, tol, forbidden)
+    if start is not None:
+        start = start - half
+    found = _by_rounds(cost, low, spread, log_a, log_b, step, reg, max_iter, tol, forbidden, start)
     enough = tol * (1 + 1e-6) + 8 * torch.finfo(found.plan.dtype).eps
     error = _error(found, step, log_a, log_b)
     coarse = (found.converged & (error > enough)).nonzero()[:, 0]
@@ -143,6 +171,7 @@ def _checked(
         error[coarse] = _error(found.take(coarse), step, log_a, log_b)
     found.error, found.converged = error, error <= enough
     found.phi, found.psi, found.plan = found.phi + half, found.psi + half, found.plan.to(dtype)
+    found.transport = torch.where(found.plan > 0, cost, 0).mul(found.plan).sum((1, 2), dtype=torch.float64)
     return found
 
 
@@ -170,40 +199,11 @@ def _refined(found: Plans, step: Marginal, log_a: Tensor, log_b: Tensor, rounds:
     return found
 
 
-def _solved(
-    cost: Tensor, low: Tensor, spread: Tensor, log_a: Tensor, log_b: Tensor, step: Marginal, reg: float,
-    max_iter: int, tol: float, forbidden: bool,
-) -> Plans:  # fmt: skip
-    """Potentials for costs lowered by ``low``: by the compiled kernel as far as it goes, then by the driver."""
-    problems, n, m = cost.shape
-    most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
-    easy = spread <= _PLAIN * reg
-    if cost.device.type != "cpu" or n * m > most or not bool(easy.any()):
-        return _by_rounds(cost, low, spread, log_a, log_b, step, reg, max_iter, tol, forbidden)
-    budget = min(max_iter, _BUDGET + 2 * n)
-    if bool(easy.all()):
-        out = _compiled(cost, low, log_a, log_b, step, reg, budget, tol)
-    else:
-        out = Plans.unsolved(cost)
-        out.put(easy, _compiled(cost[easy], low[easy], log_a[easy], log_b[easy], step, reg, budget, tol))
-    untried = ~(out.error >= 0)
-    slow = ~out.converged & ~untried & (out.iterations < max_iter)
-    for left, begun in ((untried, False), (slow, True)):
-        if bool(left.any()):
-            start = out.phi[left] if begun else None
-            rest = max_iter - int(out.iterations[left].max())
-            some = _by_rounds(
-                cost[left], low[left], spread[left], log_a[left], log_b[left], step, reg, rest, tol, forbidden, start
-            )
-            out.put(left, some)
-    return out
-
-
 def _by_rounds(
     cost: Tensor, low: Tensor, spread: Tensor, log_a: Tensor, log_b: Tensor, step: Marginal, reg: float,
-    max_iter: int, tol: float, forbidden: bool, start: Tensor | None = None,
+    max_iter: int, tol: float, forbidden: bool, start: Tensor | None,
 ) -> Plans:  # fmt: skip
-    """The driver's solution."""
+    """The driver's solution for costs lowered by ``low``, on their way to `_checked`."""
     geometry = Dense(cost - low[:, None, None].to(cost.dtype), forbidden or bool((log_a == -torch.inf).any()))
     widest = float(spread.amax())
     found = solve(
@@ -216,16 +216,12 @@ def _by_rounds(
     return Plans(found.phi, found.psi, found.error, found.iterations, found.converged, plan, rows, cols)
 
 
-def _compiled(
-    cost: Tensor, low: Tensor, log_a: Tensor, log_b: Tensor, step: Marginal, reg: float, budget: int, tol: float
-) -> Plans:
+def _compiled(cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, budget: int, tol: float) -> Plans:
     """The compiled kernel's solution; a negative error where it had to give up."""
     from mbot.kernels.scaling import iterate
 
-    plan = low[:, None, None] - cost.double()
-    plan.div_(reg).exp_()
-    found = iterate(plan.numpy(), log_a.exp().numpy(), log_b.exp().numpy(), *step.compiled(), budget, tol)
-    u, v, error, iterations, rows, cols = (torch.from_numpy(part) for part in found)
+    c, rows, cols = (part.contiguous().numpy() for part in (cost, a, b))
+    found = iterate(c, rows, cols, *step.compiled(), reg, budget, tol)
+    plan, phi, psi, row_mass, col_mass, transport, error, iterations = (torch.from_numpy(part) for part in found)
     converged = (error >= 0) & (error <= tol)
-    iterations = torch.where(error >= 0, iterations, 0)
-    return Plans(u.log(), v.log(), error, iterations, converged, plan.to(cost.dtype), rows, cols)
+    return Plans(phi, psi, error, iterations, converged, plan, row_mass, col_mass, transport)

@@ -106,7 +106,7 @@ class KLRelaxed(Marginal):
 
     def compiled(self) -> tuple[int, float]:
         """See `Marginal`."""
-        return 1, self.rate
+        return 1, self.ratio
 
     def __call__(self, sums: Tensor, log_weight: Tensor) -> Tensor:
         """``phi = log weight - rate S``, the damped step of Chizat et al. 2018."""

@@ -96,7 +96,6 @@ def plan_of(name: str, cost: Tensor, found: Plans, objective: Tensor, reg: float
     """The loop's result as a dense `Plan` of the cost's batch shape, with a warning where it did not converge."""
     batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
     mass = found.plan.reshape(*batch, n, m)
-    transport = torch.where(mass > 0, cost, 0).mul(mass).sum((-2, -1))
 
     def potential(p: Tensor) -> Tensor:
         return (reg * p).reshape(*batch, -1).to(cost.dtype)
@@ -108,7 +107,7 @@ def plan_of(name: str, cost: Tensor, found: Plans, objective: Tensor, reg: float
         error=found.error.reshape(batch),
         iterations=found.iterations.reshape(batch),
         potentials=(potential(found.phi), potential(found.psi)),
-        penalty=(objective.reshape(batch) - transport).to(cost.dtype),
+        penalty=(objective - found.transport).reshape(batch).to(cost.dtype),
     )
     convergence.warn_unconverged(
         name, plan, f"Raise max_iter (now {max_iter}), raise reg (now {reg:g}, in cost units), or loosen tol."

@@ -1,10 +1,15 @@
 """The compiled Sinkhorn iterations against the log-domain loop, which is their reference."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mbot import EntropicOT, PartialOT, UnbalancedOT, pairwise_cost
+from mbot import EntropicOT, MiniBatchOT, PartialOT, UnbalancedOT, pairwise_cost
+from mbot.kernels import scaling
 from mbot.solvers import entropic
+from mbot.testing import without_fast_paths
 
 TRANSPORTS = [
     EntropicOT(0.3, tol=1e-10),
@@ -19,21 +24,15 @@ def costs(problems=5, n=9, m=7, dtype=torch.float64):
     return pairwise_cost(x, torch.randn(problems, m, 2, generator=generator, dtype=dtype) + 1)
 
 
-@pytest.fixture
-def by_loop(monkeypatch):
+def by_loop(transport, *args):
     """The plan without the kernel."""
-
-    def solve(transport, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(entropic, "_CACHED", 0)
-            return transport.plan(*args)
-
-    return solve
+    with without_fast_paths():
+        return transport.plan(*args)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
 @pytest.mark.parametrize("weights", ["uniform", "drawn", "some zero"])
-def test_kernel_and_loop_give_one_plan(transport, weights, by_loop):
+def test_kernel_and_loop_give_one_plan(transport, weights):
     cost = costs()
     cost[0, 0, 1:] = torch.inf  # one pair left for that row
     a = b = None
@@ -54,7 +53,7 @@ def test_kernel_and_loop_give_one_plan(transport, weights, by_loop):
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: type(t).__name__)
-def test_any_slow_problem_goes_on_in_the_loop(transport, monkeypatch, by_loop):
+def test_any_slow_problem_goes_on_in_the_loop(transport, monkeypatch):
     cost = costs()
     monkeypatch.setattr(entropic, "_BUDGET", -17)  # 2 n - 17 = 1 iteration
     found, reference = transport.plan(cost), by_loop(transport, cost)
@@ -64,7 +63,7 @@ def test_any_slow_problem_goes_on_in_the_loop(transport, monkeypatch, by_loop):
 
 @pytest.mark.parametrize("make", [EntropicOT, lambda reg: PartialOT(0.6, reg=reg), lambda reg: UnbalancedOT(reg, 1.0)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_costs_of_any_spread_in_one_batch(make, scale, by_loop):
+def test_costs_of_any_spread_in_one_batch(make, scale):
     cost = costs() * torch.tensor([1.0, 3.0, 10.0, 100.0, 1e3], dtype=torch.float64)[:, None, None] * scale
     transport = make(0.5 * scale)
     found, reference = transport.plan(cost), by_loop(transport, cost)
@@ -98,3 +97,104 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*plans)
+
+
+def test_the_switch_leaves_out_the_kernel(monkeypatch):
+    monkeypatch.setattr(scaling, "iterate", None)
+    with without_fast_paths():
+        EntropicOT(0.3).plan(costs())
+    with pytest.raises(TypeError):
+        EntropicOT(0.3).plan(costs())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(["entropic", "unbalanced", "partial"]),
+    problems=st.integers(1, 4),
+    n=st.integers(1, 12),
+    m=st.integers(1, 12),
+    reg=st.sampled_from([0.02, 0.3, 5.0]),
+    scale=st.sampled_from([1e-20, 1.0, 1e15]),
+    offset=st.sampled_from([0.0, -2.0, 50.0]),
+    weights=st.sampled_from(["uniform", "drawn", "some zero"]),
+    costs=st.sampled_from(["real", "ties", "forbidden", "one far"]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_kernel_and_loop_agree_over_the_range(kind, problems, n, m, reg, scale, offset, weights, costs, dtype, seed):
+    """Plans, values, marginals and errors; points of weight 0, forbidden pairs and costs of any size included."""
+    g = torch.Generator().manual_seed(seed)
+    cost = torch.rand(problems, n, m, generator=g, dtype=dtype) + offset
+    if costs == "ties":
+        cost = cost.round()
+    elif costs == "forbidden":
+        cost[torch.rand(problems, n, m, generator=g) < 0.2] = torch.inf
+    elif costs == "one far":
+        cost[0, 0, 0] = 1e4
+    a = b = None
+    if weights != "uniform":
+        a, b = (torch.rand(problems, size, generator=g, dtype=torch.float64) + 0.1 for size in (n, m))
+        if weights == "some zero":
+            a[:, 1:] *= torch.rand(problems, n - 1, generator=g) < 0.6
+            b[:, 1:] *= torch.rand(problems, m - 1, generator=g) < 0.6
+        a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    reg, tol = reg * scale, 1e-9 if dtype == torch.float64 else 1e-6
+    transport = {
+        "entropic": EntropicOT(reg, tol=tol),
+        "unbalanced": UnbalancedOT(reg, 1.5 * scale, tol=tol),
+        "partial": PartialOT(0.6, reg=reg, tol=tol),
+    }[kind]
+    cost = cost * scale
+    try:
+        reference = by_loop(transport, cost, a, b)
+    except ValueError:
+        with pytest.raises(ValueError, match="forbidden"):
+            transport.plan(cost, a, b)
+        return
+    found = transport.plan(cost, a, b)
+    assert found.converged.tolist() == reference.converged.tolist() == [True] * problems
+    assert bool((found.error <= 1.1 * tol + 1e-6 * (dtype == torch.float32)).all())
+    assert bool((found.iterations > 0).all())
+    # A plan right to tol in its marginals is right to tol times the condition of the problem.
+    close = {"rtol": 0, "atol": 1e-3 if dtype == torch.float32 else 1e-6}
+    torch.testing.assert_close(found.mass, reference.mass, **close)
+    torch.testing.assert_close(found.row_mass(), reference.row_mass(), **close)
+    size = scale * max(1.0, abs(offset))
+    for name in ("cost", "penalty"):
+        values = [plan.cost(cost) if name == "cost" else plan.penalty for plan in (found, reference)]
+        torch.testing.assert_close(values[0] / size, values[1] / size, **close)
+    positive = (a > 0) if a is not None else torch.ones(problems, n, dtype=torch.bool)
+    assert bool(found.potentials[0][positive].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("inner", TRANSPORTS, ids=lambda t: type(t).__name__)
+def test_losses_and_gradients_of_kernel_and_loop(inner, dtype):
+    g = torch.Generator().manual_seed(0)
+    xs, ys = (torch.randn(3, 8, 2, generator=g, dtype=dtype) for _ in range(2))
+    loss, found = MiniBatchOT(inner, num_batches=3, batch_size=8), []
+    for context in (without_fast_paths(), torch.enable_grad()):
+        x = xs.clone().requires_grad_()
+        with context:
+            value = loss.from_batches(x, ys)
+        found.append((value.detach(), *torch.autograd.grad(value, x)))
+    torch.testing.assert_close(*found, rtol=1e-5 if dtype == torch.float32 else 1e-8, atol=1e-6)
+
+
+def test_exponentials_and_logarithms_are_those_of_numpy():
+    x = np.concatenate((np.linspace(-689, 700, 4001), [0.0, -0.0, -1e-300, -np.inf, -750.0]))
+    bits, found = np.empty(len(x), np.int64), x.copy()
+    scaling._exp(found, bits)
+    np.testing.assert_allclose(found[:-2], np.exp(x[:-2]), rtol=1e-15)
+    assert found[-2:].tolist() == [0, 0]
+    y, logs = np.exp(np.linspace(-690, 700, 4001)), np.empty(4001)
+    scaling._log(y, logs, bits)
+    np.testing.assert_allclose(logs, np.log(y), rtol=1e-15, atol=1e-15)
+
+
+def test_points_of_weight_zero_beside_a_far_one():
+    """The far point's potential is large, and so is the one that the points without weight get: nothing times it."""
+    cost, a = torch.tensor([[[1e4], [0.3], [0.4], [0.2]]]), torch.tensor([[0.3, 0.3, 0.0, 0.4]])
+    for plan in (EntropicOT(0.02).plan(cost, a), by_loop(EntropicOT(0.02), cost, a)):
+        assert bool(plan.converged.all())
+        torch.testing.assert_close(plan.mass[0, :, 0], a[0])
