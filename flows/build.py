@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from flows.integrate import integrate
 from flows.items import all_conditions, read
 from flows.loader import CoupledLoader
 from flows.lr_schedule import warmup_schedule
+from flows.matching import Objective
+from flows.mean_flow import MeanFlow, takes_until
 from flows.models import DIT_PRESETS, PRESETS, DiT, ResidualMLP, UNet
 from flows.seeds import derive_seed, generator_at
 from flows.settings import ConfigError, plain, read_file, typed
@@ -186,10 +189,27 @@ def build_path(config: TrainConfig) -> paths.Path:
     return registry.make(registry.path_classes()[config.path], f"--path {config.path}", settings)
 
 
-def build_times(config: TrainConfig) -> TimeLaw:
-    """The time law of a configuration."""
+def build_times(config: TrainConfig) -> TimeLaw | None:
+    """The time law of a configuration; None for that of its objective."""
     settings = registry.settings_of("times", config.settings)
+    if config.times == "auto":
+        if settings:
+            raise ConfigError(f"--settings times.{next(iter(settings))}=… belongs to a law: name it with --times")
+        return None
     return registry.make(registry.time_laws()[config.times], f"--times {config.times}", settings)
+
+
+def build_objective(config: TrainConfig) -> Objective:
+    """The objective of a configuration, without the coupling, which its loader has."""
+    settings: dict[str, Any] = registry.settings_of("objective", config.settings)
+    own = {f.name for f in dataclasses.fields(MeanFlow)} - {f.name for f in dataclasses.fields(Objective)}
+    unknown = set(settings) - (own if config.objective == "mean-flow" else set())
+    if unknown:
+        has = ", ".join(sorted(own)) if config.objective == "mean-flow" else "none"
+        raise ConfigError(f"--objective {config.objective} has no setting {', '.join(sorted(unknown))}; it has {has}")
+    times = build_times(config)
+    settings |= {"path": build_path(config)} | ({} if times is None else {"times": times})
+    return registry.make(registry.objectives()[config.objective], f"--objective {config.objective}", settings)
 
 
 def build_loader(config: TrainConfig, task: Task, device: torch.device | str | None = None) -> CoupledLoader:
@@ -219,6 +239,7 @@ def fitted(coupling: Any, data: tuple[Tensor, Any], generator: torch.Generator, 
 def build_model(config: TrainConfig, task: Task) -> nn.Module:
     """A freshly initialised model, the same for the same seed."""
     conditions: dict[str, Any] = {"num_classes": task.num_classes, "condition_dim": task.condition_dim}
+    conditions["average_velocity"] = config.objective == "mean-flow"
     name = config.model
     if name == "auto":
         name = next((key for key in _FITTING if PRESETS[key]["image_size"] >= task.shape[-1]), _FITTING[-1])
@@ -271,13 +292,13 @@ def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview
         model,
         loader,
         steps=config.steps,
-        path=build_path(config),
-        times=build_times(config),
+        objective=build_objective(config),
         optimizer=optimizer,
         scheduler=warmup_schedule(optimizer, warmup=config.warmup, steps=length),
         out=config.out,
         seed=config.seed,
         ema=config.ema,
+        ema_reference_batch=config.ema_reference_batch,
         precision=config.precision,
         clip=config.clip,
         accumulate=config.accumulate,
@@ -348,6 +369,7 @@ def generate(
 ) -> tuple[Tensor, Tensor, float]:
     """Samples on the CPU, from where the task's flows start: ``(x1, x0, mean NFE of a batch)``.
 
+    ``solver`` goes to `flows.integrate`; without a ``method``, a model of average velocities takes its own steps.
     ``progress`` is called with the number of samples after each batch.
     """
     x0 = task.starts(n, y, generator)
@@ -356,9 +378,15 @@ def generate(
     ends, evaluations = [], []
     for begin in range(0, n, batch_size):
         rows = slice(begin, begin + batch_size)
-        solved = integrate(field, x0[rows].to(device), y=None if y is None else y[rows].to(device), **solver)
-        ends.append(solved.final.cpu())
-        evaluations.append(solved.nfe)
+        start, given = x0[rows].to(device), None if y is None else y[rows].to(device)
+        if takes_until(model) and solver.get("method") is None:
+            steps = solver.get("steps") or 1
+            ends.append(MeanFlow.sample(field, start, given, steps).cpu())
+            evaluations.append(steps)
+        else:
+            solved = integrate(field, start, y=given, **{**solver, "method": solver.get("method") or "dopri5"})
+            ends.append(solved.final.cpu())
+            evaluations.append(solved.nfe)
         if progress is not None:
             progress(len(ends[-1]))
     return torch.cat(ends), x0, sum(evaluations) / len(evaluations)

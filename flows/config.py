@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     Coupling: TypeAlias = str
     PathName: TypeAlias = str
     TimesName: TypeAlias = str
+    ObjectiveName: TypeAlias = str
     Model: TypeAlias = str
     Method: TypeAlias = str
 else:
     Data = Literal[tuple(registry.data_sets())]
     Coupling = Literal[("auto", *registry.couplings())]
     PathName = Literal[tuple(registry.path_classes())]
-    TimesName = Literal[tuple(registry.time_laws())]
+    TimesName = Literal[("auto", *registry.time_laws())]
+    ObjectiveName = Literal[tuple(registry.objectives())]
     Model = Literal[("auto", *registry.model_names())]
     Method = Literal[METHODS]
 
@@ -75,13 +77,18 @@ class TrainConfig:
     reg: float | None = None
     """Of couplings with regularisation; of wcfm it is by default 0.09 sqrt(d), the paper's choice on CIFAR-10."""
     settings: tuple[str, ...] = ()
-    """Further settings of coupling, path and times: coupling.num_batches=4, coupling.transport=PartialOT(mass=0.9)."""
+    """Further settings of coupling, path, times, objective: coupling.num_batches=4,
+    coupling.transport=PartialOT(mass=0.9)."""
     path: PathName = "linear"
     """How pairs are connected."""
     sigma: float | None = None
     """Noise of the path; by default the path's own."""
-    times: TimesName = "uniform"
-    """Law of the times that the model is trained at; its settings follow --settings, such as times.mean=-0.4."""
+    objective: ObjectiveName = "flow-matching"
+    """What is learned: velocities, or average velocities that sample in one step (mean-flow), whose settings are share,
+    power and floor: --settings objective.share=0.5."""
+    times: TimesName = "auto"
+    """Law of the times that the model is trained at; its settings follow --settings, such as times.mean=-0.4. auto: the
+    objective's own, uniform for flow-matching."""
     model: Model = "auto"
     """auto: a U-Net that fits the images, an MLP for points. dit: a small transformer; others by a paper's size."""
     mlp_width: int = 128
@@ -112,6 +119,8 @@ class TrainConfig:
     """Learning rate after the warm-up."""
     ema: float | None = 0.999
     """Decay of the averaged weights that are sampled from; None for none."""
+    ema_reference_batch: int | None = None
+    """Samples of a step that ema is meant for: other batches get the same half-life in samples; None: ema as it is."""
     clip: float | None = 1.0
     """Largest gradient norm; None for no clipping."""
     accumulate: int = 1

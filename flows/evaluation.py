@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from flows import metrics
 from flows.build import Task, generate
+from flows.mean_flow import takes_until
 from flows.seeds import derive_seed, generator_at
 
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -23,6 +24,14 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "Euler-10": {"method": "euler", "steps": 10},
     "adaptive": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4},
 }
+"""Of velocities."""
+AVERAGE_STEPS: dict[str, dict[str, Any]] = {
+    "1 step": {"steps": 1},
+    "2 steps": {"steps": 2},
+    "4 steps": {"steps": 4},
+    "adaptive": SOLVERS["adaptive"],
+}
+"""Of average velocities, beside the velocity that the same model is."""
 
 
 class SmallClassifier(nn.Module):
@@ -78,7 +87,7 @@ def evaluate(
     decode: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model with each of `SOLVERS`.
+    """Measure a model with each of `SOLVERS`, or one of average velocities with each of `AVERAGE_STEPS`.
 
     Images with labels: consistency and Fréchet distance by a small classifier, trained in the call; other images:
     sliced W2. Points: squared W2 (exact), straightness. The row "data" compares the data with themselves: what a
@@ -105,7 +114,8 @@ def evaluate(
     y = task.conditions(num, generator)
     facts: dict[str, Any] = {"samples": num, "guidance": guidance}
     measure: Callable[[Tensor, Tensor | None], dict[str, float]]
-    bar = tqdm(total=num * len(SOLVERS), unit="sample", disable=not progress, desc="measuring")
+    solvers = AVERAGE_STEPS if takes_until(model) else SOLVERS
+    bar = tqdm(total=num * len(solvers), unit="sample", disable=not progress, desc="measuring")
     hook = _calls_on(bar, model) if progress else None
     if task.images and task.num_classes:
         if classifier is None:
@@ -131,7 +141,7 @@ def evaluate(
 
     space = task if shape is None else replace(task, shape=shape)
     rows: dict[str, dict[str, float]] = {}
-    for name, solver in SOLVERS.items():
+    for name, solver in solvers.items():
         bar.set_description(f"measuring: {name}")
         x, _, nfe = generate(
             model, space, y, num, generator_at(seed, "noise"), guidance=guidance, progress=bar.update, **solver

@@ -16,6 +16,8 @@ from typing import Any
 
 import mbot
 from flows import datasets, models, paths, times
+from flows.matching import FlowMatching
+from flows.mean_flow import MeanFlow
 
 _KNOWN_AS = {
     "IndependentCoupling": "fm",
@@ -26,7 +28,7 @@ _KNOWN_AS = {
     "ImageFolder": "folder",
     "load_arrays": "arrays",
 }
-GROUPS = ("coupling", "path", "times")
+GROUPS = ("coupling", "path", "times", "objective")
 """What has settings without a flag of their own."""
 DATA_ARGUMENTS = ("n", "root", "path", "size")
 """Arguments without a default that a data set may have: number of points, folder, file, pixels a side."""
@@ -65,6 +67,11 @@ def time_laws() -> dict[str, Any]:
     import flows
 
     return classes(flows, times.TimeLaw, "Times")
+
+
+def objectives() -> dict[str, Any]:
+    """Objectives that a run's samples can be drawn with, by name."""
+    return {"flow-matching": FlowMatching, "mean-flow": MeanFlow}
 
 
 def data_sets() -> dict[str, Callable[..., Any]]:

@@ -29,10 +29,10 @@ class SampleConfig:
     """Class of all samples; by default all classes in turn."""
     guidance: float = 1.0
     """Guidance scale; 1 for none, negative leads away from the class."""
-    method: Method = "dopri5"
-    """Solver."""
+    method: Method | None = None
+    """Solver; by default dopri5, or in runs of mean-flow the steps of the average velocity."""
     steps: int | None = None
-    """Steps of a fixed-step solver."""
+    """Steps of a fixed-step solver, or of the average velocity (by default one)."""
     tolerance: float = 1e-4
     """Of dopri5, relative and absolute."""
     seed: int = 0

@@ -10,7 +10,10 @@ from torch.utils.data import TensorDataset
 
 import flows
 import mbot
-from flows import FlowBatch, FlowMatching, MeanFlow, checkpoint
+from flows import FlowBatch, FlowMatching, MeanFlow, build, checkpoint
+from flows.__main__ import main
+from flows.commands.common import parse
+from flows.config import TrainConfig
 from flows.models import DiT, ResidualMLP, UNet
 
 
@@ -378,3 +381,71 @@ def test_compiled_models_train_alike():
     compiled = torch.compile(model, backend="eager")
     assert math.isclose(MeanFlow().loss(compiled, x0, x1, generator=gen()).item(), plain.item(), rel_tol=1e-6)
     torch.compiler.reset()
+
+
+TINY = ["--batch-size", "16", "--ot-batch-size", "32", "--steps", "4", "--checkpoint-every", "2", "--mlp-width", "8",
+        "--no-progress", "--device", "cpu"]  # fmt: skip
+
+
+def test_the_command_line_trains_samples_and_measures_it(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    planar = [*TINY, "--data", "moons", "--source-data", "eight-gaussians", "--evaluate", "50", "--out", out]
+    mean = ["--objective", "mean-flow", "--settings", "objective.share=0.5", "objective.power=0.5"]
+    assert main(["train", *planar, *mean, "--ema-reference-batch", "32"]) == 0
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[:2] for line in table.splitlines() if " | " in line][1:5] == [
+        ["| 1 step", "1"], ["| 2 steps", "2"], ["| 4 steps", "4"], ["| adaptive", table.split("| adaptive | ")[1][:2]]
+    ]  # fmt: skip
+    saved = checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints"))["settings"]
+    assert saved["objective"] == "MeanFlow"
+    assert (saved["share"], saved["power"], saved["ema_reference_batch"]) == ("0.5", "0.5", 32)
+    assert saved["times"] == repr(flows.LogitNormalTimes(-0.4, 1.0))
+    for extra, nfe in (([], 1), (["--steps", "4"], 4), (["--method", "euler", "--steps", "3"], 3)):
+        assert main(["sample", "--run", out, "--num", "9", "--label", "1", "--guidance", "1.5", *extra]) == 0
+        assert f"9 samples at {nfe} NFE" in capsys.readouterr().out
+    assert main(["evaluate", "--run", out, "--num", "20"]) == 0
+    assert "| 1 step | 1 |" in capsys.readouterr().out
+    for change, says in (
+        (["--objective", "flow-matching"], "objective: saved MeanFlow, here FlowMatching"),
+        ([*mean, "--ema-reference-batch", "64"], "ema_reference_batch: saved 32, here 64"),
+    ):
+        assert main(["train", *planar, *change, "--resume"]) == 3
+        assert says in capsys.readouterr().err
+
+
+def test_a_run_samples_what_its_model_steps(tmp_path):
+    out = tmp_path / "run"
+    assert (
+        main(["train", *TINY, "--data", "moons", "--objective", "mean-flow", "--evaluate", "0", "--out", str(out)]) == 0
+    )
+    _, task, model = build.load_run(out, None, torch.device("cpu"))
+    y = torch.arange(6) % 2
+    x, x0, nfe = build.generate(model, task, y, 6, gen(), steps=2)
+    assert nfe == 2
+    assert torch.equal(x, MeanFlow.sample(model, x0, y, steps=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--settings", "objective.share=0.5"], "--objective flow-matching has no setting share; it has none"),
+        (
+            ["--objective", "mean-flow", "--settings", "objective.path=3"],
+            "--objective mean-flow has no setting path; it has floor, power, share",
+        ),
+        (["--objective", "mean-flow", "--settings", "objective.share=2"], "share must lie in [0, 1]; got 2"),
+        (["--settings", "times.mean=1"], "times.mean=… belongs to a law: name it with --times"),
+    ],
+)
+def test_wrong_settings_on_the_command_line(arguments, says, tmp_path, capsys):
+    assert main(["train", *TINY, "--data", "moons", *arguments, "--out", str(tmp_path / "run")]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_law_of_the_times_is_the_objectives_own_or_that_of_the_flag():
+    def law(*arguments):
+        return build.build_objective(parse(TrainConfig, ["--data", "moons", *arguments], "train")).times
+
+    assert law() == flows.UniformTimes()
+    assert law("--objective", "mean-flow") == flows.LogitNormalTimes(-0.4, 1.0)
+    assert law("--objective", "mean-flow", "--times", "uniform") == flows.UniformTimes()

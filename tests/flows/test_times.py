@@ -215,7 +215,7 @@ def test_the_command_line_trains_with_every_law(arguments, law, tmp_path, capsys
     run = tmp_path / "run"
     assert main(["train", *TINY, *arguments, "--out", str(run)]) == 0, capsys.readouterr().err
     assert checkpoint.load(checkpoint.latest(run / "checkpoints"))["settings"]["times"] == repr(law)
-    assert build.build_times(parse(TrainConfig, arguments, "train")) == law
+    assert build.build_objective(parse(TrainConfig, arguments, "train")).times == law
     more = ["--steps", "3", "--resume", "--out", str(run)]
     other = ["--times", "power", "--settings", "times.alpha=7"]
     assert main(["train", *TINY, *other, *more]) in (2, 3)
