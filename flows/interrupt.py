@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flows import checkpoint
+from flows.sharded import whole
 
 INTERRUPTED = 75
 """Exit code of a run that saved itself on SIGTERM or SIGINT (EX_TEMPFAIL: start it again and it goes on)."""
@@ -80,7 +81,7 @@ class NumberGuard:
 
     def check_weights(self, step: int, rate: float, *models: nn.Module) -> None:
         """Refuse weights that are not finite, such as a too large step leaves behind."""
-        bad = [name for model in models for name, p in model.named_parameters() if not bool(p.isfinite().all())]
+        bad = [name for model in models for name, p in model.named_parameters() if not bool(whole(p.isfinite().all()))]
         if bad:
             raise NonFiniteLoss(
                 f"after step {step} weights are not finite ({', '.join(bad[:3])}), at learning rate {rate:g}; they are "

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from flows import checkpoint
+from flows import checkpoint, sharded
 from flows.averaging import at_rest, averaged_model, check_decay
 from flows.checkpoint import CheckpointError
 from flows.folder_lock import FolderLock
@@ -37,9 +37,10 @@ _SIGNAL, _NON_FINITE = 1, 2
 class Trainer:
     """Training of a model ``model(t, x, y)`` on the batches of a `CoupledLoader`.
 
-    Under ``torch.distributed`` (started by ``torchrun``) the model is wrapped in DistributedDataParallel and only rank
-    0 writes. SIGTERM or SIGINT finishes the step, saves and raises `flows.Interrupted` (exit code 75). On the CPU a
-    resumed run ends with the same bits as an uninterrupted one.
+    Under ``torch.distributed`` (started by ``torchrun``) the model is wrapped in DistributedDataParallel, unless FSDP2's
+    ``fully_shard`` has sharded it (then ``ema=None``), and only rank 0 writes. SIGTERM or SIGINT finishes the step,
+    saves and raises `flows.Interrupted` (exit code 75). On the CPU a resumed run ends with the same bits as an
+    uninterrupted one.
 
     Args:
         model: velocity model, on its device.
@@ -152,15 +153,13 @@ class Trainer:
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.step = 0
+        sharded.check_sharded(model, ema, preview)
         decay = self.ema_decay
         scale = loader.batch_size * self.accumulate * self.world / self.ema_batch if self.ema_batch else 1.0
         self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step, scale)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
-        self._ddp: Any = model
-        if self.world > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            self._ddp = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        self._ddp: Any = sharded.parallel(model, self.device, self.world)
         self._run = torch.compile(self._ddp) if compile else self._ddp
         self._guard = NumberGuard(self.device, None if self.out is None else self._folder)
         self._started = False
@@ -258,6 +257,7 @@ class Trainer:
             self._guard.stop(self.step, self._rate, self.precision)
         self._check_weights()
         generators = random_states(self.generator)
+        trained = sharded.states(self.model, self.optimizer)
         states: list[Any] = [generators]
         if self.world > 1:
             states = [None] * self.world
@@ -267,9 +267,8 @@ class Trainer:
         return checkpoint.save(
             {
                 "step": self.step,
-                "model": self.model.state_dict(),
+                **trained,
                 "ema": None if self.averaged is None else self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "loader": self.loader.state_dict(),
@@ -294,10 +293,9 @@ class Trainer:
         if differ:
             raise CheckpointError(f"checkpoint {path} belongs to another run; it differs in {differ}")
         try:
-            self.model.load_state_dict(state["model"])
+            sharded.load_states(self.model, self.optimizer, state)
             if self.averaged is not None:
                 self.averaged.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.scaler.load_state_dict(state["scaler"])
@@ -350,7 +348,7 @@ class Trainer:
             batch = self.loader.next_batch().to(self.device)
             flow = self.objective.along(batch, self.generator)
             flow = replace(flow, y=drop_conditions(flow.y, self.condition_dropout, self.generator))
-            quiet = self.world > 1 and part + 1 < self.accumulate
+            quiet = part + 1 < self.accumulate and hasattr(self._ddp, "no_sync")
             with self._ddp.no_sync() if quiet else contextlib.nullcontext():
                 with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
                     loss = self.objective.batch_loss(self._run, flow) / self.accumulate
@@ -358,7 +356,7 @@ class Trainer:
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if self.clip is None else self.clip)
-        self._guard.note(total, norm, self.scaler)
+        self._guard.note(total, sharded.whole(norm), self.scaler)
         stop = self._agree(signals)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import flows
 import mbot
+from flows import checkpoint
 from tests.distributed.worker import circle, loader, own_noise
 
 ROOT = Path(__file__).parents[2]
@@ -125,3 +127,19 @@ def test_training_in_two_processes_resumes_exactly_and_writes_once(tmp_path):
     assert len(list((tmp_path / "whole" / "checkpoints").iterdir())) == 3
     for rank in range(2):
         assert "taken is in use by process" in (tmp_path / f"taken{rank}.txt").read_text()
+
+
+def test_a_model_sharded_by_fsdp2_trains_and_resumes_like_one_that_is_not(tmp_path):
+    """Checkpoints hold whole tensors, so that one process can read them."""
+    torchrun("sharded", tmp_path)
+    plain, whole, parts = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "step-00000006.pt") for name in ("plain", "whole", "parts")
+    )
+    model = flows.models.ResidualMLP(2, num_classes=3, width=8, depth=1)
+    model.load_state_dict(whole["model"])
+    for name, value in plain["model"].items():
+        torch.testing.assert_close(whole["model"][name], value, rtol=1e-4, atol=1e-6)
+        assert torch.equal(parts["model"][name], whole["model"][name])
+    moments = whole["optimizer"]["state"]["output.weight"]
+    assert moments["exp_avg"].shape == (2, 8)
+    assert float(moments["step"]) == 6

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import TensorDataset
@@ -18,6 +19,33 @@ def data():
     """The same in every process."""
     g = torch.Generator().manual_seed(0)
     return TensorDataset(torch.randn(50, 2, generator=g), torch.randint(0, 3, (50,), generator=g))
+
+
+def sharded(folder, rank):
+    """A model sharded by FSDP2 is trained as one that is not: in one go, and with a stop in the middle."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def run(name, shard, steps):
+        torch.manual_seed(0)
+        model = flows.models.ResidualMLP(2, num_classes=3, width=8, depth=1)
+        if shard:
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        pairs = loader("rank", mbot.OTCoupling(), batch_size=5, ot_batch_size=10)
+        return flows.Trainer(
+            model, pairs, steps=steps, out=folder / name, ema=None, clip=0.5, accumulate=2, checkpoint_every=3,
+            progress=False,
+        )  # fmt: skip
+
+    for name, shard in (("plain", False), ("whole", True)):
+        run(name, shard, 6).fit()
+    run("parts", True, 3).fit()
+    stopped = run("parts", True, 6)
+    stopped.fit(resume=True)
+    assert all(hasattr(p, "full_tensor") for p in stopped.model.parameters())
+    for wrong, says in (({"ema": 0.9}, "give ema=None"), ({"ema": None, "preview": print}, "leave preview out")):
+        with pytest.raises(ValueError, match=says):
+            flows.Trainer(stopped.model, stopped.loader, steps=1, **wrong)
 
 
 def loader(scope, coupling, **sizes):
@@ -102,6 +130,6 @@ def train(folder, rank):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    {"batches": batches, "train": train}[sys.argv[1]](Path(sys.argv[2]), dist.get_rank())
+    {"batches": batches, "train": train, "sharded": sharded}[sys.argv[1]](Path(sys.argv[2]), dist.get_rank())
     dist.barrier()
     dist.destroy_process_group()
