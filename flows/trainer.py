@@ -37,9 +37,9 @@ _SIGNAL, _NON_FINITE = 1, 2
 class Trainer:
     """Training of a model ``model(t, x, y)`` on the batches of a `CoupledLoader`.
 
-    Under ``torch.distributed`` (started by ``torchrun``) the model is wrapped in DistributedDataParallel, unless FSDP2's
-    ``fully_shard`` has sharded it (then ``ema=None``), and only rank 0 writes. SIGTERM or SIGINT finishes the step,
-    saves and raises `flows.Interrupted` (exit code 75). On the CPU a resumed run ends with the same bits as an
+    Under ``torch.distributed`` (started by ``torchrun``) the model is wrapped in DistributedDataParallel, unless
+    ``fully_shard`` of FSDP2 has sharded it (then ``ema=None``), and only rank 0 writes. SIGTERM or SIGINT finishes the
+    step, saves and raises `flows.Interrupted` (exit code 75). On the CPU a resumed run ends with the same bits as an
     uninterrupted one.
 
     Args:
