@@ -29,6 +29,7 @@ MEASURED = "measured.md"  # made from the README
 SHOWN = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "RELEASING.md",
     "examples/README.md",
     "examples/*.py",
     "examples/notebooks/*.ipynb",

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import arguments, plotter, save, table
+from common import arguments, mark_quick, plotter, save, table
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -150,6 +150,7 @@ def picture(images: dict[str, np.ndarray], palettes: dict[str, Tensor], notes: d
         below.set_xlabel(notes.get(name, ""), fontsize=10)
     axes[1, 0].set_ylabel("palette: blue against red", fontsize=10)
     figure.tight_layout()
+    mark_quick(figure)
     figure.savefig(path, dpi=80, pil_kwargs={"quality": 85})
     plt.close(figure)
 

@@ -51,6 +51,11 @@ def quick_note() -> str:
     )
 
 
+def mark_quick(figure: Any) -> None:
+    """Write that note into a picture."""
+    figure.text(0.995, 0.003, quick_note(), ha="right", va="bottom", fontsize=8, color="#b2182b")
+
+
 def machine() -> str:
     """The machine in words, for the results file."""
     return (
@@ -145,7 +150,7 @@ def save_picture(figure: Any, path: Path, dpi: int = 80) -> None:
     from PIL import Image
 
     buffer = io.BytesIO()
-    figure.text(0.995, 0.003, quick_note(), ha="right", va="bottom", fontsize=8, color="#b2182b")
+    mark_quick(figure)
     figure.savefig(buffer, dpi=dpi)
     Image.open(buffer).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(path, optimize=True)
     plotter().close(figure)

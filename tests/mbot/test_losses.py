@@ -221,7 +221,7 @@ def test_the_complete_estimator_is_a_coupling_and_an_upper_bound(weighted):
     torch.testing.assert_close(total.sum(0), b, rtol=1e-9, atol=1e-12)
     assert value >= float(ExactOT()(x, y, a, b)) - 1e-12
     g = torch.Generator().manual_seed(0)
-    incomplete = MiniBatchOT(ExactOT(), num_batches=60, batch_size=m, generator=g)
+    incomplete = MiniBatchOT(ExactOT(), num_batches=30, batch_size=m, generator=g)
     drawn = [float(incomplete(x, y, a if weighted else None, b if weighted else None)) for _ in range(25)]
     standard_error = np.std(drawn) / 5
     assert abs(np.mean(drawn) - value) < 4 * standard_error + 1e-3
