@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import functools
 import json
 import os
 import re
@@ -30,10 +31,18 @@ SMALL = ["--model", "mlp", "--batch-size", "32", "--ot-batch-size", "64", "--no-
 TINY = [*SMALL, "--steps", "6", "--checkpoint-every", "2", "--evaluate", "0", "--seed", "3"]
 
 
+@pytest.fixture
+def quick_classifier(monkeypatch):
+    """A classifier that is hardly trained: what it says of samples is not looked at."""
+    train = functools.partial(flows.evaluation.train_classifier, steps=20)
+    monkeypatch.setattr(flows.evaluation, "train_classifier", train)
+
+
 def weights(run, step=6):
     return checkpoint.load(checkpoint.path_of(run / "checkpoints", step))["model"]
 
 
+@pytest.mark.usefixtures("quick_classifier")
 def test_train_sample_evaluate(tmp_path, capsys):
     run = tmp_path / "run"
     assert (
@@ -467,6 +476,7 @@ def test_the_last_line_names_only_what_was_written(tmp_path, capsys):
     assert "evaluation" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("quick_classifier")
 def test_the_evaluation_shows_how_far_it_is(tmp_path, capsys):
     run = str(tmp_path / "run")
     assert main(["train", *[f for f in TINY if f != "--no-progress"][:-4], "--evaluate", "20", "--out", run]) == 0
