@@ -196,7 +196,7 @@ def test_entropic_partial_against_pot_s_log_domain_solver(n, m, mass, reg):
             reg=reg,
             m=mass,
             numItermax=20_000,
-            stopThr=1e-14,
+            stopThr=1e-9,  # its plan is then right to a thousandth of the tolerances below
             method="sinkhorn_log",
         )
         torch.testing.assert_close(plan[p], torch.from_numpy(expected), rtol=1e-4, atol=1e-6)
