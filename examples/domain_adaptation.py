@@ -116,12 +116,6 @@ def domains(args: argparse.Namespace, generator: torch.Generator) -> tuple[Domai
     return both[source], both[target]
 
 
-def joint_cost(g: Tensor, labels: Tensor, h: Tensor, logits: Tensor, args: argparse.Namespace) -> Tensor:
-    """Costs between source features and labels and target features and predictions, over batches of both."""
-    entropy = mbot.pairwise_cost(F.one_hot(labels, 10).to(logits), logits.log_softmax(-1), "dot")
-    return args.eta1 * mbot.pairwise_cost(g, h) + args.eta2 * entropy
-
-
 def losses(args: argparse.Namespace) -> dict[str, mbot.MiniBatchLoss]:
     """The losses on the grid of k × k pairs of batches of m points."""
     batches = {"num_batches": args.num_batches, "batch_size": args.batch_size}
@@ -139,21 +133,24 @@ def alignment(loss: mbot.MiniBatchLoss, model: Classifier, x: Tensor, labels: Te
     g, h = model.features(x), model.features(y)
     k = args.num_batches
     gs, ls, hs, ps = (v.unflatten(0, (k, -1)) for v in (g, labels, h, model.head(h)))
-    cost = joint_cost(gs[:, None], ls[:, None], hs[None], ps[None], args)
+    joint = mbot.JointCost(10, args.eta1, args.eta2)
+    cost = mbot.pairwise_cost(joint.source(gs, ls)[:, None], joint.target(hs, ps)[None], joint)
     return F.cross_entropy(model.head(g), labels) + loss.from_cost(cost)
 
 
 def two_stage(transport: mbot.Transport, model: Classifier, x: Tensor, labels: Tensor, y: Tensor,
               args: argparse.Namespace) -> None:  # fmt: skip
     """One plan of all points without gradients, then gradients through its pairs, m at a time."""
+    joint = mbot.JointCost(10, args.eta1, args.eta2)
     with torch.no_grad():
         h = model.features(y)
-        plan = transport.plan(joint_cost(model.features(x), labels, h, model.head(h), args))
+        rows, columns = joint.source(model.features(x), labels), joint.target(h, model.head(h))
+        plan = transport.plan(mbot.pairwise_cost(rows, columns, joint))
     row, col = plan.to_dense().nonzero(as_tuple=True)
     mass = plan.to_dense()[row, col]
     for r, c, w in zip(*(v.split(args.batch_size) for v in (row, col, mass)), strict=True):
         g, h = model.features(x[r]), model.features(y[c])
-        moved = joint_cost(g[:, None], labels[r, None], h[:, None], model.head(h)[:, None], args).flatten()
+        moved = joint(joint.source(g, labels[r])[:, None], joint.target(h, model.head(h))[:, None]).flatten()
         (F.cross_entropy(model.head(g), labels[r]) * len(r) / len(row) + w @ moved).backward()
 
 

@@ -21,6 +21,7 @@ from mbot.couplings import (
     suggest_reg,
 )
 from mbot.diagnostics import condition_ratio, effective_sample_size, marginal_tilt, plan_entropy
+from mbot.joint import JointCost
 from mbot.losses import BoMbOT, MiniBatchLoss, MiniBatchOT
 from mbot.plan import Plan
 from mbot.solvers.clouds import CloudMatching, match_clouds
@@ -39,6 +40,7 @@ __all__ = [
     "EntropicOT",
     "ExactOT",
     "IndependentCoupling",
+    "JointCost",
     "MiniBatchLoss",
     "MiniBatchOT",
     "NearestNoiseCoupling",

@@ -14,7 +14,7 @@ PACKAGES = ("mbot", "flows", "setenc")
 # of a lower line; a module that is in no part fails.
 ORDER = (
     {"support": ("checks", "conditions", "convergence", "eager", "numerics", "random")},
-    {"cost": ("cost",), "plan": ("plan",)},
+    {"cost": ("cost", "joint"), "plan": ("plan",)},
     {"kernels": ("kernels",), "envelope": ("envelope",), "minibatch": ("minibatch",), "diagnostics": ("diagnostics",)},
     {"geometry": ("geometry",)},
     {"problem": ("problem", "certify")},
