@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flows.paths import LinearPath, Path, check_path
 from flows.predictions import check_prediction, from_velocity
@@ -282,6 +282,21 @@ class Objective(ABC):
         if factor.shape != t.shape:
             raise ValueError(f"time_weight must give one weight a time, {tuple(t.shape)}; got {tuple(factor.shape)}")
         return factor if weight is None else weight * factor
+
+
+class LossModule(nn.Module):
+    """The loss of a model as a module of its own.
+
+    DistributedDataParallel goes around all of it: its bookkeeping cannot run inside a derivative of the model.
+    """
+
+    def __init__(self, objective: Objective, model: nn.Module) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, batch: FlowBatch) -> Tensor:
+        """Loss on points of the objective, a scalar."""
+        return self.objective.batch_loss(self.model, batch)
 
 
 def check_objective(objective: object) -> Objective:

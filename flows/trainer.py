@@ -24,7 +24,7 @@ from flows.guidance import check_share, drop_conditions
 from flows.interrupt import Interrupted, NumberGuard, Signals
 from flows.loader import CoupledLoader, WorkerDied
 from flows.logs import RunLog, TrainResult
-from flows.matching import FlowMatching, Objective, TimeWeight, check_objective
+from flows.matching import FlowMatching, LossModule, Objective, TimeWeight, check_objective
 from flows.paths import LinearPath, Path
 from flows.seeds import derive_seed, generator_at, random_states, restore_random_states
 from flows.times import TimeLaw, UniformTimes
@@ -159,8 +159,8 @@ class Trainer:
         self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step, scale)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
-        self._ddp: Any = sharded.parallel(model, self.device, self.world)
-        self._run = torch.compile(self._ddp) if compile else self._ddp
+        loss = LossModule(self.objective, torch.compile(model) if compile else model)  # type: ignore[arg-type]
+        self._loss: Any = sharded.parallel(loss, self.device, self.world)
         self._guard = NumberGuard(self.device, None if self.out is None else self._folder)
         self._started = False
 
@@ -348,10 +348,10 @@ class Trainer:
             batch = self.loader.next_batch().to(self.device)
             flow = self.objective.along(batch, self.generator)
             flow = replace(flow, y=drop_conditions(flow.y, self.condition_dropout, self.generator))
-            quiet = part + 1 < self.accumulate and hasattr(self._ddp, "no_sync")
-            with self._ddp.no_sync() if quiet else contextlib.nullcontext():
+            quiet = part + 1 < self.accumulate and hasattr(self._loss, "no_sync")
+            with self._loss.no_sync() if quiet else contextlib.nullcontext():
                 with torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32"):
-                    loss = self.objective.batch_loss(self._run, flow) / self.accumulate
+                    loss = self._loss(flow) / self.accumulate
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
