@@ -25,6 +25,8 @@ from flows.lr_schedule import warmup_schedule
 from flows.matching import Objective
 from flows.mean_flow import MeanFlow, takes_until
 from flows.models import DIT_PRESETS, PRESETS, DiT, ResidualMLP, UNet
+from flows.pairs import PairedDataset
+from flows.reflow import AnnealingReflow
 from flows.seeds import derive_seed, generator_at
 from flows.settings import ConfigError, plain, read_file, typed
 from flows.sources import Pools
@@ -228,6 +230,14 @@ def build_loader(config: TrainConfig, task: Task, device: torch.device | str | N
     return loader(coupling)
 
 
+def _loader_of_pairs(
+    config: TrainConfig, pairs: PairedDataset | AnnealingReflow, device: torch.device
+) -> CoupledLoader:
+    return CoupledLoader(
+        pairs, batch_size=config.batch_size, num_workers=config.num_workers, seed=config.seed, device=device
+    )
+
+
 def fitted(coupling: Any, data: tuple[Tensor, Any], generator: torch.Generator, task: Task) -> Any:
     """A coupling that learned what it has to learn of a task's samples and conditions; others as they are."""
     if not hasattr(coupling, "fit"):
@@ -282,10 +292,27 @@ def device_of(name: str) -> torch.device:
         raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def build_trainer(config: TrainConfig, task: Task, device: torch.device, preview: Any = None) -> Trainer:
-    """The trainer of a configuration."""
-    model = build_model(config, task).to(device)
-    loader = build_loader(config, task, device)
+def build_trainer(
+    config: TrainConfig,
+    task: Task,
+    device: torch.device,
+    preview: Any = None,
+    *,
+    model: nn.Module | None = None,
+    pairs: PairedDataset | AnnealingReflow | None = None,
+) -> Trainer:
+    """The trainer of a configuration.
+
+    Args:
+        config: settings.
+        task: its data.
+        device: of the model.
+        preview: as for `flows.Trainer`.
+        model: what is trained; None for a freshly initialised model.
+        pairs: served instead of the data.
+    """
+    model = (build_model(config, task) if model is None else model).to(device)
+    loader = build_loader(config, task, device) if pairs is None else _loader_of_pairs(config, pairs, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps)
     length = config.steps if config.decay == "linear" else None
     return Trainer(

@@ -19,7 +19,9 @@ from flows.mean_flow import takes_until
 from flows.seeds import derive_seed, generator_at
 
 SOLVERS: dict[str, dict[str, Any]] = {
+    "Euler-1": {"method": "euler", "steps": 1},
     "Euler-2": {"method": "euler", "steps": 2},
+    "Euler-4": {"method": "euler", "steps": 4},
     "Euler-5": {"method": "euler", "steps": 5},
     "Euler-10": {"method": "euler", "steps": 10},
     "adaptive": {"method": "dopri5", "rtol": 1e-4, "atol": 1e-4},

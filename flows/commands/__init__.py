@@ -6,6 +6,7 @@ COMMANDS = {
     "train": "train a flow on a data set; ends with samples and a table of metrics",
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run with few and many steps",
+    "reflow": "train again on pairs of noise and a run's samples: straighter flows, smaller models",
     "export": "the model of a trained run as a safetensors file",
     "diagnose": "what a coupling does to a data set, before training",
 }

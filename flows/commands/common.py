@@ -1,16 +1,25 @@
-"""What several commands do: read their settings, draw a picture."""
+"""What several commands do: read their settings, join the processes of ``torchrun``, train a run, draw a picture."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from flows import settings
+from flows import build, checkpoint, evaluation, settings
 from flows.build import Task
-from flows.config import PRESETS, DiagnoseConfig, TrainConfig
+from flows.checkpoint import write_atomically
+from flows.config import PRESETS, DiagnoseConfig, TrainConfig, same_run
 from flows.datasets import save_grid
+from flows.settings import ConfigError
+from flows.trainer import Trainer
 
 
 def parse(kind: Any, arguments: list[str], command: str) -> Any:
@@ -35,6 +44,76 @@ def _value_of(arguments: list[str], flag: str) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.split("=", 1)[1]
     return None
+
+
+@contextmanager
+def processes(device: str, timeout: float) -> Iterator[bool]:
+    """Join the processes of ``torchrun``, where it started this one; yields whether this is the first."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        backend = "nccl" if torch.cuda.is_available() and device != "cpu" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield not several or dist.get_rank() == 0
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def first_alone(first: bool) -> Iterator[None]:
+    """A block that the first process runs while the others wait; they run it afterwards."""
+    several = dist.is_available() and dist.is_initialized()
+    if several and not first:
+        dist.barrier()
+    yield
+    if several and first:
+        dist.barrier()
+
+
+def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer], first: bool) -> None:
+    """Train a run from its start or its last checkpoint, then measure it.
+
+    Args:
+        config: its settings, which are written to its folder.
+        task: its data.
+        make: the trainer, given its preview.
+        first: whether this process writes.
+    """
+
+    def preview(model: nn.Module, step: int) -> None:
+        generator = torch.Generator().manual_seed(config.seed)
+        y = task.conditions(100, generator)
+        x, _, _ = build.generate(model, task, y, 100, generator, guidance=config.guidance)
+        picture(x, task, config.out / "samples" / f"step-{step:08d}")
+
+    trainer = make(preview)
+    with trainer.lock:
+        check_unused(config)
+        resume = config.resume_from or (checkpoint.latest(config.out / "checkpoints") if config.resume else None)
+        if resume is not None:
+            same_run(trainer.load(resume), config)
+        if first:  # only now: settings that were refused must not replace those of the run
+            config.out.mkdir(parents=True, exist_ok=True)
+            resolved = settings.to_toml(config).encode()
+            write_atomically(config.out / "config.toml", lambda file: file.write(resolved))
+        trainer.fit()
+        if first and config.evaluate:
+            model = trainer.sampling_model.eval()
+            result = evaluation.evaluate(
+                model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance, progress=config.progress
+            )
+            evaluation.write(result, config.out)
+            print(evaluation.as_table(result))
+        if first:
+            written = sorted(path.name for path in config.out.iterdir() if path.name[0] != ".")
+            print(f"written: {config.out} ({', '.join(written)})")
+
+
+def check_unused(config: TrainConfig) -> None:
+    """Refuse to begin a run in the folder of another one."""
+    if not (config.resume or config.resume_from) and checkpoint.latest(config.out / "checkpoints"):
+        raise ConfigError(f"{config.out} holds a run already: --resume continues it, --out names another folder")
 
 
 def picture(x: torch.Tensor, task: Task, stem: Path) -> Path | None:

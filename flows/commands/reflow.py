@@ -1,0 +1,151 @@
+"""The command ``reflow``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from flows import build
+from flows.build import Task
+from flows.commands.common import check_unused, first_alone, parse, processes, run_training
+from flows.config import Method, Model, TrainConfig
+from flows.guidance import GuidedModel
+from flows.pairs import PairedDataset, generate_pairs
+from flows.reflow import AnnealingReflow
+from flows.seeds import derive_seed, generator_at
+from flows.settings import ConfigError
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What the commands that train on pairs share: the student, and what differs from the teacher's training."""
+
+    run: Path
+    """Folder of the teacher's run."""
+    out: Path
+    """Folder of the new run."""
+    checkpoint: Path | None = None
+    """A certain checkpoint of the teacher; by default the newest."""
+    guidance: float = 1.0
+    """Guidance scale of the teacher; 1 for none."""
+    from_scratch: bool = False
+    """Start from fresh weights, not from the teacher's. A student of another size does so anyway."""
+    model: Model | None = None
+    """Student; by default the teacher's model."""
+    mlp_width: int | None = None
+    """Hidden features of the MLP; by default the teacher's."""
+    mlp_depth: int | None = None
+    """Residual blocks of the MLP; by default the teacher's."""
+    steps: int | None = None
+    """Optimiser steps; this and what follows is by default as the teacher was trained."""
+    batch_size: int | None = None
+    """Pairs a training step (and process)."""
+    lr: float | None = None
+    """Peak learning rate."""
+    ema: float | None = None
+    """Decay of the averaged weights."""
+    num_workers: int | None = None
+    """Worker processes that load pairs; 0: a background thread."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints."""
+    log_every: int | None = None
+    """Steps between rows of metrics.csv."""
+    seed: int = 0
+    """Of everything."""
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+    evaluate: int = 1000
+    """Samples that the table at the end is measured on; 0 for no table."""
+    progress: bool = True
+    """Show progress bars."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out (or from the start where there is none)."""
+
+
+@dataclass(frozen=True)
+class ReflowConfig(StudentConfig):
+    """Train again on pairs of a run: noise, and the samples that its model makes of it (rectified flow).
+
+    Writes pairs into --out/pairs and a run into --out, as train does: sample, evaluate and reflow take it. Starts from
+    the teacher's weights, or from scratch; then --warmup-steps anneals from independent noise to the pairs' (SlimFlow).
+    What is stopped goes on with --resume, in the middle of the pairs too. Exit codes are those of train.
+    """
+
+    pairs: int = 20_000
+    """How many."""
+    method: Method = "dopri5"
+    """Solver that makes them."""
+    solver_steps: int | None = None
+    """Steps of a fixed-step solver."""
+    tolerance: float = 1e-4
+    """Of dopri5, relative and absolute."""
+    warmup_steps: int = 0
+    """Batches over which noise anneals from independent of the sample to the pair's; 0 for none."""
+    schedule: Literal["linear", "cosine", "exp"] = "linear"
+    """How it anneals."""
+    flip: bool = False
+    """Mirror a random half of the pairs, noise and image alike."""
+
+
+def reflow(arguments: list[str]) -> None:
+    """The command ``reflow``."""
+    config: ReflowConfig = parse(ReflowConfig, arguments, "reflow")
+    with processes(config.device, 1800.0) as first:
+        device = build.device_of(config.device)
+        trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
+        build.check_guidance(config.guidance, trained, task)
+        run = student_run(config, trained)
+        if task.source is not None and config.warmup_steps:
+            raise ConfigError(
+                f"--warmup-steps {config.warmup_steps} anneals to normal noise; flows of {config.run} start from "
+                f"{trained.source_data}"
+            )
+        model = student_of(config, run, trained, task, teacher)
+        check_unused(run)
+        with first_alone(first):
+            pairs: PairedDataset | AnnealingReflow = make_pairs(config, task, teacher, config.progress and first)
+        if config.warmup_steps or config.flip:
+            pairs = AnnealingReflow(pairs, config.warmup_steps, config.schedule, flip=config.flip)
+        run_training(
+            run, task, lambda show: build.build_trainer(run, task, device, show, model=model, pairs=pairs), first
+        )
+
+
+def student_run(config: StudentConfig, trained: TrainConfig) -> TrainConfig:
+    """The settings of the student's training: the teacher's, with what was given."""
+    if config.out.resolve() == config.run.resolve():
+        raise ConfigError(f"--out must be another folder than that of --run; got {config.out} twice")
+    names = ("model", "mlp_width", "mlp_depth", "steps", "batch_size", "lr", "ema", "num_workers", "checkpoint_every",
+             "log_every")  # fmt: skip
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    always = {name: getattr(config, name) for name in ("out", "seed", "device", "evaluate", "progress", "resume")}
+    run = replace(trained, **given, **always, coupling="fm", config=None, preset="none", resume_from=None,
+                  ot_batch_size=given.get("batch_size", trained.batch_size), guidance=1.0, flip=False)  # fmt: skip
+    return replace(run, settings=tuple(s for s in trained.settings if not s.startswith("coupling.")))
+
+
+def student_of(
+    config: StudentConfig, run: TrainConfig, trained: TrainConfig, task: Task, teacher: nn.Module
+) -> nn.Module:
+    """The model that is trained: a copy of the teacher, or fresh weights."""
+    student = build.build_model(run, task)
+    size = (run.model, run.mlp_width, run.mlp_depth)
+    if not config.from_scratch and size == (trained.model, trained.mlp_width, trained.mlp_depth):
+        student.load_state_dict(teacher.state_dict())
+    return student
+
+
+def make_pairs(config: ReflowConfig, task: Task, teacher: Any, progress: bool) -> PairedDataset:
+    """Pairs of the teacher in the folder ``pairs`` of the run; those that are there already are kept."""
+    generator = generator_at(config.seed, "pairs")
+    y = task.conditions(config.pairs, generator)
+    x0: torch.Tensor | None = None if task.source is None else task.starts(config.pairs, y, generator)
+    return generate_pairs(
+        teacher if config.guidance == 1 else GuidedModel(teacher, config.guidance), config.pairs, y=y,
+        shape=task.shape, x0=x0, method=config.method, steps=config.solver_steps, rtol=config.tolerance,
+        atol=config.tolerance, seed=derive_seed(config.seed, "pairs"), out=config.out / "pairs", progress=progress,
+    )  # fmt: skip
