@@ -39,8 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{stop}; run the same command with --resume to go on", file=sys.stderr)
         return int(stop.code or 0)
     except CheckpointError as error:
-        flag = "--resume-from" if name == "train" else "--checkpoint"
-        hint = f"\n  {flag} {error.previous}" if error.previous else ""
+        hint = f"\n  {error.flag} {error.previous}" if error.previous else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 3
     except WorkerDied as error:

@@ -27,6 +27,8 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used; ``previous`` is an older one that can, or None."""
 
+    flag = "--checkpoint"  # of the command line, that takes the older one
+
     def __init__(self, message: str, previous: Path | None = None) -> None:
         super().__init__(message)
         self.previous = previous

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flows import metrics
-from flows.build import Task, generate
+from flows.build import generate
 from flows.mean_flow import takes_until
 from flows.seeds import derive_seed, generator_at
+from flows.task import Task
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "Euler-1": {"method": "euler", "steps": 1},

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from flows import build, checkpoint, evaluation, settings
-from flows.build import Task
-from flows.checkpoint import write_atomically
+from flows.checkpoint import CheckpointError, write_atomically
 from flows.config import PRESETS, DiagnoseConfig, TrainConfig, same_run
 from flows.datasets import save_grid
 from flows.settings import ConfigError
+from flows.task import Task
 from flows.trainer import Trainer
 
 
@@ -88,7 +88,7 @@ def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer]
         picture(x, task, config.out / "samples" / f"step-{step:08d}")
 
     trainer = make(preview)
-    with trainer.lock:
+    with trainer.lock, _hints("--resume-from"):
         check_unused(config)
         resume = config.resume_from or (checkpoint.latest(config.out / "checkpoints") if config.resume else None)
         if resume is not None:
@@ -108,6 +108,16 @@ def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer]
         if first:
             written = sorted(path.name for path in config.out.iterdir() if path.name[0] != ".")
             print(f"written: {config.out} ({', '.join(written)})")
+
+
+@contextmanager
+def _hints(flag: str) -> Iterator[None]:
+    """Checkpoint errors say which flag takes an older checkpoint."""
+    try:
+        yield
+    except CheckpointError as error:
+        error.flag = flag
+        raise
 
 
 def check_unused(config: TrainConfig) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from flows import build
-from flows.build import Task
 from flows.commands.common import check_unused, first_alone, parse, processes, run_training
 from flows.config import Method, Model, TrainConfig
 from flows.guidance import GuidedModel
@@ -18,6 +17,8 @@ from flows.pairs import PairedDataset, generate_pairs
 from flows.reflow import AnnealingReflow
 from flows.seeds import derive_seed, generator_at
 from flows.settings import ConfigError
+from flows.task import Task
+from mbot import checks
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class StudentConfig:
     """Show progress bars."""
     resume: bool = False
     """Go on from the newest checkpoint in --out (or from the start where there is none)."""
+    resume_from: Path | None = None
+    """Go on from this checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,11 @@ def reflow(arguments: list[str]) -> None:
         model = student_of(config, run, trained, task, teacher)
         check_unused(run)
         with first_alone(first):
-            pairs: PairedDataset | AnnealingReflow = make_pairs(config, task, teacher, config.progress and first)
-        if config.warmup_steps or config.flip:
-            pairs = AnnealingReflow(pairs, config.warmup_steps, config.schedule, flip=config.flip)
+            pairs = make_pairs(config, task, teacher, config.progress and first)
+        annealing = AnnealingReflow(pairs, config.warmup_steps, config.schedule, flip=config.flip)
+        served = annealing if config.warmup_steps or config.flip else pairs
         run_training(
-            run, task, lambda show: build.build_trainer(run, task, device, show, model=model, pairs=pairs), first
+            run, task, lambda show: build.build_trainer(run, task, device, show, model=model, pairs=served), first
         )
 
 
@@ -122,8 +125,11 @@ def student_run(config: StudentConfig, trained: TrainConfig) -> TrainConfig:
     names = ("model", "mlp_width", "mlp_depth", "steps", "batch_size", "lr", "ema", "num_workers", "checkpoint_every",
              "log_every")  # fmt: skip
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
-    always = {name: getattr(config, name) for name in ("out", "seed", "device", "evaluate", "progress", "resume")}
-    run = replace(trained, **given, **always, coupling="fm", config=None, preset="none", resume_from=None,
+    always = {
+        name: getattr(config, name)
+        for name in ("out", "seed", "device", "evaluate", "progress", "resume", "resume_from")
+    }
+    run = replace(trained, **given, **always, coupling="fm", config=None, preset="none",
                   ot_batch_size=given.get("batch_size", trained.batch_size), guidance=1.0, flip=False)  # fmt: skip
     return replace(run, settings=tuple(s for s in trained.settings if not s.startswith("coupling.")))
 
@@ -142,6 +148,7 @@ def student_of(
 def make_pairs(config: ReflowConfig, task: Task, teacher: Any, progress: bool) -> PairedDataset:
     """Pairs of the teacher in the folder ``pairs`` of the run; those that are there already are kept."""
     generator = generator_at(config.seed, "pairs")
+    checks.count(config.pairs, "--pairs")
     y = task.conditions(config.pairs, generator)
     x0: torch.Tensor | None = None if task.source is None else task.starts(config.pairs, y, generator)
     return generate_pairs(
