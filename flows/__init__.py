@@ -3,6 +3,7 @@
 from flows import datasets, metrics, models, testing
 from flows.checkpoint import CheckpointError
 from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis
+from flows.distillation import Distillation, distill
 from flows.export import load_model
 from flows.guidance import GuidedModel, drop_conditions, null_condition
 from flows.integrate import IntegrationError, Trajectory, integrate
@@ -30,6 +31,7 @@ __all__ = [
     "CoupledBatch",
     "CoupledLoader",
     "Diagnosis",
+    "Distillation",
     "FlowBatch",
     "FlowMatching",
     "GuidedModel",
@@ -59,6 +61,7 @@ __all__ = [
     "bellman_schedule",
     "datasets",
     "diagnose",
+    "distill",
     "drop_conditions",
     "generate_pairs",
     "integrate",

@@ -5,7 +5,8 @@ A start point is solved to its sample once; a student then trains on these fixed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -188,7 +189,7 @@ def generate_pairs(
         solved = integrate(field, at, y=which, method=method, steps=steps, rtol=rtol, atol=atol)
         return solved.final.cpu()
 
-    with _EvalMode(model), _bar(n, progress) as bar:
+    with eval_mode(model), _bar(n, progress) as bar:
         if out is None:
             ends = []
             for begin in range(0, n, batch_size):
@@ -240,18 +241,16 @@ def digest(*parts: Any) -> str:
     return hashed.hexdigest()
 
 
-class _EvalMode:
-    """While entered, the modules of a model are in eval mode."""
-
-    def __init__(self, model: Any) -> None:
-        self.modes = {module: module.training for module in _module(model).modules()}
-
-    def __enter__(self) -> None:
-        for module in self.modes:
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """The modules of a model in eval mode; they are put back as they were."""
+    modes = {module: module.training for module in _module(model).modules()}
+    try:
+        for module in modes:
             module.training = False
-
-    def __exit__(self, *error: object) -> None:
-        for module, mode in self.modes.items():
+        yield
+    finally:
+        for module, mode in modes.items():
             module.training = mode
 
 

@@ -35,9 +35,7 @@ def same(a, b):
 
 def test_reflow_and_again(teacher, tmp_path, capsys):
     out = [tmp_path / "two", tmp_path / "three"]
-    assert (
-        main(["reflow", "--run", str(teacher), "--out", str(out[0]), *MORE[:-6], "--evaluate", "50", *MORE[-3:]]) == 0
-    )
+    assert main(["reflow", "--run", str(teacher), "--out", str(out[0]), *MORE, "--evaluate", "50"]) == 0
     table = capsys.readouterr().out
     for row in ("Euler-1", "Euler-2", "Euler-4", "adaptive"):
         assert f"| {row} |" in table
