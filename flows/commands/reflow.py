@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from flows.task import Task
 from mbot import checks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """What the commands that train on pairs share: the student, and what differs from the teacher's training."""
 
@@ -69,7 +70,7 @@ class StudentConfig:
     """Go on from this checkpoint."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReflowConfig(StudentConfig):
     """Train again on pairs of a run: noise, and the samples that its model makes of it (rectified flow).
 
@@ -102,20 +103,33 @@ def reflow(arguments: list[str]) -> None:
         trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
         build.check_guidance(config.guidance, trained, task)
         run = student_run(config, trained)
-        if task.source is not None and config.warmup_steps:
+        matched = task.source is not None and task.source.num_classes and task.num_classes
+        if config.warmup_steps and matched:
             raise ConfigError(
-                f"--warmup-steps {config.warmup_steps} anneals to normal noise; flows of {config.run} start from "
-                f"{trained.source_data}"
+                f"--warmup-steps {config.warmup_steps} starts from any point of {trained.source_data}; flows of "
+                f"{config.run} start from those of a class"
             )
         model = student_of(config, run, trained, task, teacher)
         check_unused(run)
         with first_alone(first):
             pairs = make_pairs(config, task, teacher, config.progress and first)
-        annealing = AnnealingReflow(pairs, config.warmup_steps, config.schedule, flip=config.flip)
+        source = None if task.source is None else fresh_starts(task)
+        annealing = AnnealingReflow(pairs, config.warmup_steps, config.schedule, source=source, flip=config.flip)
         served = annealing if config.warmup_steps or config.flip else pairs
         run_training(
             run, task, lambda show: build.build_trainer(run, task, device, show, model=model, pairs=served), first
         )
+
+
+def fresh_starts(task: Task) -> Callable[[int, torch.Generator | None], torch.Tensor]:
+    """Start points of flows from data, drawn on the CPU whatever the generator's device."""
+
+    def source(n: int, generator: torch.Generator | None) -> torch.Tensor:
+        device = None if generator is None else generator.device
+        seed = torch.randint(2**62, (1,), generator=generator, device=device)
+        return task.starts(n, None, torch.Generator().manual_seed(int(seed)))
+
+    return source
 
 
 def student_run(config: StudentConfig, trained: TrainConfig) -> TrainConfig:
@@ -129,9 +143,12 @@ def student_run(config: StudentConfig, trained: TrainConfig) -> TrainConfig:
         name: getattr(config, name)
         for name in ("out", "seed", "device", "evaluate", "progress", "resume", "resume_from")
     }
-    run = replace(trained, **given, **always, coupling="fm", config=None, preset="none",
-                  ot_batch_size=given.get("batch_size", trained.batch_size), guidance=1.0, flip=False)  # fmt: skip
-    return replace(run, settings=tuple(s for s in trained.settings if not s.startswith("coupling.")))
+    settings = tuple(s for s in trained.settings if not s.startswith(("coupling.", "path.")))
+    return replace(
+        trained, **given, **always, coupling="fm", path="linear", sigma=None, settings=settings, config=None,
+        preset="none", ot_batch_size=given.get("batch_size", trained.batch_size), guidance=1.0, flip=False,
+        source_sampling="independent",
+    )  # fmt: skip
 
 
 def student_of(

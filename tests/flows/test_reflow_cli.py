@@ -100,9 +100,8 @@ def test_flows_from_data_are_reflowed_from_these_data(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     assert main([*TEACHER, "--source-data", "eight-gaussians", "--coupling", "fm", "--out", str(run)]) == 0
     command = ["reflow", "--run", str(run), "--out", str(out), *MORE]
-    assert main([*command, "--warmup-steps", "3"]) == 2
-    assert "anneals to normal noise; flows of" in capsys.readouterr().err
     assert main(command) == 0
+    assert main([*command[:4], str(tmp_path / "annealed"), *MORE, "--warmup-steps", "3"]) == 0
     pairs = flows.PairedDataset.load(out / "pairs")
     assert (out / "pairs" / "x0.npy").exists()
     source = build.load_run(run, None, CPU)[1].source

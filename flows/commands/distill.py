@@ -1,0 +1,84 @@
+"""The command ``distill``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flows import build, checkpoint
+from flows.commands.common import check_unused, parse, processes, run_training
+from flows.commands.reflow import StudentConfig, student_of, student_run
+from flows.distillation import Distillation
+from flows.guidance import GuidedModel
+from flows.pairs import PairedDataset, fingerprint
+from flows.settings import ConfigError
+from flows.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(StudentConfig):
+    """Train a student that makes a sample in one step: by regression on pairs, and along the teacher's field (SlimFlow).
+
+    Writes a run into --out, as train does; sample and evaluate take its one step. The teacher is best a reflowed run,
+    whose paths are straight. Exit codes are those of train.
+    """
+
+    pairs: Path
+    """Folder of pairs that the teacher made or, if it is a reflowed run, was trained on: the folder pairs in a run of
+    reflow."""
+    student: Path | None = None
+    """Run whose weights and size the student starts with; by default the teacher's."""
+    regression: float = 1.0
+    """Weight of the regression on pairs; 0 for none."""
+    guided: float = 1.0
+    """Weight of the guided term, which takes one call of the teacher a sample; 0 for none."""
+
+
+def distill(arguments: list[str]) -> None:
+    """The command ``distill``."""
+    config: DistillConfig = parse(DistillConfig, arguments, "distill")
+    with processes(config.device, 1800.0) as first:
+        device = build.device_of(config.device)
+        trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
+        build.check_guidance(config.guidance, trained, task)
+        field: Any = teacher if config.guidance == 1 else GuidedModel(teacher, config.guidance)
+        pairs = PairedDataset.load(config.pairs)
+        _check_pairs(config, task, field, pairs)
+        base, start = trained, teacher
+        if config.student is not None:
+            base, own, start = build.load_run(config.student, None, device)
+            if own.shape != task.shape:
+                raise ConfigError(f"samples of --student {config.student} have shape {own.shape}, not {task.shape}")
+        run = student_run(config, base)
+        run = replace(run, objective="distillation", condition_dropout=0.0)  # unconditional pairs of both are none
+        student = student_of(config, run, base, task, start)
+        objective = Distillation(
+            teacher=field, regression=config.regression, guided=config.guided,
+            fresh_noise=pairs.info["start"] == "noise",
+        )  # fmt: skip
+        check_unused(run)
+        run_training(
+            run,
+            task,
+            lambda show: build.build_trainer(run, task, device, show, model=student, pairs=pairs, objective=objective),
+            first,
+        )
+
+
+def _check_pairs(config: DistillConfig, task: Task, teacher: Any, pairs: PairedDataset) -> None:
+    """Refuse pairs of other samples, or of a model that the teacher is not."""
+    if pairs.shape != task.shape:
+        raise ConfigError(f"pairs in {config.pairs} have samples of shape {pairs.shape}, those of {config.run} {task.shape}")
+    conditional = bool(task.num_classes or task.condition_dim)
+    if (pairs.y is not None) != conditional:
+        has = ("no", "some")[pairs.y is not None]
+        raise ConfigError(f"the model of {config.run} takes {'' if conditional else 'no '}conditions; the pairs have {has}")
+    if pairs.teacher == fingerprint(teacher):
+        return
+    found = config.checkpoint or checkpoint.latest(config.run / "checkpoints")
+    if found is None or checkpoint.load(found)["loader"]["settings"].get("pairs") != pairs.identity:
+        raise ConfigError(
+            f"the pairs in {config.pairs} were made by another model ({pairs.teacher}) than that of {config.run} "
+            f"({fingerprint(teacher)}), which was not trained on them either"
+        )
