@@ -70,6 +70,8 @@ def build_times(config: TrainConfig) -> TimeLaw | None:
 
 def build_objective(config: TrainConfig) -> Objective:
     """The objective of a configuration, without the coupling, which its loader has."""
+    if config.objective not in registry.objectives():
+        raise ConfigError(f"--objective {config.objective} needs a teacher: python -m flows distill trains for it")
     settings: dict[str, Any] = registry.settings_of("objective", config.settings)
     own = {f.name for f in dataclasses.fields(MeanFlow)} - {f.name for f in dataclasses.fields(Objective)}
     unknown = set(settings) - (own if config.objective == "mean-flow" else set())
@@ -167,6 +169,7 @@ def build_trainer(
     *,
     model: nn.Module | None = None,
     pairs: PairedDataset | AnnealingReflow | None = None,
+    objective: Objective | None = None,
 ) -> Trainer:
     """The trainer of a configuration.
 
@@ -177,6 +180,7 @@ def build_trainer(
         preview: as for `flows.Trainer`.
         model: what is trained; None for a freshly initialised model.
         pairs: served instead of the data.
+        objective: None for that of the configuration.
     """
     model = (build_model(config, task) if model is None else model).to(device)
     loader = build_loader(config, task, device) if pairs is None else _loader_of_pairs(config, pairs, device)
@@ -186,7 +190,7 @@ def build_trainer(
         model,
         loader,
         steps=config.steps,
-        objective=build_objective(config),
+        objective=build_objective(config) if objective is None else objective,
         optimizer=optimizer,
         scheduler=warmup_schedule(optimizer, warmup=config.warmup, steps=length),
         out=config.out,

@@ -25,7 +25,7 @@ else:
     Coupling = Literal[("auto", *registry.couplings())]
     PathName = Literal[tuple(registry.path_classes())]
     TimesName = Literal[("auto", *registry.time_laws())]
-    ObjectiveName = Literal[tuple(registry.objectives())]
+    ObjectiveName = Literal[(*registry.objectives(), "distillation")]
     Model = Literal[("auto", *registry.model_names())]
     Method = Literal[METHODS]
 
@@ -85,7 +85,7 @@ class TrainConfig:
     """Noise of the path; by default the path's own."""
     objective: ObjectiveName = "flow-matching"
     """What is learned: velocities, or average velocities that sample in one step (mean-flow), whose settings are share,
-    power and floor: --settings objective.share=0.5."""
+    power and floor: --settings objective.share=0.5. distillation is that of runs which the command distill made."""
     times: TimesName = "auto"
     """Law of the times that the model is trained at; its settings follow --settings, such as times.mean=-0.4. auto: the
     objective's own, uniform for flow-matching."""
@@ -196,6 +196,9 @@ class DiagnoseConfig:
     seed: int = 0
     """Of everything."""
 
+
+ONE_STEP: dict[str, Any] = {"method": "euler", "steps": 1}
+"""How a run of distillation is sampled."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},

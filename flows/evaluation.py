@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from flows import metrics
 from flows.build import generate
+from flows.config import ONE_STEP
 from flows.mean_flow import takes_until
 from flows.seeds import derive_seed, generator_at
 from flows.task import Task
@@ -89,6 +90,7 @@ def evaluate(
     shape: tuple[int, ...] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
+    one_step: bool = False,
 ) -> dict[str, Any]:
     """Measure a model with each of `SOLVERS`, or one of average velocities with each of `AVERAGE_STEPS`.
 
@@ -106,6 +108,7 @@ def evaluate(
         shape: of a sample of the model, where that is not the data's: a flow in a latent space.
         decode: from such samples to the data's space.
         progress: show a bar of samples drawn.
+        one_step: the model is a distilled student, which has no other steps than one.
 
     Returns:
         ``{"rows": {solver: {measure: value}}, "facts": {...}}``, plain values.
@@ -117,7 +120,7 @@ def evaluate(
     y = task.conditions(num, generator)
     facts: dict[str, Any] = {"samples": num, "guidance": guidance}
     measure: Callable[[Tensor, Tensor | None], dict[str, float]]
-    solvers = AVERAGE_STEPS if takes_until(model) else SOLVERS
+    solvers = {"1 step": ONE_STEP} if one_step else AVERAGE_STEPS if takes_until(model) else SOLVERS
     bar = tqdm(total=num * len(solvers), unit="sample", disable=not progress, desc="measuring")
     hook = _calls_on(bar, model) if progress else None
     if task.images and task.num_classes:
@@ -151,7 +154,7 @@ def evaluate(
         )  # fmt: skip
         rows[name] = {"NFE": nfe, **measure(x if decode is None else decode(x), y)}
     rows["data"] = {"NFE": 0, **measure(other, None if labels is None else labels[num : 2 * num])}
-    if not task.images:
+    if not task.images and not one_step:
         bar.set_description("measuring: straightness")
         x0 = space.starts(num, y, generator_at(seed, "noise"))
         facts["straightness"] = metrics.straightness(model, x0, y=y)

@@ -7,6 +7,7 @@ COMMANDS = {
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run with few and many steps",
     "reflow": "train again on pairs of noise and a run's samples: straighter flows, smaller models",
+    "distill": "train a student of a run that samples in one step",
     "export": "the model of a trained run as a safetensors file",
     "diagnose": "what a coupling does to a data set, before training",
 }

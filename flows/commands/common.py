@@ -15,7 +15,7 @@ from torch import nn
 
 from flows import build, checkpoint, evaluation, settings
 from flows.checkpoint import CheckpointError, write_atomically
-from flows.config import PRESETS, DiagnoseConfig, TrainConfig, same_run
+from flows.config import ONE_STEP, PRESETS, DiagnoseConfig, TrainConfig, same_run
 from flows.datasets import save_grid
 from flows.settings import ConfigError
 from flows.task import Task
@@ -80,11 +80,13 @@ def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer]
         make: the trainer, given its preview.
         first: whether this process writes.
     """
+    one_step = config.objective == "distillation"
 
     def preview(model: nn.Module, step: int) -> None:
         generator = torch.Generator().manual_seed(config.seed)
         y = task.conditions(100, generator)
-        x, _, _ = build.generate(model, task, y, 100, generator, guidance=config.guidance)
+        solver = ONE_STEP if one_step else {}
+        x, _, _ = build.generate(model, task, y, 100, generator, guidance=config.guidance, **solver)
         picture(x, task, config.out / "samples" / f"step-{step:08d}")
 
     trainer = make(preview)
@@ -101,8 +103,9 @@ def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer]
         if first and config.evaluate:
             model = trainer.sampling_model.eval()
             result = evaluation.evaluate(
-                model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance, progress=config.progress
-            )
+                model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance, progress=config.progress,
+                one_step=one_step,
+            )  # fmt: skip
             evaluation.write(result, config.out)
             print(evaluation.as_table(result))
         if first:

@@ -9,6 +9,7 @@ from typing import Any
 from flows import build, checkpoint
 from flows.commands.common import check_unused, parse, processes, run_training
 from flows.commands.reflow import StudentConfig, student_of, student_run
+from flows.config import TrainConfig
 from flows.distillation import Distillation
 from flows.guidance import GuidedModel
 from flows.pairs import PairedDataset, fingerprint
@@ -18,7 +19,7 @@ from flows.task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(StudentConfig):
-    """Train a student that makes a sample in one step: by regression on pairs, and along the teacher's field (SlimFlow).
+    """Train a student that samples in one step: by regression on pairs, and along the teacher's field (SlimFlow).
 
     Writes a run into --out, as train does; sample and evaluate take its one step. The teacher is best a reflowed run,
     whose paths are straight. Exit codes are those of train.
@@ -45,13 +46,21 @@ def distill(arguments: list[str]) -> None:
         field: Any = teacher if config.guidance == 1 else GuidedModel(teacher, config.guidance)
         pairs = PairedDataset.load(config.pairs)
         _check_pairs(config, task, field, pairs)
+        _check_flow("--run", config.run, trained)
         base, start = trained, teacher
         if config.student is not None:
             base, own, start = build.load_run(config.student, None, device)
+            _check_flow("--student", config.student, base)
             if own.shape != task.shape:
                 raise ConfigError(f"samples of --student {config.student} have shape {own.shape}, not {task.shape}")
-        run = student_run(config, base)
-        run = replace(run, objective="distillation", condition_dropout=0.0)  # unconditional pairs of both are none
+        # A start has no one end without its condition, so conditions are not dropped.
+        changes: dict[str, Any] = {
+            "objective": "distillation",
+            "condition_dropout": 0.0,
+            "times": "auto",
+            "settings": (),
+        }
+        run = replace(student_run(config, base), **changes)
         student = student_of(config, run, base, task, start)
         objective = Distillation(
             teacher=field, regression=config.regression, guided=config.guided,
@@ -66,19 +75,29 @@ def distill(arguments: list[str]) -> None:
         )
 
 
+def _check_flow(flag: str, run: Path, trained: TrainConfig) -> None:
+    if trained.objective != "flow-matching":
+        raise ConfigError(f"{flag} {run} must be a run of flow-matching; it is one of {trained.objective}")
+
+
 def _check_pairs(config: DistillConfig, task: Task, teacher: Any, pairs: PairedDataset) -> None:
     """Refuse pairs of other samples, or of a model that the teacher is not."""
     if pairs.shape != task.shape:
-        raise ConfigError(f"pairs in {config.pairs} have samples of shape {pairs.shape}, those of {config.run} {task.shape}")
+        raise ConfigError(
+            f"pairs in {config.pairs} have samples of shape {pairs.shape}, those of {config.run} {task.shape}"
+        )
     conditional = bool(task.num_classes or task.condition_dim)
     if (pairs.y is not None) != conditional:
         has = ("no", "some")[pairs.y is not None]
-        raise ConfigError(f"the model of {config.run} takes {'' if conditional else 'no '}conditions; the pairs have {has}")
+        raise ConfigError(
+            f"the model of {config.run} takes {'' if conditional else 'no '}conditions; the pairs have {has}"
+        )
     if pairs.teacher == fingerprint(teacher):
         return
     found = config.checkpoint or checkpoint.latest(config.run / "checkpoints")
-    if found is None or checkpoint.load(found)["loader"]["settings"].get("pairs") != pairs.identity:
+    trained_on = None if found is None else checkpoint.load(found)["loader"]["settings"].get("pairs")
+    if config.guidance != 1 or trained_on != pairs.identity:
         raise ConfigError(
-            f"the pairs in {config.pairs} were made by another model ({pairs.teacher}) than that of {config.run} "
-            f"({fingerprint(teacher)}), which was not trained on them either"
+            f"the pairs in {config.pairs} were made by another model ({pairs.teacher}) than that of {config.run} at "
+            f"guidance {config.guidance:g} ({fingerprint(teacher)}), which was not trained on them either"
         )

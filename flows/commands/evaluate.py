@@ -33,6 +33,9 @@ def evaluate(arguments: list[str]) -> None:
 
     trained, task, model = build.load_run(config.run, config.checkpoint, build.device_of(config.device))
     build.check_guidance(config.guidance, trained, task)
-    result = evaluation.evaluate(model, task, num=config.num, seed=config.seed, guidance=config.guidance, progress=True)
+    result = evaluation.evaluate(
+        model, task, num=config.num, seed=config.seed, guidance=config.guidance, progress=True,
+        one_step=trained.objective == "distillation",
+    )  # fmt: skip
     evaluation.write(result, config.run)
     print(evaluation.as_table(result))

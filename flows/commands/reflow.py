@@ -102,6 +102,8 @@ def reflow(arguments: list[str]) -> None:
         device = build.device_of(config.device)
         trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
         build.check_guidance(config.guidance, trained, task)
+        if trained.objective == "distillation":
+            raise ConfigError(f"{config.run} is a student of one step, without a flow: reflow the teacher of it")
         run = student_run(config, trained)
         matched = task.source is not None and task.source.num_classes and task.num_classes
         if config.warmup_steps and matched:

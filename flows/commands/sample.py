@@ -11,7 +11,7 @@ import torch
 
 from flows import build
 from flows.commands.common import parse, picture
-from flows.config import Method
+from flows.config import ONE_STEP, Method
 from flows.settings import ConfigError
 
 
@@ -57,9 +57,14 @@ def sample(arguments: list[str]) -> None:
         if not 0 <= config.label < task.num_classes:
             raise ConfigError(f"--label must lie in 0 … {task.num_classes - 1}; got {config.label}")
         y = torch.full((config.num,), config.label)
+    solver: dict[str, Any] = {"method": config.method, "steps": config.steps}
+    if trained.objective == "distillation":
+        if config.method not in (None, ONE_STEP["method"]) or config.steps not in (None, 1):
+            raise ConfigError(f"the run in {config.run} is sampled in one Euler step: leave --method and --steps out")
+        solver = ONE_STEP
     x, x0, nfe = build.generate(
-        model, task, y, config.num, generator, guidance=config.guidance, method=config.method, steps=config.steps,
-        rtol=config.tolerance, atol=config.tolerance,
+        model, task, y, config.num, generator, guidance=config.guidance, rtol=config.tolerance, atol=config.tolerance,
+        **solver,
     )  # fmt: skip
     out = config.out or config.run / "samples" / "sample"
     out.parent.mkdir(parents=True, exist_ok=True)
