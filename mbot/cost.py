@@ -28,7 +28,7 @@ Cost = str | Callable[[Tensor, Tensor], Tensor]
 
 # Up to this many features the differences are summed directly, which is exact at coinciding points and as fast as a
 # matrix product for so few columns.
-_DIRECT_FEATURES = 4
+DIRECT_FEATURES = 4
 # Relative error that the smallest costs may have.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
 _FEW = 4  # pairs a point that are computed by differences
@@ -88,8 +88,13 @@ def _certain(squared: Tensor, norms: Tensor) -> bool:
     are as large as their norms, and precise. A power mean over the rows: a close pair by chance does no harm.
     """
     share = torch.linalg.vector_norm(norms / squared.amin(-1), 4, dim=-1)
-    limit = _TOLERANCE[squared.dtype] / torch.finfo(squared.dtype).eps * squared.shape[-2] ** 0.25
+    limit = certain_share(squared.dtype) * squared.shape[-2] ** 0.25
     return not share.numel() or float(share.amax() if share.ndim else share) <= limit
+
+
+def certain_share(dtype: torch.dtype) -> float:
+    """Squared norms about the centre, relative to the least cost, up to which the expansion is precise enough."""
+    return _TOLERANCE[dtype] / torch.finfo(dtype).eps
 
 
 def _direct(x: Tensor, y: Tensor) -> Tensor:
@@ -101,7 +106,7 @@ def _direct(x: Tensor, y: Tensor) -> Tensor:
 def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor | None:
     """Squared distances of the prepared points, None where they would not be precise."""
     x, y, rounded = prepare(given_x), prepare(given_y), prepare is unit
-    if x.shape[-1] <= _DIRECT_FEATURES and not rounded:
+    if x.shape[-1] <= DIRECT_FEATURES and not rounded:
         squared = _direct(x, y)
         return squared if math.isfinite(squared.detach().sum()) else None
     centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
@@ -133,7 +138,7 @@ def _careful(x: Tensor, y: Tensor, cost: str) -> Tensor:
     parts = []
     for rows in x.split(max(1, _CELLS // (batch.numel() * y.shape[-2])), -2):
         left = prepare(rows.double())
-        if left.shape[-1] <= _DIRECT_FEATURES:
+        if left.shape[-1] <= DIRECT_FEATURES:
             parts.append(finish(_direct(left, prepared)).to(x.dtype))
             continue
         centre = torch.lerp(_median(left), _median(prepared), 0.5)
@@ -212,8 +217,8 @@ def expansion_holds(x: Tensor, y: Tensor, cost: str, most: int = 1024) -> bool:
         squared = costs.square() if cost == "euclidean" else costs
         centre = torch.lerp(x.mean(0), y.mean(0), 0.5)
         size = _norms(x - centre).mean() + _norms(y - centre).mean()
-        limit = _TOLERANCE[x.dtype] / torch.finfo(x.dtype).eps
-        return _certain(squared, _norms(sample_x - centre)) and float(size) <= limit * float(squared.amin(1).mean())
+        within = float(size) <= certain_share(x.dtype) * float(squared.amin(1).mean())
+        return _certain(squared, _norms(sample_x - centre)) and within
 
 
 class _OfSquares(NamedTuple):

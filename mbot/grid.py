@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from mbot import checks
 from mbot.cost import Cost, pairwise
 from mbot.envelope import first_order, matched_values
 from mbot.plan import Plan
+from mbot.problem import tell
+from mbot.solvers.grid import GridMatching, match_grid
 from mbot.transport import Transport, ValueTransport
 
 Inner = Transport | ValueTransport | Callable[[Tensor, Tensor], Tensor]
@@ -145,10 +147,17 @@ class Scheme:
             values = _call_pairs(transport, x, y)
         yield ValueBlock(part.where, values[:, None] if self.aligned else values)
 
-    def _planned(self, part: _Part, transport: Transport, cost: str) -> Iterator[PlanBlock]:
+    def _planned(self, part: _Part, transport: Transport, cost: str) -> Iterator[Block]:
         """The problems of a transport that has plans, a bounded number of costs at a time."""
         (i, j), x, y, a, b = part
         (k, n, d), (k2, m, _) = x.shape, y.shape
+        pairs = transport.matched_pairs(n, m)
+        if pairs and cost == "sqeuclidean" and a is None and b is None and not self.aligned:
+            found = match_grid(x.detach(), y.detach(), pairs)
+            if found is not None:
+                tell(type(transport).__name__, found.error)
+                yield MatchedBlock(part.where, found.values.to(x.dtype), found, x, y)
+                return
         step = k if self.aligned else max(1, _CHUNK // (k2 * n * m))
         for start in range(0, k, step):
             some = slice(start, start + step)
@@ -243,7 +252,52 @@ class PlanBlock:
         return row, col, weight.reshape(*self.plan.batch_shape, 1) * mass
 
 
-Block = ValueBlock | PlanBlock
+@dataclass(frozen=True)
+class MatchedBlock:
+    """Problems ``(k, k')`` that were matched without a tensor of their costs; see `PlanBlock`."""
+
+    where: tuple[slice, slice]
+    values: Tensor
+    found: GridMatching
+    x: Tensor
+    y: Tensor
+
+    def total(self, weight: Tensor) -> Tensor:
+        """See `PlanBlock`."""
+        total: Tensor = _MatchedTotal.apply(self.x, self.y, weight, self.found)
+        return total
+
+    def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `PlanBlock`."""
+        return self.found.entries(weight)
+
+
+class _MatchedTotal(torch.autograd.Function):
+    """Forward: the weighted sum of the values. Backward: sums of displacements, by the compiled kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, found: GridMatching) -> Tensor:
+        ctx.save_for_backward(x, y, weight)
+        ctx.found = found
+        return (weight * found.values).sum().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:2]
+        if not torch.is_grad_enabled():
+            return (*ctx.found.gradients(x, y, weight * grad, needed), None, None)
+        # For second derivatives: a sum that autograd knows. The incoming gradient depends on no point.
+        row, col, mass = ctx.found.entries(weight)
+        i, j = (torch.arange(size)[:, None] for size in weight.shape)
+        apart = x[i[:, None], row] - y[j, col]
+        total = (mass.to(x.dtype) * apart.square().sum(-1)).sum()
+        sides = [side for side, wanted in zip((x, y), needed, strict=True) if wanted]
+        grads = iter(torch.autograd.grad(total, sides, grad, create_graph=True))
+        return (*(next(grads) if wanted else None for wanted in needed), None, None)
+
+
+Block = ValueBlock | PlanBlock | MatchedBlock
 
 
 @dataclass(frozen=True)
@@ -277,6 +331,8 @@ class Grid:
 
     def total(self, weight: Tensor) -> Tensor:
         """``sum_ij weight_ij D_ij``, differentiable in the points through the problems of positive weight."""
+        if len(self.blocks) == 1:
+            return self.blocks[0].total(weight)
         return torch.stack([block.total(weight[block.where]) for block in self.blocks]).sum()
 
     def scatter(self, weight: Tensor, rows: Tensor, cols: Tensor, n: int, m: int) -> Plan:
@@ -309,7 +365,10 @@ def batch_weights(
         like: for dtype and device.
         aligned: whether only pairs count.
     """
-    share_x, share_y = (torch.tensor(sizes).double() / sum(sizes) for sizes in (sizes_x, sizes_y))
+    share_x, share_y = (
+        torch.tensor([size / total for size in sizes], dtype=torch.float64)
+        for sizes, total in ((sizes_x, sum(sizes_x)), (sizes_y, sum(sizes_y)))
+    )
     of_x, of_y = (
         (share if factor is None else share.to(factor) * factor).to(like)
         for share, factor in ((share_x, u), (share_y, v))

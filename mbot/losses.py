@@ -28,6 +28,8 @@ from mbot.envelope import first_order
 from mbot.grid import Batches, Grid, Inner, Scheme, Side
 from mbot.minibatch import draw_batches
 from mbot.plan import Plan
+from mbot.problem import Problems, tell
+from mbot.solvers.matching import match
 from mbot.transport import EntropicOT, ExactOT, Transport
 
 
@@ -80,8 +82,8 @@ class MiniBatchLoss(nn.Module):
         """Settings of the inner problems."""
         return Scheme(self.transport, self.cost, aligned=False, generator=self.generator)
 
-    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Weights ``(k, k')`` of the inner problems, and the penalty of the outer problem."""
+    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        """Weights ``(k, k')`` of the inner problems, and the penalty of the outer problem if it has one."""
         raise NotImplementedError
 
     @outside_graphs
@@ -134,7 +136,8 @@ class MiniBatchLoss(nn.Module):
 
     def _outer(self, grid: Grid) -> Tensor:
         weight, penalty = self._pair_weights(grid)
-        return grid.total(weight) + penalty
+        total = grid.total(weight)
+        return total if penalty is None else total + penalty
 
     @outside_graphs
     @one_warning()
@@ -287,9 +290,8 @@ class MiniBatchOT(MiniBatchLoss):
         """Settings of the inner problems."""
         return replace(super().scheme, aligned=self.pairing == "aligned")
 
-    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        weight = grid.independent()
-        return weight, weight.new_zeros(())
+    def _pair_weights(self, grid: Grid) -> tuple[Tensor, None]:
+        return grid.independent(), None
 
     @outside_graphs
     @one_warning()
@@ -382,11 +384,16 @@ class BoMbOT(MiniBatchLoss):
         value = super()._outer(grid)
         return first_order(value) if self.reg > 0 else value
 
-    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        u, v = grid.u / grid.u.sum(), grid.v / grid.v.sum()
+    def _pair_weights(self, grid: Grid) -> tuple[Tensor, Tensor | None]:
+        uniform = all(len(set(weight.tolist())) == 1 for weight in (grid.u, grid.v))
+        k, k2 = grid.values.shape
+        if uniform and k == k2 and self.reg == 0:
+            found = match(Problems.dense(grid.values[None]))
+            tell("ExactOT", found.error)
+            return torch.zeros_like(grid.values).scatter_(1, found.col.T, 1 / k), None
         outer: Transport = EntropicOT(self.reg) if self.reg > 0 else ExactOT()
-        uniform = bool((u == u[0]).all() and (v == v[0]).all())
-        plan = outer.plan(grid.values, None if uniform else u, None if uniform else v)
+        weights = (None, None) if uniform else (grid.u / grid.u.sum(), grid.v / grid.v.sum())
+        plan = outer.plan(grid.values, *weights)
         return plan.to_dense(), plan.penalty
 
 

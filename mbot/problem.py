@@ -253,11 +253,9 @@ class Solution:
             tensor = tensor.to(cost.device, dtype)
             return tensor if len(batch) == 1 else tensor.reshape(*batch, tensor.shape[1])
 
+        tell(name, self.error)
         assert self.error is not None
-        error, worst = torch.from_numpy(self.error).to(cost.device).reshape(batch), float(self.error.max())
-        failed = int((self.error > TOLERANCE).sum()) if worst > TOLERANCE else 0
-        advice = "Rescale the cost or pass it in float64."
-        convergence.count_unconverged(name, failed, len(self.error), worst, advice)
+        error = torch.from_numpy(self.error).to(cost.device).reshape(batch)
         return Plan(
             shaped(self.mass * unit, cost.dtype),
             size,
@@ -267,3 +265,11 @@ class Solution:
             error=error,
             potentials=(shaped(self.f.clamp(-most, most), cost.dtype), shaped(self.g.clamp(-most, most), cost.dtype)),
         )
+
+
+def tell(name: str, error: np.ndarray | None) -> None:
+    """Warn in the name of a solver if plans of these errors are not certified."""
+    assert error is not None
+    worst = float(error.max())
+    failed = int((error > TOLERANCE).sum()) if worst > TOLERANCE else 0
+    convergence.count_unconverged(name, failed, error.size, worst, "Rescale the cost or pass it in float64.")

@@ -2,8 +2,8 @@
 
 Two stages a problem:
 
-1. an auction with epsilon-scaling (Bertsekas 1988) in float32 on costs scaled to least 0 and mean 1: prices that
-   are nearly optimal, for about 15 to 40 vectorised scans a row;
+1. an auction with epsilon-scaling (Bertsekas 1988) in float32 on costs scaled to least 0 and mean 1, from the mean
+   costs of the columns: prices that are nearly optimal, for about 15 to 40 vectorised scans a row;
 2. an exact finish in float64 from those prices (Jonker and Volgenant 1987): greedy matching on each row's cheapest
    column, augmenting row reduction, then shortest augmenting paths for the rows that are left, usually a handful.
 
@@ -20,10 +20,11 @@ from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 
-FIRST_EPSILON = (
-    0.25  # first epsilon of an auction without prices to start from, in units of the mean minus the least cost
-)
-_FACTOR, _STOP = 0.15, 0.1  # ratio of the steps; the last one, times n
+# First epsilon of an auction that starts from the columns' mean costs, or from no prices; in units of the mean minus
+# the least cost.
+FIRST_EPSILON, COLD_EPSILON = 0.05, 0.25
+_FEW = 48  # up to this many rows the finish is as fast without the auction if it begins with half the rows matched
+_FACTOR, _STOP, _SMALL_STOP = 0.15, 0.1, 0.3  # ratio of the steps; the last one, times n, of large and small problems
 
 
 @compiled(nogil=True, error_model="numpy")
@@ -43,7 +44,7 @@ def unusual(entries, low, total):  # type: ignore[no-untyped-def]
 def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-untyped-def]
     """Epsilon-scaled auction from given prices: near-optimal ones are left. ``cost`` has least 0 and mean 1."""
     n = cost.shape[0]
-    last = max(_STOP / n, 1e-5)
+    last = max((_STOP if n > _FEW else _SMALL_STOP) / n, 1e-5)
     while True:
         for i in range(n):
             col_of[i] = -1
@@ -94,8 +95,21 @@ def relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-u
 
 
 @compiled(**OPTIONS)
-def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  # type: ignore[no-untyped-def]
-    """Exact assignment from any prices; on return the prices are optimal dual variables."""
+def mean_prices(cost, total, price):  # type: ignore[no-untyped-def]
+    """Mean costs of the columns, less the mean of all: the prices that a sum of two functions ``f_i + g_j`` has."""
+    n = cost.shape[0]
+    price[:] = 0.0
+    for i in range(n):
+        row = cost[i]
+        for j in range(n):
+            price[j] += row[j]
+    for j in range(n):
+        price[j] = price[j] / n - total / (n * n)
+
+
+@compiled(**OPTIONS)
+def _greedy(cost, price, col_of, row_of, free):  # type: ignore[no-untyped-def]
+    """Match rows with their cheapest columns, the first of them where several want one. Returns how many are left."""
     n = cost.shape[0]
     for i in range(n):
         col_of[i] = -1
@@ -109,7 +123,13 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, zero):  
         else:
             free[unmatched] = i
             unmatched += 1
+    return unmatched
 
+
+@compiled(**OPTIONS)
+def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, unmatched, zero):  # type: ignore[no-untyped-def]
+    """Exact assignment after `_greedy`, from any prices; on return the prices are optimal dual variables."""
+    n = cost.shape[0]
     for _ in range(2):  # augmenting row reduction: a bid without epsilon
         todo, unmatched, k, steps = unmatched, 0, 0, 0
         while k < todo:
@@ -172,11 +192,12 @@ def room_for(largest):  # type: ignore[no-untyped-def]
 
 
 @compiled(**OPTIONS, inline="always")
-def _both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
+def both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
     """An auction from the prices with first step ``epsilon`` ``excess`` (mean minus least cost), and the finish."""
     n = cost.shape[0]
     scaled_flat, price32, dist, open_dist, row_of, parent, free, zero = room
-    if excess > 0 and n > 2:
+    left = _greedy(cost, price, col_of, row_of, free) if n <= _FEW else n
+    if excess > 0 and left > n // 2:
         scale = 1.0 / excess
         entries, scaled = cost.reshape(n * n), scaled_flat[: n * n]
         for e in range(n * n):
@@ -186,7 +207,10 @@ def _both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: igno
         auction(scaled.reshape(n, n), price32[:n], epsilon, col_of, row_of[:n], free[:n])
         for j in range(n):
             price[j] = price32[j] * excess
-    _finish(cost, price, col_of, row_of[:n], dist[:n], open_dist[:n], parent[:n], free[:n], zero)
+        left = n
+    if left == n:
+        left = _greedy(cost, price, col_of, row_of, free)
+    _finish(cost, price, col_of, row_of[:n], dist[:n], open_dist[:n], parent[:n], free[:n], left, zero)
 
 
 @compiled(**OPTIONS)
@@ -202,12 +226,14 @@ def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-d
     """
     n = cost.shape[0]
     entries = cost.reshape(n * n)
-    low, mean = least_of(entries, room[7]), 0.0
+    low, total, mean = least_of(entries, room[7]), total_of(entries), 0.0
+    if epsilon >= FIRST_EPSILON:
+        mean_prices(cost, total, price)
     for j in range(n):
         mean += price[j] / n
     for j in range(n):
-        price[j] = 0.0 if epsilon >= FIRST_EPSILON else price[j] - mean
-    _both_stages(cost, low, total_of(entries) / (n * n) - low, price, epsilon, col_of, room)
+        price[j] -= mean
+    both_stages(cost, low, total / (n * n) - low, price, epsilon, col_of, room)
 
 
 @compiled(**OPTIONS)
@@ -232,7 +258,9 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
                 col_of[i], row_dual[at + i], price[i] = i, np.nan, np.nan
             continue
         price[:] = 0.0
-        _both_stages(cost, low, excess, price, FIRST_EPSILON, col_of, room)
+        if not capped:  # caps would make up the means
+            mean_prices(cost, total, price)
+        both_stages(cost, low, excess, price, COLD_EPSILON if capped else FIRST_EPSILON, col_of, room)
         for i in range(n):
             row_dual[at + i], _, _ = two_smallest(cost[i], price, n)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mbot.kernels.assignment import FIRST_EPSILON, auction, relax, unusual
+from mbot.kernels.assignment import COLD_EPSILON, auction, relax, unusual
 from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
@@ -47,7 +47,7 @@ def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
     scaled[n:, :n] = outside
     scaled[n:, n:] = 2 * top + 1
     price = np.zeros(size, np.float32)
-    auction(scaled, price, FIRST_EPSILON, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
+    auction(scaled, price, COLD_EPSILON, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
     return price
 
 
@@ -263,37 +263,53 @@ def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-un
 
 
 @compiled(**OPTIONS)
+def room_for(n, q):  # type: ignore[no-untyped-def]
+    """Arrays that solving problems of n rows, q of them unmatched, works in."""
+    work, real, whole = np.empty((n + q) ** 2, np.float32), np.empty((4, n)), np.empty((5, n), np.int64)
+    zero = np.zeros(max(n, BLOCK))
+    return work, real[0], real[1], real[2], real[3], whole[0], whole[1], whole[2], whole[3], whole[4], zero
+
+
+@compiled(**OPTIONS)
+def match_one(cost, low, excess, q, room, column, u, v):  # type: ignore[no-untyped-def]
+    """A problem of ordinary costs, given their least and how far their mean is above it; see `match`.
+
+    Args:
+        cost: ``(n, n)``.
+        low: least cost.
+        excess: mean cost minus ``low``.
+        q: rows that stay unmatched.
+        room: from `room_for`.
+        column: ``(E, n)`` int64, written.
+        u: ``(n,)`` row duals, written.
+        v: ``(n,)`` column duals, written.
+    """
+    n = cost.shape[0]
+    work, dist, open_dist, group_cost, price, row_of, taker, free, group_row, col_of, zero = room
+    price[:] = 0.0
+    if excess > 0 and n > _COLD:
+        start = _start(cost, low, 1.0 / excess, q, work)
+        for j in range(n):
+            price[j] = start[j] * excess
+    theta, tau = _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
+    _write(cost, theta, tau, price, col_of, column[0], u, v)
+    if len(column) > 1:
+        theta = _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row)
+        _write(cost, theta, tau, price, col_of, column[1], u, v)
+
+
+@compiled(**OPTIONS)
 def _solve(flat, size, q, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
-    n = size
-    work = np.empty((n + q) * (n + q), np.float32)
-    dist, open_dist, zero, group_cost, price = (
-        np.empty(n),
-        np.empty(n),
-        np.zeros(max(n, BLOCK)),
-        np.empty(n),
-        np.empty(n),
-    )
-    row_of, taker, free = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
-    group_row, col_of = np.empty(n, np.int64), np.empty(n, np.int64)
+    n, room = size, room_for(size, q)
     for p in range(begin, stop):
         entries = flat[p * n * n : (p + 1) * n * n]
-        cost = entries.reshape(n, n)
-        low, total = least_of(entries, zero), total_of(entries)
-        excess = total / (n * n) - low
+        low, total = least_of(entries, room[-1]), total_of(entries)
         if not capped and unusual(entries, low, total):
             column[:, p] = -1
             row_dual[p], col_dual[p] = np.nan, np.nan
             continue
-        price[:] = 0.0
-        if excess > 0 and n > _COLD:
-            start = _start(cost, low, 1.0 / excess, q, work)
-            for j in range(n):
-                price[j] = start[j] * excess
-        theta, tau = _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
-        _write(cost, theta, tau, price, col_of, column[0, p], row_dual[p], col_dual[p])
-        if len(column) > 1:
-            theta = _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row)
-            _write(cost, theta, tau, price, col_of, column[1, p], row_dual[p], col_dual[p])
+        cost, excess = entries.reshape(n, n), total / (n * n) - low
+        match_one(cost, low, excess, q, room, column[:, p], row_dual[p], col_dual[p])
 
 
 def match(

@@ -10,6 +10,45 @@ _EPS, _TINY, _LARGEST = (float(getattr(np.finfo(np.float64), name)) for name in 
 
 
 @compiled(nogil=True, error_model="numpy")
+def error_of(costs, rows, cols, mass, f, g, left_a, left_b, moved, floor):  # type: ignore[no-untyped-def]
+    """Gap between the cost of a plan and its dual value, relative to the cost; see `errors`.
+
+    Args:
+        costs: ``(e,)`` float64 of the entries.
+        rows: ``(e,)`` int64.
+        cols: ``(e,)`` int64.
+        mass: ``(e,)`` float64; entries of mass 0 are not looked at.
+        f: ``(n,)`` float64 potentials.
+        g: ``(m,)`` likewise.
+        left_a: ``(n,)`` weights; what the plan does not move is left in it.
+        left_b: ``(m,)`` likewise.
+        moved: mass of a partial problem, which may leave some everywhere; -1 if all moves.
+        floor: cost per mass that a smaller one counts as.
+    """
+    gap, own, total, rounding = 0.0, 0.0, 0.0, 0.0
+    for e in range(len(mass)):
+        amount = mass[e]
+        if amount > 0:
+            i, j = rows[e], cols[e]
+            gap += amount * (costs[e] - f[i] - g[j])
+            own += amount * abs(costs[e])
+            rounding += amount * (abs(f[i]) + abs(g[j]))
+            total += amount
+            left_a[i] -= amount
+            left_b[j] -= amount
+    stray = abs(total - moved) if moved >= 0 else 0.0
+    top_f, top_g = (f.max(), g.max()) if moved >= 0 else (0.0, 0.0)  # the potentials of what is left behind
+    for i in range(len(f)):
+        gap += left_a[i] * (top_f - f[i])
+        stray += abs(left_a[i]) if moved < 0 or left_a[i] < 0 else 0.0
+    for j in range(len(g)):
+        gap += left_b[j] * (top_g - g[j])
+        stray += abs(left_b[j]) if moved < 0 or left_b[j] < 0 else 0.0
+    error = (abs(gap) + _EPS * rounding) / max(own, floor * total, _TINY) + stray / total
+    return min(error, _LARGEST) if abs(gap) < np.inf else np.inf
+
+
+@compiled(nogil=True, error_model="numpy")
 def errors(flat, start, stride, row, col, mass, f, g, a, b, moved, floor):  # type: ignore[no-untyped-def]
     """Gap between the cost of each plan and its dual value, relative to the cost.
 
@@ -35,7 +74,8 @@ def errors(flat, start, stride, row, col, mass, f, g, a, b, moved, floor):  # ty
     Returns:
         ``(B,)`` float64; ``+inf`` where a forbidden pair is used or potentials are NaN.
     """
-    found = np.empty(len(mass))
+    entries = mass.shape[1]
+    found, costs, ordered = np.empty(len(mass)), np.zeros(entries), np.arange(entries)
     left_a, left_b = np.empty(f.shape[1]), np.empty(g.shape[1])
     for p in range(len(mass)):
         left_a[:] = 1.0
@@ -43,26 +83,9 @@ def errors(flat, start, stride, row, col, mass, f, g, a, b, moved, floor):  # ty
         if len(a):
             left_a[:] = a[p]
             left_b[:] = b[p]
-        gap, own, total, rounding = 0.0, 0.0, 0.0, 0.0
-        for e in range(mass.shape[1]):
-            amount = mass[p, e]
-            if amount > 0:
-                i, j = row[p, e] if len(row) else e, col[p, e]
-                cost = np.float64(flat[start[p] + (stride[p] * i + j if stride[p] else e)])
-                gap += amount * (cost - f[p, i] - g[p, j])
-                own += amount * abs(cost)
-                rounding += amount * (abs(f[p, i]) + abs(g[p, j]))
-                total += amount
-                left_a[i] -= amount
-                left_b[j] -= amount
-        stray = abs(total - moved) if moved >= 0 else 0.0
-        top_f, top_g = f[p].max(), g[p].max()  # the potentials of what is left behind
-        for i in range(f.shape[1]):
-            gap += left_a[i] * (top_f - f[p, i] if moved >= 0 else -f[p, i])
-            stray += abs(left_a[i]) if moved < 0 or left_a[i] < 0 else 0.0
-        for j in range(g.shape[1]):
-            gap += left_b[j] * (top_g - g[p, j] if moved >= 0 else -g[p, j])
-            stray += abs(left_b[j]) if moved < 0 or left_b[j] < 0 else 0.0
-        error = (abs(gap) + _EPS * rounding) / max(own, floor[p] * total, _TINY) + stray / total
-        found[p] = min(error, _LARGEST) if abs(gap) < np.inf else np.inf
+        rows = row[p] if len(row) else ordered
+        for e in range(entries):
+            if mass[p, e] > 0:
+                costs[e] = flat[start[p] + (stride[p] * rows[e] + col[p, e] if stride[p] else e)]
+        found[p] = error_of(costs, rows, col[p], mass[p], f[p], g[p], left_a, left_b, moved, floor[p])
     return found

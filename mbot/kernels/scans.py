@@ -168,6 +168,5 @@ def least_of(entries, zero):  # type: ignore[no-untyped-def]
     while e + BLOCK <= len(entries):
         least = min(least, _block_min(entries[e : e + BLOCK], zero, 0))
         e += BLOCK
-    for k in range(e, len(entries)):
-        least = min(least, entries[k])
-    return least
+    rest, _, _ = two_smallest(entries[e:], zero, len(entries) - e)
+    return min(least, rest)

@@ -35,8 +35,7 @@ def _match(problems: Problems) -> Solution:
     if problems.mass is None:
         shares, (columns, f, g) = [1.0], _complete(problems)
     else:
-        lower = int(np.floor(problems.mass + 1e-9))
-        share = problems.mass - lower if problems.mass - lower > 1e-9 * lower else 0.0
+        lower, share = split_pairs(problems.mass)
         if lower == 0:
             return _cheapest_pair(problems, share)
         shares, (columns, f, g) = [1 - share, share][: 1 + (share > 0)], _partial(problems, lower, share > 0)
@@ -47,6 +46,12 @@ def _match(problems: Problems) -> Solution:
     mass = torch.cat([weight * share for share in shares], 1)
     row = torch.arange(n, device=f.device).repeat(len(shares)).expand_as(column)
     return Solution(row, column.clamp_min(0), torch.where(column < 0, 0, mass), f, g)
+
+
+def split_pairs(mass: float) -> tuple[int, float]:
+    """The pairs of the smaller of two matchings that make up a plan of this mass, and the share of the larger one."""
+    lower = int(np.floor(mass + 1e-9))
+    return lower, mass - lower if mass - lower > 1e-9 * lower else 0.0
 
 
 def _cheapest_pair(problems: Problems, mass: float) -> Solution:

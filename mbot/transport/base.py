@@ -90,6 +90,10 @@ class Transport(ABC):
         """The transport that pairs of ``n`` and ``m`` samples are drawn from: itself, if nothing has to be rounded."""
         return self
 
+    def matched_pairs(self, n: int, m: int) -> float | None:
+        """How many pairs the plans of uniform ``n × m`` problems move, where the cheapest matching is the plan."""
+        return None
+
     @outside_graphs
     def value(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """Value of the objective for given costs ``(…, n, m)``: ``(…,)``, differentiable in costs and weights.

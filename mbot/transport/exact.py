@@ -44,10 +44,14 @@ class ExactOT(Transport):
     def __post_init__(self) -> None:
         checks.choice(self.solver, "solver", ("auto", "assignment", "network_simplex"))
 
+    def matched_pairs(self, n: int, m: int) -> float | None:
+        """See `Transport`."""
+        return n if n == m and self.solver != "network_simplex" else None
+
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         n, m = cost.shape[-2:]
         flat = cost.reshape(-1, n, m)
-        if a is None and b is None and n == m and self.solver != "network_simplex":
+        if a is None and b is None and self.matched_pairs(n, m):
             return match(Problems.dense(flat)).plan("ExactOT", cost, 1 / n)
         a, b = flat_weights(cost, a, b)
         b = checks.equal_totals(a, b)

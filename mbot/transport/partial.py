@@ -75,6 +75,10 @@ class PartialOT(Transport):
             return self
         return replace(self, mass=max(1, round(self.mass * n)) / n)
 
+    def matched_pairs(self, n: int, m: int) -> float | None:
+        """See `Transport`."""
+        return self.mass * n if n == m and self.reg == 0 and self.mass < 1 - 1e-12 else None
+
     def weight_slopes(self, plan: Plan, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """See `Transport`: more weight lowers the value where all of it moves, and changes nothing elsewhere."""
         if self.mass == 0:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import combinations, product
 
 import numpy as np
@@ -22,6 +23,7 @@ from mbot import (
     UnbalancedOT,
     pairwise_cost,
 )
+from mbot.testing import without_fast_paths
 
 INNER = {
     "exact": ExactOT(),
@@ -32,6 +34,13 @@ INNER = {
     "sliced": SlicedOT(12),
 }
 every_inner = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+
+
+@pytest.fixture(autouse=True, params=["fused", "general"])
+def path(request):
+    """Both paths of grids of exact transports."""
+    with nullcontext() if request.param == "fused" else without_fast_paths():
+        yield
 
 
 def batches(k=3, k2=3, m=4, m2=4, d=2, dtype=torch.float64, seed=0):
