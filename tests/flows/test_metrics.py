@@ -23,12 +23,11 @@ def test_wasserstein_agrees_with_pot(n, m):
     assert metrics.squared_wasserstein2(x.float(), y.float()) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_wasserstein_is_exact_at_ten_thousand_points():
-    """A translation is optimal between a cloud and its shifted, shuffled copy."""
+def test_wasserstein_is_exact_at_thousands_of_points():
+    """A translation is optimal between a cloud and its shifted, shuffled copy. 10,000 points take three gigabytes."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(10_000, 2, generator=g, dtype=torch.float64)
-    y = x[torch.randperm(10_000, generator=g)] + torch.tensor([3.0, -4.0], dtype=torch.float64)
+    x = torch.randn(4000, 2, generator=g, dtype=torch.float64)
+    y = x[torch.randperm(4000, generator=g)] + torch.tensor([3.0, -4.0], dtype=torch.float64)
     assert metrics.squared_wasserstein2(x, y) == pytest.approx(25, rel=1e-9)
 
 
