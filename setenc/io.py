@@ -94,7 +94,7 @@ def h5_chunks(
         KeyError: no such data set; the message lists those that are there.
         ValueError: a data set of another shape.
     """
-    h5py = _package("h5py", "h5")
+    h5py = _package("h5py")
     path = _file(path)
     keys = [key] if coordinates is None else [key, coordinates]
     with h5py.File(path, "r") as file:
@@ -206,7 +206,7 @@ class AnnDataChunks(Mapping[Any, Chunks]):
         dtype: torch.dtype = torch.float32,
         prefetch: int = 2,
     ) -> None:
-        anndata = _package("anndata", "anndata")
+        anndata = _package("anndata")
         if isinstance(data, str | Path):
             data = anndata.read_h5ad(_file(data), backed="r")
         if not isinstance(data, anndata.AnnData):
@@ -260,7 +260,7 @@ def _file(path: str | Path) -> Path:
     return path
 
 
-def _package(name: str, extra: str) -> Any:
+def _package(name: str) -> Any:
     try:
         return __import__(name)
     except ImportError as error:

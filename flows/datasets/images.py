@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import pickle
+import re
 import struct
 import tarfile
 from pathlib import Path
@@ -288,7 +289,8 @@ class _Arrays(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            here = "numpy._core" if hasattr(np, "_core") else "numpy.core"  # before NumPy 2
+            return super().find_class(re.sub(r"^numpy\._?core", here, module), name)
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a CIFAR-10 batch has no use for {module}.{name}")
