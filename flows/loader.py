@@ -140,7 +140,7 @@ class CoupledLoader:
             shuffle=shuffle,
             drop_last=drop_last,
             collate=collate if columns is None else Columns.named(columns, collate),
-            shuffle_buffer=shuffle_buffer,
+            shuffle_buffer=checks.count(shuffle_buffer, "shuffle_buffer"),
             scope=coupling_scope,
             timeout=timeout,
             source_sampling=source_sampling,
