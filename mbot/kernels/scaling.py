@@ -19,6 +19,9 @@ BALANCED, KL_RELAXED, UPPER_BOUNDED = 0, 1, 2
 _IN_ORDER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
 _OPTIONS: dict[str, Any] = {**_IN_ORDER, "fastmath": {"reassoc", "nsz", "contract"}}
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
+_LOOK = 6  # rounds between looks at the rate
+_NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
+_REACH = 12.0  # largest change of a potential in a Newton step
 _SPREAD = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 
 
@@ -145,12 +148,77 @@ def _update(sums, weight, scale, new, bits, kind, parameter, cap):  # type: igno
 
 
 @compiled(**_OPTIONS)
+def _factorise(kernel, a, b, sums, u, v, system):  # type: ignore[no-untyped-def]
+    """The Newton system of a balanced problem with exact columns, as Cholesky's upper factor; returns success.
+
+    With ``P = u P0 v`` a step solves ``(diag(P 1) - P diag(1 / b) P^T) d log u = a - P 1``; a constant added to the
+    matrix chooses among potentials, which are free up to one.
+    """
+    n, m = kernel.shape
+    total = a.sum()
+    parts = np.zeros((4, n))  # four columns of the plan
+    system[:] = total / (n * n)
+    for first in range(0, m, 4):
+        for j in range(first, first + 4):
+            scale = v[j] / np.sqrt(b[j]) if j < m and b[j] > 0.0 else 0.0
+            for i in range(n):
+                parts[j - first, i] = kernel[i, j] * u[i] * scale if scale > 0.0 else 0.0
+        for i in range(n):
+            p, q, r, s = parts[0, i], parts[1, i], parts[2, i], parts[3, i]
+            for k in range(i, n):
+                system[i, k] -= (p * parts[0, k] + q * parts[1, k]) + (r * parts[2, k] + s * parts[3, k])
+    for i in range(n):
+        mass = sums[i] * u[i]
+        system[i, i] += mass * (1.0 + 1e-10) if mass > 0.0 else total
+    for k in range(n):
+        if not system[k, k] > 0.0:
+            return False
+        scale = 1.0 / np.sqrt(system[k, k])
+        for i in range(k, n):
+            system[k, i] *= scale
+        for i in range(k + 1, n):
+            factor = system[k, i]
+            for j in range(i, n):
+                system[i, j] -= factor * system[k, j]
+    return True
+
+
+@compiled(**_OPTIONS)
+def _newton(system, a, sums, u, new):  # type: ignore[no-untyped-def]
+    """Row scalings after a step with a factorised system."""
+    n, most = len(a), 0.0
+    for i in range(n):
+        new[i] = a[i] - sums[i] * u[i]
+    for k in range(n):
+        new[k] /= system[k, k]
+        for i in range(k + 1, n):
+            new[i] -= system[k, i] * new[k]
+    for i in range(n - 1, -1, -1):
+        entry = new[i]
+        for k in range(i + 1, n):
+            entry -= system[i, k] * new[k]
+        new[i] = entry / system[i, i]
+        most = max(most, abs(new[i]))
+    length = min(1.0, _REACH / most)
+    for i in range(n):
+        new[i] = u[i] * np.exp(length * new[i])
+
+
+@compiled(**_OPTIONS)
 def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ignore[no-untyped-def]
-    """Rounds until one would move less than ``tol`` of the mass; returns the scalings, that share, and the rounds."""
-    new_u, new_v, rows, cols = np.empty(len(u)), np.empty(len(v)), np.empty(len(u)), np.empty(len(v))
+    """Rounds until one would move less than ``tol`` of the mass; returns the scalings, that share, and the rounds.
+
+    Every few rounds balanced problems take a Newton step where the rate just seen would need more rounds than its
+    price, and then further ones, with the same system as long as each halves the error. One that raises it is undone.
+    """
+    n, newton = len(u), kind == BALANCED and len(u) <= _NEWTON_SIZE
+    new_u, new_v, rows, cols = np.empty(n), np.empty(len(v)), np.empty(n), np.empty(len(v))
+    plain, system = np.empty(n), np.empty((n, n) if newton else (0, 0))
     row_cap = col_cap = 1.0
+    before, rate, look, stepped = np.inf, -np.inf, _LOOK if newton else budget, False
+    price = 5.0 + 0.75 * n
     for turn in range(budget + 1):
-        for i in range(len(u)):
+        for i in range(n):
             total = 0.0
             for j in range(len(v)):
                 total += kernel[i, j] * v[j]
@@ -159,9 +227,21 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
         # The first turn starts from columns that no step has been made for.
         if not error >= 0.0 or (turn > 0 and error <= tol) or turn == budget:
             return u, v, error, turn
+        if stepped and not error < before:
+            new_u[:] = plain
+            before, look, stepped = np.inf, turn + _LOOK, False
+        elif stepped or turn >= look:
+            if not stepped:
+                rate = min(np.log(error / before) / _LOOK, -1e-9)
+            if not (stepped and error <= 0.5 * before):
+                stepped = np.log(tol / error) / rate > price and _factorise(kernel, a, b, rows, u, v, system)
+            if stepped:
+                plain[:] = new_u  # the round instead of the step
+                _newton(system, a, rows, u, new_u)
+            before, look = error, turn + _LOOK
         u, new_u = new_u, u
         cols[:] = 0.0
-        for i in range(len(u)):
+        for i in range(n):
             scale = u[i]
             for j in range(len(v)):
                 cols[j] += scale * kernel[i, j]

@@ -198,3 +198,57 @@ def test_points_of_weight_zero_beside_a_far_one():
     for plan in (EntropicOT(0.02).plan(cost, a), by_loop(EntropicOT(0.02), cost, a)):
         assert bool(plan.converged.all())
         torch.testing.assert_close(plan.mass[0, :, 0], a[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [2, 7, 40])
+@pytest.mark.parametrize("m", [3, 33])
+def test_problems_that_take_newton_steps_end_where_rounds_do(n, m, dtype):
+    """Two groups of points with little to exchange; points without weight and a forbidden pair."""
+    g = torch.Generator().manual_seed(n + m)
+    x, y = torch.randn(4, n, 2, generator=g, dtype=dtype), torch.randn(4, m, 2, generator=g, dtype=dtype)
+    x[:, n // 2 :], y[:, m // 2 :] = x[:, n // 2 :] + 3, y[:, m // 2 :] + 3
+    cost = pairwise_cost(x, y)
+    reg = float(cost.max()) / 150
+    a, b = (torch.rand(4, size, generator=g, dtype=torch.float64) + 0.1 for size in (n, m))
+    if n > 2:
+        a[:2, 0] = b[2:, 0] = 0
+        cost[0, 1, 1] = torch.inf
+    a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+    tol = 1e-6 if dtype == torch.float32 else 1e-11
+    transport = EntropicOT(reg, tol=tol)
+    found, reference = transport.plan(cost, a, b), by_loop(transport, cost, a, b)
+    assert bool(found.converged.all())
+    close = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 1e-7}
+    torch.testing.assert_close(found.mass, reference.mass, **close)
+    torch.testing.assert_close(found.row_mass().double(), a, rtol=0, atol=2e-6)
+
+
+def test_newton_steps_save_rounds():
+    cost = costs(problems=50, n=16, m=16)
+    reg, a = 0.1 * float(cost.mean()), 1 / 16
+    kernel, v, u = (-cost / reg).exp(), torch.ones(50, 16, 1, dtype=torch.float64), None
+    for _ in range(300):
+        u = a / (kernel @ v)
+        v = a / (kernel.mT @ u)
+    assert float((u * (kernel @ v) - a).abs().sum(1).max()) > 1e-6
+    assert int(EntropicOT(reg).plan(cost).iterations.max()) < 60
+
+
+def test_a_newton_step_is_one():
+    """Against the derivative of the marginals, with the columns kept exact."""
+    cost = costs(problems=1, n=6, m=5)[0].numpy() / 10
+    kernel, a, b, u = np.exp(-cost), np.full(6, 1 / 6), np.full(5, 1 / 5), np.linspace(0.5, 2, 6)
+    sums, new, system = np.empty(6), np.empty(6), np.empty((6, 6))
+
+    def rows(log_u):
+        scaled = np.exp(log_u)[:, None] * kernel
+        return (scaled * (b / scaled.sum(0))).sum(1)
+
+    v = b / (u @ kernel)
+    sums[:] = kernel @ v
+    assert scaling._factorise(kernel, a, b, sums, u, v, system)
+    scaling._newton(system, a, sums, u, new)
+    step, h = np.log(new / u), 1e-6
+    change = (rows(np.log(u) + h * step) - rows(np.log(u) - h * step)) / (2 * h)
+    np.testing.assert_allclose(change, a - sums * u, atol=1e-8)
