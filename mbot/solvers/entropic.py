@@ -16,10 +16,9 @@ from mbot.solvers.sinkhorn import Solution, rounding, solve
 from mbot.solvers.support import large_entries, usable_pairs
 
 _WIDE = 2e3  # costs spread over more regularisations than this need float64, and a look at the largest
-_PATIENCE = 400  # rounds that problems with forbidden pairs get before these are looked at
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
 _REFINE = 50  # rounds on plans whose potentials have too few digits
-_BUDGET = 400  # rounds in the compiled kernel, and two a row, before Newton steps are the quicker way to the end
+_BUDGET = 400  # rounds, and two a row, in the compiled kernel, and before forbidden pairs are looked at
 
 
 @dataclass
@@ -81,7 +80,7 @@ def solve_matrices(
 
 def _compiled_first(
     cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
-    others: Callable[..., Plans],
+    others: Callable[..., Plans], forbidden: bool = False,
 ) -> Plans:  # fmt: skip
     """Plans by the compiled kernel as far as it goes; the ``others`` are solved by a function like `_solved`."""
     problems, n, m = cost.shape
@@ -91,8 +90,11 @@ def _compiled_first(
     found = _compiled(cost, a, b, step, reg, min(max_iter, _BUDGET + 2 * n), tol)
     if bool(found.converged.all()):
         return found
-    untried = found.error < 0
-    for left, begun in ((untried, False), (~untried & ~found.converged & (found.iterations < max_iter), True)):
+    untried, slow = found.error < 0, ~found.converged & (found.iterations < max_iter)
+    if not forbidden:  # which pairs are of use has not been asked yet
+        untried |= slow & (cost.amax((1, 2)) == torch.inf)
+        found.iterations[untried] = 0
+    for left, begun in ((untried, False), (slow & ~untried, True)):
         if bool(left.any()):
             rest = max_iter - int(found.iterations[left].max())
             start = found.phi[left] if begun else None
@@ -119,10 +121,10 @@ def _solved(
     def run(which: Tensor, budget: int) -> Plans:
         left = torch.where(allowed[which], cost[which], torch.inf)
         others = partial(_checked, step=step, reg=reg, tol=tol, forbidden=True)
-        return _compiled_first(left, a[which], b[which], step, reg, budget, tol, others)
+        return _compiled_first(left, a[which], b[which], step, reg, budget, tol, others, forbidden=True)
 
     must_hold = (wanted > 0) & ~allowed.all(2).all(1)
-    patience = min(max_iter, _PATIENCE) if bool(must_hold.any()) else max_iter
+    patience = min(max_iter, _BUDGET + 2 * cost.shape[1]) if bool(must_hold.any()) else max_iter
     found = run(torch.arange(len(cost), device=cost.device), patience)
     left = (~found.converged).nonzero()[:, 0]
     if patience == max_iter or not len(left):
@@ -213,7 +215,8 @@ def _by_rounds(
     plan = found.plan
     assert plan is not None
     rows, cols = plan.sum(2, dtype=torch.float64), plan.sum(1, dtype=torch.float64)
-    return Plans(found.phi, found.psi, found.error, found.iterations, found.converged, plan, rows, cols)
+    transport = torch.zeros_like(found.error)  # `_checked` fills it in
+    return Plans(found.phi, found.psi, found.error, found.iterations, found.converged, plan, rows, cols, transport)
 
 
 def _compiled(cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, budget: int, tol: float) -> Plans:
