@@ -29,6 +29,7 @@ class FolderLock:
 
     Args:
         folder: made where it does not exist; None locks nothing.
+        alone: this process enters without the others.
 
     Raises (when entered, on every rank):
         CheckpointError: another trainer holds it; says which process.
@@ -38,14 +39,14 @@ class FolderLock:
         UserWarning: the file system knows no locks.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, *, alone: bool = False) -> None:
+        self.folder, self.alone = folder, alone
         self._file: int | None = None
         self._depth = 0
 
     def __enter__(self) -> FolderLock:
         if self._depth == 0 and self.folder is not None:
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if not self.alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 Ranks().from_first(self._acquire)
             else:
                 self._acquire()

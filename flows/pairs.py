@@ -148,7 +148,7 @@ def generate_pairs(
         atol: absolute tolerance of ``dopri5``.
         seed: of the noise.
         out: folder that pairs are written to, batch by batch; the same call goes on where an earlier one was stopped.
-            None keeps them in memory.
+            None keeps them in memory. Of several processes, one writes, and the others load what is done.
         batch_size: pairs solved at once.
         progress: show a bar.
 
@@ -199,7 +199,7 @@ def generate_pairs(
             held = start.at(every) if isinstance(start, SeededNoise) else start
             return PairedDataset(held, torch.cat(ends), given, info=made)
         folder = Path(out)
-        with FolderLock(folder), Signals() as signals:
+        with FolderLock(folder, alone=True), Signals() as signals:
             done = pair_files.begin(folder, made, start, given)
             bar.update(done)
             for begin in range(done, n, batch_size):

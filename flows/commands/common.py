@@ -60,14 +60,9 @@ def processes(device: str, timeout: float) -> Iterator[bool]:
             dist.destroy_process_group()
 
 
-@contextmanager
-def first_alone(first: bool) -> Iterator[None]:
-    """A block that the first process runs while the others wait; they run it afterwards."""
-    several = dist.is_available() and dist.is_initialized()
-    if several and not first:
-        dist.barrier()
-    yield
-    if several and first:
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if dist.is_available() and dist.is_initialized():
         dist.barrier()
 
 

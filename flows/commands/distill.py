@@ -39,7 +39,7 @@ class DistillConfig(StudentConfig):
 def distill(arguments: list[str]) -> None:
     """The command ``distill``."""
     config: DistillConfig = parse(DistillConfig, arguments, "distill")
-    with processes(config.device, 1800.0) as first:
+    with processes(config.device, config.timeout) as first:
         device = build.device_of(config.device)
         trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
         build.check_guidance(config.guidance, trained, task)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flows import build
-from flows.commands.common import check_unused, first_alone, parse, processes, run_training
+from flows.commands.common import check_unused, parse, processes, run_training, wait_for_all
 from flows.config import Method, Model, TrainConfig
 from flows.guidance import GuidedModel
 from flows.pairs import PairedDataset, generate_pairs
@@ -56,6 +56,8 @@ class StudentConfig:
     """Steps between checkpoints."""
     log_every: int | None = None
     """Steps between rows of metrics.csv."""
+    timeout: float = 1800.0
+    """Under torchrun: seconds that a process waits for the others, also while the first makes pairs."""
     seed: int = 0
     """Of everything."""
     device: str = "auto"
@@ -76,7 +78,8 @@ class ReflowConfig(StudentConfig):
 
     Writes pairs into --out/pairs and a run into --out, as train does: sample, evaluate and reflow take it. Starts from
     the teacher's weights, or from scratch; then --warmup-steps anneals from independent noise to the pairs' (SlimFlow).
-    What is stopped goes on with --resume, in the middle of the pairs too. Exit codes are those of train.
+    What is stopped goes on with --resume, in the middle of the pairs too. Exit codes are those of train. Several
+    processes: torchrun --nproc-per-node N -m -- flows reflow ... (without the --, torchrun takes --run for its own).
     """
 
     pairs: int = 20_000
@@ -98,7 +101,7 @@ class ReflowConfig(StudentConfig):
 def reflow(arguments: list[str]) -> None:
     """The command ``reflow``."""
     config: ReflowConfig = parse(ReflowConfig, arguments, "reflow")
-    with processes(config.device, 1800.0) as first:
+    with processes(config.device, config.timeout) as first:
         device = build.device_of(config.device)
         trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
         build.check_guidance(config.guidance, trained, task)
@@ -113,8 +116,10 @@ def reflow(arguments: list[str]) -> None:
             )
         model = student_of(config, run, trained, task, teacher)
         check_unused(run)
-        with first_alone(first):
-            pairs = make_pairs(config, task, teacher, config.progress and first)
+        if first:
+            make_pairs(config, task, teacher)
+        wait_for_all()
+        pairs = PairedDataset.load(config.out / "pairs")
         source = None if task.source is None else fresh_starts(task)
         annealing = AnnealingReflow(pairs, config.warmup_steps, config.schedule, source=source, flip=config.flip)
         served = annealing if config.warmup_steps or config.flip else pairs
@@ -143,7 +148,7 @@ def student_run(config: StudentConfig, trained: TrainConfig) -> TrainConfig:
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     always = {
         name: getattr(config, name)
-        for name in ("out", "seed", "device", "evaluate", "progress", "resume", "resume_from")
+        for name in ("out", "timeout", "seed", "device", "evaluate", "progress", "resume", "resume_from")
     }
     settings = tuple(s for s in trained.settings if not s.startswith(("coupling.", "path.")))
     return replace(
@@ -164,14 +169,15 @@ def student_of(
     return student
 
 
-def make_pairs(config: ReflowConfig, task: Task, teacher: Any, progress: bool) -> PairedDataset:
+def make_pairs(config: ReflowConfig, task: Task, teacher: Any) -> None:
     """Pairs of the teacher in the folder ``pairs`` of the run; those that are there already are kept."""
     generator = generator_at(config.seed, "pairs")
     checks.count(config.pairs, "--pairs")
     y = task.conditions(config.pairs, generator)
     x0: torch.Tensor | None = None if task.source is None else task.starts(config.pairs, y, generator)
-    return generate_pairs(
+    generate_pairs(
         teacher if config.guidance == 1 else GuidedModel(teacher, config.guidance), config.pairs, y=y,
         shape=task.shape, x0=x0, method=config.method, steps=config.solver_steps, rtol=config.tolerance,
-        atol=config.tolerance, seed=derive_seed(config.seed, "pairs"), out=config.out / "pairs", progress=progress,
+        atol=config.tolerance, seed=derive_seed(config.seed, "pairs"), out=config.out / "pairs",
+        progress=config.progress,
     )  # fmt: skip

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from flows import build
-from flows.commands.common import first_alone, parse, processes, run_training
+from flows.commands.common import parse, processes, run_training, wait_for_all
 from flows.config import TrainConfig
 from flows.task import fitting_batches, load_task
 
@@ -15,8 +13,11 @@ def train(arguments: list[str]) -> None:
     config: TrainConfig = parse(TrainConfig, arguments, "train")
     with processes(config.device, config.timeout) as first:
         device = build.device_of(config.device)
-        with first_alone(first) if config.download else contextlib.nullcontext():
-            task = load_task(config)
+        if config.download and not first:
+            wait_for_all()  # one process downloads
+        task = load_task(config)
+        if config.download and first:
+            wait_for_all()
         build.check_guidance(config.guidance, config, task)
         config, smaller = fitting_batches(config, task)
         if smaller and first:

@@ -1,6 +1,10 @@
 """Reflow on the command line: pairs of a run, training on them, and again."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +130,17 @@ def test_what_is_refused(teacher, tmp_path, capsys):
     ):
         assert main(["reflow", "--run", str(teacher), "--out", out, *MORE, *arguments]) == code, arguments
         assert says in capsys.readouterr().err
+
+
+def test_of_several_processes_one_makes_the_pairs(teacher, tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "flows",
+         "reflow", "--run", str(teacher), "--out", str(out), *MORE, "--warmup-steps", "2"],
+        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written:") == 1
+    assert len(flows.PairedDataset.load(out / "pairs")) == 100
+    assert start(out)["settings"]["processes"] == 2
