@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -92,3 +93,18 @@ def test_whole_data(tmp_path):
     runs = json.loads((tmp_path / "whole_data.json").read_text())["runs"]
     assert [r["method"] for r in runs] == ["FM", "whole, moving, by class"]
     assert runs[1]["cost"] < runs[0]["cost"]
+
+
+def test_few_steps(tmp_path):
+    """Every way to one step, at a tiny budget."""
+    done = run(EXAMPLES / "few_steps.py", "--quick", "--kept", tmp_path / "kept.pt", "--out", tmp_path)
+    assert "| ratio | expected | found | met |" in done.stdout
+    assert (tmp_path / "few_steps_moons.png").stat().st_size > 10_000
+    (rows,) = json.loads((tmp_path / "few_steps_moons.json").read_text())["runs"]
+    assert len(rows) == 19
+    one_step = [name for name, row in rows.items() if row["nfe"] == 1]
+    assert len(one_step) == 12
+    assert rows["FM reflowed twice, one step"]["seconds"] > rows["FM reflowed once, one step"]["seconds"]
+    assert rows["other data"]["W2²"] < min(row["W2²"] for name, row in rows.items() if name != "other data")
+    kept = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert [k.split(": row ")[1] for k in kept if ": row " in k] == ["data", *list(rows)[1:]]
