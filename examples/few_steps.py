@@ -79,7 +79,7 @@ class Setting:
 
 
 SETTINGS = {
-    "moons": Setting(2000, 2000, 1000, 1000, 128, 10_000, 64, 2e-3, 0.75, flows.UniformTimes(), 4000),
+    "moons": Setting(2000, 2000, 1000, 1500, 128, 10_000, 64, 2e-3, 0.75, flows.UniformTimes(), 4000),
     "digits": Setting(1500, 1500, 1000, 1000, 128, 5_000, 128, 1e-3, 0.75, flows.UniformTimes(), 600),
 }
 
