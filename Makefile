@@ -36,7 +36,7 @@ test-quick: $(VENV)/.test
 # In an environment of its own. Old versions warn and break elsewhere: pytest and the like stay those of constraints.txt.
 test-lowest:
 	@test -x build/lowest/bin/python || $(PYTHON) -m venv build/lowest
-	build/lowest/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch pytest pytest-xdist hypothesis
+	build/lowest/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch pytest pytest-xdist hypothesis matplotlib
 	build/lowest/bin/pip install --quiet --disable-pip-version-check --only-binary numpy,scipy,POT,numba,scikit-learn,pillow -c constraints-lowest.txt -e .
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive build/lowest/bin/python -m pytest -n 2 --dist worksteal tests/mbot tests/flows \
 	  tests/setenc tests/contracts
