@@ -227,6 +227,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings of the papers' image runs, by name (flows' command line: --preset)."""
 
 
+# Settings that a resumed run may change, since the trained weights do not depend on them (with more steps, linear decay
+# ends later).
 _FREE = {
     "out", "config", "preset", "data_root", "source_root", "download", "steps", "num_workers", "guidance", "device",
     "compile", "checkpoint_every", "keep", "log_every", "preview_every", "evaluate", "tensorboard", "progress",

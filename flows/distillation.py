@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flows.integrate import evaluate
 from flows.loader import CoupledLoader
-from flows.matching import CoupledBatch, FlowBatch, Objective, VelocityModel, squared_error, weighted_mean
-from flows.pairs import PairedDataset, eval_mode, fingerprint
-from flows.paths import LinearPath
+from flows.matching import (
+    CoupledBatch,
+    FlowBatch,
+    Objective,
+    VelocityModel,
+    check_velocity,
+    squared_error,
+    times_dtype,
+    weighted_mean,
+)
+from flows.pairs import PairedDataset, eval_mode, fingerprint, module_of
+from flows.paths import LinearPath, beside
 from flows.reflow import AnnealingReflow
 from flows.trainer import Trainer
 from mbot import checks
@@ -39,7 +49,7 @@ class Distillation(Objective):
         regression: weight of the regression, >= 0.
         guided: weight of the guided term, >= 0.
         span: first and last t of the guided term, in [0, 1).
-        fresh_noise: z is standard normal; else it is the start points of the batch, for flows that start from data.
+        fresh_noise: z is standard normal; else it is the start points of the batch, for flows that start elsewhere.
 
     >>> teacher, student = flows.models.ResidualMLP(2), flows.models.ResidualMLP(2, width=16)
     >>> Distillation(teacher=teacher).loss(student, torch.randn(8, 2), torch.randn(8, 2)).backward()
@@ -57,7 +67,7 @@ class Distillation(Objective):
             self,
             regression=checks.positive(self.regression, "regression", allow_zero=True),
             guided=checks.positive(self.guided, "guided", allow_zero=True),
-            span=tuple(checks.positive(t, "span", allow_zero=True) for t in self.span),
+            span=tuple(checks.positive(t, "span", allow_zero=True) for t in _as_tuple(self.span)),
         )
         if self.path != LinearPath():
             raise ValueError(f"a student takes one straight step: path must be LinearPath(); got {self.path!r}")
@@ -78,9 +88,7 @@ class Distillation(Objective):
 
     def along(self, batch: CoupledBatch, generator: torch.Generator | None = None) -> FlowBatch:
         """Times of the guided term, with the starts and displacements of the pairs and noise for the guided term."""
-        t, _ = self._times(
-            len(batch.x1), generator, batch.x1.device, torch.promote_types(batch.x1.dtype, torch.float32)
-        )
+        t, _ = self._times(len(batch.x1), generator, batch.x1.device, times_dtype(batch.x1))
         noise = batch.x0
         if self.fresh_noise and self.guided:
             x = batch.x0
@@ -96,9 +104,7 @@ class Distillation(Objective):
             raise ValueError("the batch has no noise: take it from Distillation.along")
         starts = [batch.xt] * (self.regression > 0) + [z] * (self.guided > 0)
         start, y = torch.cat(starts), concatenate([batch.y] * len(starts))
-        step = model(batch.t.new_zeros(len(start)), start, y)
-        if step.shape != start.shape:
-            raise ValueError(f"the model must return velocities of shape {tuple(start.shape)}; got {tuple(step.shape)}")
+        step = check_velocity(model(batch.t.new_zeros(len(start)), start, y), start)
         loss = step.new_zeros(())
         if self.regression:
             loss = loss + self.regression * weighted_mean(squared_error(step[: len(z)], batch.ut), batch.weight)
@@ -112,9 +118,13 @@ class Distillation(Objective):
     def target(self, z: Tensor, step: Tensor, t: Tensor, y: Any = None) -> Tensor:
         """What the guided term regresses the student's steps ``(B, d…)`` from z on, by one call of the teacher."""
         assert self.teacher is not None
-        share = t.reshape(-1, *[1] * (z.ndim - 1)).to(z.dtype)
+        share = beside(t, z).to(z.dtype)
         xt = z + share * step.to(z.dtype)
-        return xt + (1 - share) * self.teacher(t, xt, y) - z
+        return xt + (1 - share) * evaluate(self.teacher, t, xt, y) - z
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def distill(
@@ -139,7 +149,8 @@ def distill(
         student: any module ``model(t, x, y)``, on its device; it is called at t = 0 only. The weights of a reflowed
             model are a good start.
         teacher: velocity model of the guided term, on that device; a module runs in eval mode. None with ``guided=0``.
-        pairs: start points with the teacher's samples, and conditions, which the guided term takes too.
+        pairs: start points with the teacher's samples, and conditions, which the guided term takes too. Pairs that
+            `flows.generate_pairs` made from noise give it fresh noise as well; others, their start points.
         steps: optimiser steps.
         regression: weight of the regression on pairs; 0 for none.
         guided: weight of the guided term; 0 for none.
@@ -156,8 +167,9 @@ def distill(
         ``flows.integrate(model, noise, y=y, method="euler", steps=1)`` draws samples.
 
     Raises:
-        TypeError: pairs of another kind, or no teacher.
-        ValueError: pairs that another model made, or settings out of range.
+        TypeError: pairs of another kind, no teacher, or a student that is no module.
+        ValueError: pairs that another model made, a student that shares weights with the teacher, fewer pairs than a
+            batch, or settings out of range.
         CheckpointError, Interrupted, NonFiniteLoss: as for `flows.Trainer.fit`.
     """
     made = pairs.pairs if isinstance(pairs, AnnealingReflow) else pairs
@@ -165,6 +177,11 @@ def distill(
         raise TypeError(
             f"pairs must be a flows.PairedDataset, such as generate_pairs makes; got {type(pairs).__name__}"
         )
+    if not isinstance(student, nn.Module):
+        raise TypeError(f"student must be a torch.nn.Module called as model(t, x, y); got {type(student).__name__}")
+    trained = {id(p) for p in student.parameters()}
+    if any(id(p) in trained for p in module_of(teacher).parameters()):
+        raise ValueError("the student shares weights with its teacher, which would move with it: give copy.deepcopy(…)")
     maker = teacher if made_by is None else made_by
     if maker is not None and made.teacher not in (None, fingerprint(maker)):
         who = "teacher" if made_by is None else "made_by"
@@ -174,7 +191,7 @@ def distill(
         )
     objective = Distillation(
         teacher=teacher if guided else None, regression=regression, guided=guided, span=span,
-        fresh_noise=made.info.get("start", "noise") == "noise",
+        fresh_noise=made.info.get("start") == "noise",
     )  # fmt: skip
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     loader = CoupledLoader(pairs, batch_size=batch_size, num_workers=num_workers, seed=seed, device=device)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flows.matching import VelocityModel
+from flows.paths import beside
 from mbot import checks
 from mbot.conditions import as_tensor, concatenate
 from mbot.random import draw
@@ -64,7 +65,7 @@ def drop_conditions(y: Any, probability: float, generator: torch.Generator | Non
             return {key: mix(value[key], without[key]) for key in value}
         if isinstance(value, list):
             return [w if gone else v for v, w, gone in zip(value, without, dropped.tolist(), strict=True)]
-        return torch.where(dropped.to(value.device).reshape(-1, *([1] * (value.ndim - 1))), without, value)
+        return torch.where(beside(dropped.to(value.device), value), without, value)
 
     return mix(_droppable(y), null_condition(y))
 
@@ -130,5 +131,5 @@ class GuidedModel:
         if isinstance(scale, Tensor):
             if len(scale) != len(x):
                 raise ValueError(f"scale must hold one number for each of the {len(x)} samples; got {len(scale)}")
-            scale = scale.to(x.device, x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
+            scale = beside(scale.to(x.device, x.dtype), x)
         return without + scale * (given - without)

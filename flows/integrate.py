@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.matching import VelocityModel
+from flows.matching import VelocityModel, check_velocity
 from mbot import checks
 
 METHODS = ("euler", "midpoint", "heun", "rk4", "dopri5")
@@ -139,11 +139,8 @@ def time_grid(method: str, steps: int | None, times: Tensor | None, x: Tensor, *
 
 
 def evaluate(model: VelocityModel, t: Tensor, x: Tensor, y: Any) -> Tensor:
-    """The model's velocity at one time, ``(B, d…)``, with its shape checked."""
-    velocity = model(t.expand(len(x)).to(x.dtype), x, y)
-    if velocity.shape != x.shape:
-        raise ValueError(f"the model must return velocities of shape {tuple(x.shape)}; got {tuple(velocity.shape)}")
-    return velocity
+    """The model's velocity at one time, or one a sample, ``(B, d…)``, with its shape checked."""
+    return check_velocity(model(t.expand(len(x)).to(x.dtype), x, y), x)
 
 
 def solve(

@@ -160,12 +160,21 @@ def regression_loss(model: VelocityModel, batch: FlowBatch) -> Tensor:
     return weighted_mean(squared_error(model(batch.t, batch.xt, batch.y), batch.ut), batch.weight)
 
 
+def check_velocity(velocity: Any, x: Tensor) -> Tensor:
+    """What a model returned, which must be one velocity for each of the points ``x``."""
+    if not isinstance(velocity, Tensor):
+        raise TypeError(
+            f"the model must return a tensor of velocities; got {type(velocity).__name__}. flows.models.wrap takes "
+            "what else models return"
+        )
+    if velocity.shape != x.shape:
+        raise ValueError(f"the model must return velocities of shape {tuple(x.shape)}; got {tuple(velocity.shape)}")
+    return velocity
+
+
 def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
     """Squared error of each sample ``(B,)``, averaged over features, in float32 or better."""
-    if predicted.shape != target.shape:
-        raise ValueError(
-            f"the model must return velocities of shape {tuple(target.shape)}; got {tuple(predicted.shape)}"
-        )
+    check_velocity(predicted, target)
     error = (predicted.float() - target.float()) if target.dtype.itemsize < 4 else predicted - target
     return error.square().flatten(1).mean(1)
 
@@ -177,9 +186,7 @@ def weighted_mean(error: Tensor, weight: Tensor | None) -> Tensor:
 
 def check_coupling(coupling: object) -> Coupling:
     """A coupling, or a TypeError."""
-    if not isinstance(coupling, Coupling):
-        raise TypeError(f"coupling must be an mbot coupling such as OTCoupling(); got {coupling!r}")
-    return coupling
+    return checks.instance(coupling, "coupling", Coupling, "an mbot coupling such as OTCoupling()")
 
 
 @dataclass(frozen=True)
@@ -301,9 +308,7 @@ class LossModule(nn.Module):
 
 def check_objective(objective: object) -> Objective:
     """An objective, or a TypeError."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be one such as flows.MeanFlow(); got {objective!r}")
-    return objective
+    return checks.instance(objective, "objective", Objective, "one such as flows.MeanFlow()")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flows.guidance import GuidedModel, check_share
 from flows.integrate import IntegrationError, evaluate, start_points, state_dtype
-from flows.matching import FlowBatch, Objective, squared_error, weighted_mean
+from flows.matching import FlowBatch, Objective, check_velocity, squared_error, weighted_mean
 from flows.models.condition import interval_length
+from flows.paths import beside
 from flows.times import LogitNormalTimes, TimeLaw
 from mbot import checks
 from mbot.random import draw
@@ -24,6 +25,19 @@ from mbot.random import draw
 def takes_until(model: Any) -> bool:
     """Whether a model of `flows.models` was built for average velocities."""
     return getattr(model, "interval", None) is not None
+
+
+def _average(model: Any, t: Tensor, x: Tensor, y: Any, until: Tensor) -> Any:
+    """An average velocity, or in words that the model has none."""
+    try:
+        return model(t, x, y, until=until)
+    except TypeError as error:
+        if "unexpected keyword argument 'until'" not in str(error):
+            raise
+        raise TypeError(
+            f"average velocities need a model that is called as model(t, x, y, until=until): {error}. Models of "
+            "flows.models take it with average_velocity=True, wrapped ones with order='x, t, until, y'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -81,17 +95,15 @@ class MeanFlow(Objective):
         if batch.until is None:
             raise ValueError("the batch has no intervals: take it from MeanFlow.along")
         x, velocity, until = batch.xt.to(state_dtype(batch.xt)), batch.ut.to(state_dtype(batch.ut)), batch.until
-        length = interval_length(batch.t, until).reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        length = beside(interval_length(batch.t, until), x).to(x.dtype)
 
         def average(x: Tensor, t: Tensor) -> Tensor:
-            return model(t, x, batch.y, until=until)
+            return check_velocity(_average(model, t, x, batch.y, until), x)
 
         with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             if not self.share:
                 return average(x, batch.t), velocity
             u, slope, *_ = jvp(average, (x, batch.t), (velocity, torch.ones_like(batch.t)))
-        if slope.shape != velocity.shape:
-            return u, velocity  # of a wrong shape, which the loss tells
         return u, velocity + length * slope.detach()
 
     @staticmethod
@@ -115,7 +127,7 @@ class MeanFlow(Objective):
         with torch.no_grad():
             for t, end in pairwise(grid):
                 until = end.expand(len(x)).to(x0.dtype)
-                x = x + (end - t) * evaluate(partial(field, until=until), t, x.to(x0.dtype), y).to(x.dtype)
+                x = x + (end - t) * evaluate(partial(_average, field, until=until), t, x.to(x0.dtype), y).to(x.dtype)
         if not bool(x.isfinite().all()):
             raise IntegrationError("the samples are not finite. Check the model's outputs")
         return x.to(x0.dtype)

@@ -95,6 +95,11 @@ class OTBatches:
         self.size = len(self.dataset)  # type: ignore[arg-type]
         self.full, rest = divmod(self.size, self.world * ot_batch_size)
         self.rest = 0 if drop_last else rest // self.world
+        if not self.full and not self.rest and self.pairs is not None:
+            wanted = f"{ot_batch_size}" + (f" for each of {self.world} processes" if self.world > 1 else "")
+            raise ValueError(
+                f"{self.size} pairs are fewer than a batch of {wanted}: lower the batch size, or make more"
+            )
         if not self.full and not self.rest:
             raise ValueError(
                 f"the data set has {self.size} samples, fewer than one OT batch of {self.world * ot_batch_size}"

@@ -59,6 +59,11 @@ def _state(folder: Path) -> dict[str, Any] | None:
         state = json.loads(file.read_text())
         if state["format"] != "flows-pairs" or state["version"] != 1:
             raise ValueError(f"format {state['format']!r}, version {state['version']!r}")
+        missing = [
+            name for name in ("n", "shape", "dtype", "seed", "conditions", "start") if name not in state["settings"]
+        ]
+        if missing:
+            raise ValueError(f"settings without {', '.join(missing)}")
         return {"settings": state["settings"], "done": int(state["done"]), "noise": state["noise"]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} does not describe pairs of this library: {error}") from error
@@ -89,6 +94,10 @@ def begin(folder: Path, made: dict[str, Any], start: Any, given: Any) -> int:
             raise ValueError(f"{folder} holds pairs of other settings; they differ in {differ}. Give another folder")
         if isinstance(start, SeededNoise):
             _check_noise(start, state["noise"], folder)
+        kept = {"x1.npy": True, "x0.npy": made["start"] != "noise", "y.pt": given is not None}
+        lost = [name for name, wanted in kept.items() if wanted and not (folder / name).is_file()]
+        if lost:
+            raise ValueError(f"the pairs in {folder} are damaged: there is no {', '.join(lost)}. Make them anew")
         with open(folder / "x1.npy", "rb") as ends:
             if os.fstat(ends.fileno()).st_size < _offset(ends, made, state["done"]):
                 raise ValueError(f"the pairs in {folder} are damaged: x1.npy is truncated. Make them anew")

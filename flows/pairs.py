@@ -22,7 +22,7 @@ from flows.folder_lock import FolderLock
 from flows.guidance import GuidedModel
 from flows.integrate import integrate
 from flows.interrupt import Interrupted, Signals
-from flows.matching import VelocityModel
+from flows.matching import VelocityModel, check_velocity
 from flows.seeds import SeededNoise
 from mbot import checks
 from mbot import conditions as labels
@@ -40,7 +40,7 @@ class PairedDataset(Dataset[Any]):
         info: how they were made, as plain values; `generate_pairs` fills it in.
 
     Raises:
-        TypeError: x0 or x1 that are no tensors of floating point.
+        TypeError: x0 or x1 that are no tensors of floating point, or of two dtypes.
         ValueError: none at all, or different numbers or shapes.
 
     >>> pairs = PairedDataset(torch.zeros(4, 2), torch.ones(4, 2), torch.arange(4))
@@ -58,6 +58,8 @@ class PairedDataset(Dataset[Any]):
         shape = (len(x0), *x0.shape) if isinstance(x0, SeededNoise) else x0.shape
         if tuple(shape) != tuple(x1.shape):
             raise ValueError(f"x0 and x1 must have the same shape; got {tuple(shape)} and {tuple(x1.shape)}")
+        if self._x0.dtype != x1.dtype:
+            raise TypeError(f"x0 and x1 must have the same dtype; got {self._x0.dtype} and {x1.dtype}")
         labels.check(y, len(x1), "y", "x1")
         self.y, self.info = y, dict(info or {})
         self._positions = range(len(x1))
@@ -82,7 +84,7 @@ class PairedDataset(Dataset[Any]):
             cut._positions = self._positions[row]
             return cut
         x0, x1, y = self.rows(torch.tensor([range(len(self))[row]]))
-        return (x0[0], x1[0]) if y is None else (x0[0], x1[0], labels.select(y, slice(0, 1))[0])
+        return (x0[0], x1[0]) if y is None else (x0[0], x1[0], _first(y))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,9 +104,10 @@ class PairedDataset(Dataset[Any]):
     @cached_property
     def identity(self) -> str:
         """A digest by which a resumed run knows its pairs again."""
-        if self.info:
-            return digest(self.info, self._positions)
-        return digest(self.x0, self.x1, self.y)
+        if self.teacher is None:
+            return digest(self.info, self.x0, self.x1, self.y)
+        some = torch.linspace(0, len(self) - 1, min(64, len(self)), dtype=torch.float64).long()
+        return digest(self.info, self._positions, *self.rows(some))
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Start points, ends and conditions (or None) at some positions."""
@@ -180,7 +183,7 @@ def generate_pairs(
     }  # fmt: skip
 
     def field(t: Tensor, x: Tensor, y: Any) -> Tensor:
-        return model(t.to(dtype), x.to(dtype), y).to(x.dtype)
+        return check_velocity(model(t.to(dtype), x.to(dtype), y), x).to(x.dtype)
 
     def solve(begin: int) -> Tensor:
         rows = torch.arange(begin, min(begin + batch_size, n))
@@ -215,10 +218,13 @@ def generate_pairs(
 def fingerprint(model: Any) -> str:
     """Name and digest of a model's weights (and guidance scale); of a plain function its name."""
     if isinstance(model, GuidedModel):
-        return f"guided by {digest(torch.as_tensor(model.scale))[:8]}: {fingerprint(model.model)}"
+        by = digest(torch.as_tensor(model.scale), getattr(model.null, "__qualname__", ""))[:8]
+        return f"guided by {by}: {fingerprint(model.model)}"
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     name = getattr(model, "__qualname__", type(model).__name__)
-    return f"{name} {digest(model.state_dict())}" if isinstance(model, torch.nn.Module) else name
+    if not isinstance(model, torch.nn.Module):
+        return name
+    return f"{name} {digest(model.state_dict(), model.extra_repr())}"  # wrappers say there how they call their model
 
 
 def digest(*parts: Any) -> str:
@@ -233,6 +239,10 @@ def digest(*parts: Any) -> str:
             for key, value in part.items():
                 hashed.update(f"{key!r}:".encode())
                 add(value)
+        elif isinstance(part, (list, tuple)):
+            hashed.update(f"{len(part)}:".encode())
+            for value in part:
+                add(value)
         else:
             hashed.update(f"{part!r};".encode())
 
@@ -244,7 +254,7 @@ def digest(*parts: Any) -> str:
 @contextmanager
 def eval_mode(model: Any) -> Iterator[None]:
     """The modules of a model in eval mode; they are put back as they were."""
-    modes = {module: module.training for module in _module(model).modules()}
+    modes = {module: module.training for module in module_of(model).modules()}
     try:
         for module in modes:
             module.training = False
@@ -254,7 +264,7 @@ def eval_mode(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _module(model: Any) -> torch.nn.Module:
+def module_of(model: Any) -> torch.nn.Module:
     """The module behind a model; an empty one behind a plain function."""
     while isinstance(model, GuidedModel):
         model = model.model
@@ -269,7 +279,9 @@ def _bar(n: int, progress: bool) -> Any:
 
 def _place(model: Any) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a model's weights."""
-    module = _module(model)
+    if not callable(model):
+        raise TypeError(f"model must be called as model(t, x, y); got {type(model).__name__}")
+    module = module_of(model)
     first = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
     return first.device, first.dtype
 
@@ -277,14 +289,14 @@ def _place(model: Any) -> tuple[torch.device, torch.dtype]:
 def _start(
     model: Any, n: int, shape: int | tuple[int, ...] | None, x0: Tensor | None, seed: int, dtype: torch.dtype
 ) -> Tensor | SeededNoise:
-    shape = (shape,) if isinstance(shape, int) else shape
+    shape = shape if shape is None or isinstance(shape, (tuple, list)) else (checks.count(shape, "shape"),)
     if x0 is not None:
         x0 = checks.finite(checks.floating(x0, "x0"), "x0").detach().cpu().to(dtype)
         if len(x0) != n or x0.ndim < 2 or (shape is not None and x0.shape[1:] != tuple(shape)):
             wanted = "(n, d…)" if shape is None else f"(n, {', '.join(map(str, shape))})"
             raise ValueError(f"x0 must have shape {wanted} with n={n}; got {tuple(x0.shape)}")
         return x0
-    shape = getattr(_module(model), "sample_shape", None) if shape is None else shape
+    shape = getattr(module_of(model), "sample_shape", None) if shape is None else shape
     if shape is None:
         raise ValueError(f"{type(model).__name__} does not tell the shape of a sample (sample_shape): give shape")
     sizes = tuple(checks.count(size, "a size in shape") for size in shape)
@@ -299,12 +311,21 @@ def _conditions(y: Any, n: int) -> Any:
         return None
     if callable(y):
         y = y(torch.arange(n))
+        if y is None:
+            raise TypeError("y must return a condition for each of its positions; it returned None")
     elif isinstance(y, (int, float)) or (isinstance(y, Tensor) and y.ndim == 0):
         y = torch.as_tensor(y).expand(n)
     elif isinstance(y, Tensor) and len(y) == 1:
         y = y.expand(n, *y.shape[1:])
     labels.check(y, n, "y", f"the n={n} pairs")
     return _plain_conditions(y)
+
+
+def _first(y: Any) -> Any:
+    """The first condition of some."""
+    if isinstance(y, Mapping):
+        return {key: _first(value) for key, value in y.items()}
+    return y.iloc[0] if hasattr(y, "iloc") else y[0]
 
 
 def _plain_conditions(y: Any) -> Any:

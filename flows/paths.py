@@ -20,10 +20,9 @@ from mbot import Coupling, EntropicOT, IndependentCoupling, OTCoupling, Sinkhorn
 _FLOOR = 1e-8  # under t (1 - t) in the bridge's velocity, as in the reference implementation
 
 
-def _like(t: Tensor, x: Tensor, keep: bool = False) -> Tensor:
-    """Times ``(B,)`` as ``(B, 1, …)`` beside ``(B, d…)``, in x's dtype unless ``keep``."""
-    t = t.reshape(-1, *([1] * (x.ndim - 1)))
-    return t if keep else t.to(x.dtype)
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """One number a sample ``(B,)`` as ``(B, 1, …)``, to stand beside samples ``(B, d…)``; the dtype stays."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _noise(noise: Tensor | None, path: Path) -> Tensor:
@@ -101,13 +100,13 @@ class AffinePath(Path):
 
     def sample(self, x0: Tensor, x1: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Path.sample`."""
-        at = self.weights(_like(t, x0))
+        at = self.weights(beside(t, x0).to(x0.dtype))
         xt = x0 + at.x1 * (x1 - x0) if self.convex else at.x0 * x0 + at.x1 * x1
         ut = self.speed * (at.x1_rate * x1 + at.x0_rate * x0)
         if not self.needs_noise:
             return xt, ut
         # Near t = 0 and 1, the noise of a bridge needs more digits of the time than half precision has.
-        std, growth = self.std(_like(t.to(torch.promote_types(t.dtype, torch.float32)), x0, keep=True))
+        std, growth = self.std(beside(t.to(torch.promote_types(t.dtype, torch.float32)), x0))
         offset = std * _noise(noise, self)
         drift = 0.0 if isinstance(growth, float) else (growth * offset).to(x0.dtype)
         return xt + offset.to(x0.dtype), ut + drift
@@ -257,6 +256,4 @@ class VariancePreservingPath(AffinePath):
 
 def check_path(path: object) -> Path:
     """A path, or a TypeError."""
-    if not isinstance(path, Path):
-        raise TypeError(f"path must be a flows path such as LinearPath(); got {path!r}")
-    return path
+    return checks.instance(path, "path", Path, "a flows path such as LinearPath()")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from flows.paths import AffinePath, Path
+from flows.paths import AffinePath, Path, beside, check_path
 from mbot import checks
 
 PREDICTIONS = ("velocity", "x1", "noise")
@@ -24,6 +24,7 @@ def check_prediction(prediction: str, path: Path) -> str:
         ValueError: an unknown one; another than the velocity on a path that has noise of its own, or is not affine.
     """
     checks.choice(prediction, "prediction", PREDICTIONS)
+    check_path(path)
     if prediction != "velocity" and (path.needs_noise or not isinstance(path, AffinePath)):
         raise ValueError(f"prediction {prediction!r} needs an affine path without noise of its own; got {path}")
     return prediction
@@ -39,7 +40,7 @@ class _Lines(NamedTuple):
 
 
 def _lines(path: Any, t: Tensor, x: Tensor) -> _Lines:
-    at = path.weights(t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype))
+    at = path.weights(beside(t, x).to(x.dtype))
     return _Lines(at.x0, at.x1, path.speed * at.x0_rate, path.speed * at.x1_rate)
 
 
@@ -67,6 +68,9 @@ class _Velocity(nn.Module):
         super().__init__()
         self.model, self.prediction, self.path = model, prediction, path
 
+    def extra_repr(self) -> str:
+        return f"prediction={self.prediction!r}, path={self.path}"
+
     def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
         t = t.clamp(max=_LATEST) if self.prediction == "x1" else t.clamp(min=_EARLIEST)
         return to_velocity(self.path, self.prediction, t, x, self.model(t, x, y))
@@ -87,6 +91,8 @@ def as_velocity(model: Any, prediction: str, path: Path) -> Any:
     >>> always(torch.tensor([0.5]), torch.zeros(1, 2))
     tensor([[2., 2.]])
     """
+    if not callable(model):
+        raise TypeError(f"model must be called as model(t, x, y); got {type(model).__name__}")
     return model if check_prediction(prediction, path) == "velocity" else _Velocity(model, prediction, path)
 
 

@@ -103,9 +103,11 @@ class AnnealingReflow(Dataset[Any]):
             fresh = draw(torch.randn, *x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
             x0 = math.sqrt(1 - beta**2) * x0 + beta * fresh
         elif beta and self.source is not None:
-            fresh = self.source(len(x0), generator).to(x0)
-            if fresh.shape != x0.shape:
-                raise ValueError(f"source must give points of shape {tuple(x0.shape)}; got {tuple(fresh.shape)}")
+            drawn = self.source(len(x0), generator)
+            if not isinstance(drawn, Tensor) or drawn.shape != x0.shape:
+                got = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+                raise ValueError(f"source must give points of shape {tuple(x0.shape)}; got {got}")
+            fresh = drawn.to(x0)
             replaced = draw(torch.rand, len(x0), *[1] * (x0.ndim - 1), generator=generator, device=x0.device) < beta
             x0 = torch.where(replaced, fresh, x0)
         if self.flip:

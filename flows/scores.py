@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flows.integrate import IntegrationError, Trajectory, evaluate, start_points, state_dtype, time_grid
 from flows.matching import FlowBatch, Objective, VelocityModel, squared_error, weighted_mean
-from flows.paths import AffinePath, Path, SchrodingerBridgePath
+from flows.paths import AffinePath, Path, SchrodingerBridgePath, beside
 from mbot import checks
 from mbot.random import draw
 
@@ -47,7 +47,7 @@ class ScoreMatching(Objective):
             raise ValueError("the batch has no noise: take it from the path of this objective")
         path: Any = self.path
         std = torch.as_tensor(path.std(batch.t)[0], dtype=batch.t.dtype, device=batch.t.device).expand(len(batch))
-        factor = (2 / path.sigma**2 * std).reshape(-1, *[1] * (batch.xt.ndim - 1)).to(batch.noise)
+        factor = beside(2 / path.sigma**2 * std, batch.xt).to(batch.noise)
         return weighted_mean(squared_error(factor * model(batch.t, batch.xt, batch.y), -batch.noise), batch.weight)
 
 

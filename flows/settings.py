@@ -98,10 +98,6 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-# Settings that a resumed run may change, since the trained weights do not depend on them (with more steps, linear decay
-# ends later).
-
-
 def plain(value: Any) -> Any:
     """Settings as numbers, strings, lists and dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -159,6 +159,4 @@ class ShiftedTimes(TimeLaw):
 
 def check_times(times: object, name: str = "times") -> TimeLaw:
     """A time law, or a TypeError."""
-    if not isinstance(times, TimeLaw):
-        raise TypeError(f"{name} must be a time law such as flows.UniformTimes(); got {times!r}")
-    return times
+    return checks.instance(times, name, TimeLaw, "a time law such as flows.UniformTimes()")

@@ -132,6 +132,8 @@ class Trainer:
         self.seed = checks.count(seed, "seed", at_least=0)
         self.ema_decay = check_decay(ema)
         reference = ema_reference_batch
+        if reference is not None and ema is None:
+            raise ValueError("ema_reference_batch is the batch that ema is meant for: give ema")
         self.ema_batch = None if reference is None else checks.count(reference, "ema_reference_batch")
         self.precision = checks.choice(precision, "precision", tuple(_DTYPES))
         self.clip = None if clip is None else checks.positive(clip, "clip")

@@ -227,3 +227,10 @@ def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
     return str(value)
+
+
+def instance(value: Any, name: str, kind: type, such_as: str) -> Any:
+    """An object of a class, which an error describes by an example."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {such_as}; got {value!r}")
+    return value

@@ -20,6 +20,7 @@ from flows.datasets import save_grid
 from flows.settings import ConfigError
 from flows.task import Task
 from flows.trainer import Trainer
+from mbot import checks
 
 
 def parse(kind: Any, arguments: list[str], command: str) -> Any:
@@ -76,6 +77,7 @@ def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer]
         first: whether this process writes.
     """
     one_step = config.objective == "distillation"
+    checks.count(config.evaluate, "--evaluate", at_least=0)
 
     def preview(model: nn.Module, step: int) -> None:
         generator = torch.Generator().manual_seed(config.seed)
@@ -126,7 +128,7 @@ def check_unused(config: TrainConfig) -> None:
 
 def picture(x: torch.Tensor, task: Task, stem: Path) -> Path | None:
     """Images as a grid, points in the plane as a scatter plot (where matplotlib is installed)."""
-    path = stem.with_suffix(".png")
+    path = stem.with_name(f"{stem.name}.png")
     if task.images and task.shape[0] in (1, 3):
         save_grid(x, path, scale=max(1, 32 // task.shape[-1]))
         return path

@@ -8,12 +8,13 @@ from flows import build
 from flows import diagnose as examine
 from flows.commands.common import parse
 from flows.config import DiagnoseConfig
+from mbot import checks
 
 
 def diagnose(arguments: list[str]) -> None:
     """The command ``diagnose``."""
     config: DiagnoseConfig = parse(DiagnoseConfig, arguments, "diagnose")
-
+    checks.count(config.num, "--num")
     task = build.load_task(config)
     generator = torch.Generator().manual_seed(config.seed)
     x1, y = task.draw(config.num, generator)

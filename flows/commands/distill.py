@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from flows import build, checkpoint
-from flows.commands.common import check_unused, parse, processes, run_training
-from flows.commands.reflow import StudentConfig, student_of, student_run
+from flows.commands.common import check_unused, parse, run_training
+from flows.commands.reflow import StudentConfig, check_number, student_of, student_run, teacher_of
 from flows.config import TrainConfig
 from flows.distillation import Distillation
-from flows.guidance import GuidedModel
 from flows.pairs import PairedDataset, fingerprint
 from flows.settings import ConfigError
 from flows.task import Task
@@ -39,20 +38,18 @@ class DistillConfig(StudentConfig):
 def distill(arguments: list[str]) -> None:
     """The command ``distill``."""
     config: DistillConfig = parse(DistillConfig, arguments, "distill")
-    with processes(config.device, config.timeout) as first:
-        device = build.device_of(config.device)
-        trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
-        build.check_guidance(config.guidance, trained, task)
-        field: Any = teacher if config.guidance == 1 else GuidedModel(teacher, config.guidance)
+    with teacher_of(config) as (teacher, device, first):
+        task, field, base, start = teacher.task, teacher.field, teacher.config, teacher.model
         pairs = PairedDataset.load(config.pairs)
         _check_pairs(config, task, field, pairs)
-        _check_flow("--run", config.run, trained)
-        base, start = trained, teacher
+        _check_flow("--run", config.run, base)
         if config.student is not None:
             base, own, start = build.load_run(config.student, None, device)
             _check_flow("--student", config.student, base)
             if own.shape != task.shape:
                 raise ConfigError(f"samples of --student {config.student} have shape {own.shape}, not {task.shape}")
+            if (own.num_classes, own.condition_dim) != (task.num_classes, task.condition_dim):
+                raise ConfigError(f"--student {config.student} takes other conditions than the model of {config.run}")
         # A start has no one end without its condition, so conditions are not dropped.
         changes: dict[str, Any] = {
             "objective": "distillation",
@@ -61,6 +58,7 @@ def distill(arguments: list[str]) -> None:
             "settings": (),
         }
         run = replace(student_run(config, base), **changes)
+        check_number(len(pairs), run)
         student = student_of(config, run, base, task, start)
         objective = Distillation(
             teacher=field, regression=config.regression, guided=config.guided,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flows import build, evaluation
 from flows.commands.common import parse
+from mbot import checks
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class EvaluateConfig:
 def evaluate(arguments: list[str]) -> None:
     """The command ``evaluate``."""
     config: EvaluateConfig = parse(EvaluateConfig, arguments, "evaluate")
-
+    checks.count(config.num, "--num")
     trained, task, model = build.load_run(config.run, config.checkpoint, build.device_of(config.device))
     build.check_guidance(config.guidance, trained, task)
     result = evaluation.evaluate(

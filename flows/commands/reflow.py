@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from flows import build
@@ -98,13 +100,31 @@ class ReflowConfig(StudentConfig):
     """Mirror a random half of the pairs, noise and image alike."""
 
 
+class Teacher(NamedTuple):
+    """The run that a student learns from: its settings, data and model, and the field that the student follows."""
+
+    config: TrainConfig
+    task: Task
+    model: nn.Module
+    field: Any
+
+
+@contextmanager
+def teacher_of(config: StudentConfig) -> Iterator[tuple[Teacher, torch.device, bool]]:
+    """Join the processes, and load the teacher; also its device, and whether this process is the first."""
+    with processes(config.device, config.timeout) as first:
+        device = build.device_of(config.device)
+        trained, task, model = build.load_run(config.run, config.checkpoint, device)
+        build.check_guidance(config.guidance, trained, task)
+        field = model if config.guidance == 1 else GuidedModel(model, config.guidance)
+        yield Teacher(trained, task, model, field), device, first
+
+
 def reflow(arguments: list[str]) -> None:
     """The command ``reflow``."""
     config: ReflowConfig = parse(ReflowConfig, arguments, "reflow")
-    with processes(config.device, config.timeout) as first:
-        device = build.device_of(config.device)
-        trained, task, teacher = build.load_run(config.run, config.checkpoint, device)
-        build.check_guidance(config.guidance, trained, task)
+    with teacher_of(config) as (teacher, device, first):
+        trained, task = teacher.config, teacher.task
         if trained.objective == "distillation":
             raise ConfigError(f"{config.run} is a student of one step, without a flow: reflow the teacher of it")
         run = student_run(config, trained)
@@ -114,10 +134,12 @@ def reflow(arguments: list[str]) -> None:
                 f"--warmup-steps {config.warmup_steps} starts from any point of {trained.source_data}; flows of "
                 f"{config.run} start from those of a class"
             )
-        model = student_of(config, run, trained, task, teacher)
+        model = student_of(config, run, trained, task, teacher.model)
         check_unused(run)
+        checks.count(config.pairs, "--pairs")
+        check_number(config.pairs, run)
         if first:
-            make_pairs(config, task, teacher)
+            make_pairs(config, task, teacher.field)
         wait_for_all()
         pairs = PairedDataset.load(config.out / "pairs")
         source = None if task.source is None else fresh_starts(task)
@@ -169,15 +191,21 @@ def student_of(
     return student
 
 
-def make_pairs(config: ReflowConfig, task: Task, teacher: Any) -> None:
-    """Pairs of the teacher in the folder ``pairs`` of the run; those that are there already are kept."""
+def check_number(pairs: int, run: TrainConfig) -> None:
+    """Refuse fewer pairs than a batch, before they are made."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if pairs < world * run.batch_size:
+        each = f" in each of {world} processes" if world > 1 else ""
+        raise ConfigError(f"{pairs} pairs are fewer than a batch of {run.batch_size}{each}: lower --batch-size")
+
+
+def make_pairs(config: ReflowConfig, task: Task, field: Any) -> None:
+    """Pairs of the teacher's field in the folder ``pairs`` of the run; those that are there already are kept."""
     generator = generator_at(config.seed, "pairs")
-    checks.count(config.pairs, "--pairs")
     y = task.conditions(config.pairs, generator)
     x0: torch.Tensor | None = None if task.source is None else task.starts(config.pairs, y, generator)
     generate_pairs(
-        teacher if config.guidance == 1 else GuidedModel(teacher, config.guidance), config.pairs, y=y,
-        shape=task.shape, x0=x0, method=config.method, steps=config.solver_steps, rtol=config.tolerance,
-        atol=config.tolerance, seed=derive_seed(config.seed, "pairs"), out=config.out / "pairs",
+        field, config.pairs, y=y, shape=task.shape, x0=x0, method=config.method, steps=config.solver_steps,
+        rtol=config.tolerance, atol=config.tolerance, seed=derive_seed(config.seed, "pairs"), out=config.out / "pairs",
         progress=config.progress,
     )  # fmt: skip

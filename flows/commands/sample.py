@@ -13,6 +13,7 @@ from flows import build
 from flows.commands.common import parse, picture
 from flows.config import ONE_STEP, Method
 from flows.settings import ConfigError
+from mbot import checks
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SampleConfig:
 def sample(arguments: list[str]) -> None:
     """The command ``sample``."""
     config: SampleConfig = parse(SampleConfig, arguments, "sample")
-
+    checks.count(config.num, "--num")
     trained, task, model = build.load_run(config.run, config.checkpoint, build.device_of(config.device))
     build.check_guidance(config.guidance, trained, task)
     generator = torch.Generator().manual_seed(config.seed)
@@ -69,6 +70,8 @@ def sample(arguments: list[str]) -> None:
     out = config.out or config.run / "samples" / "sample"
     out.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"x": x.numpy(), "x0": x0.numpy()} | ({} if y is None else {"y": y.numpy()})
-    np.savez(out.with_suffix(".npz"), **arrays)
+    out = out.with_suffix("") if out.suffix in (".npz", ".png") else out
+    file = out.with_name(f"{out.name}.npz")
+    np.savez(file, **arrays)
     shown = picture(x, task, out)
-    print(f"{config.num} samples at {nfe:.0f} NFE: {out.with_suffix('.npz')}" + (f", {shown}" if shown else ""))
+    print(f"{config.num} samples at {nfe:.0f} NFE: {file}" + (f", {shown}" if shown else ""))

@@ -76,6 +76,8 @@ def interval_length(t: Tensor, until: Tensor | None) -> Tensor:
     """Time from ``t`` to ``until``, both ``(B,)``; 0 where ``until`` is None: the velocity at ``t``."""
     if until is None:
         return torch.zeros_like(t)
+    if not isinstance(until, Tensor):
+        raise TypeError(f"until must be a tensor of times {tuple(t.shape)}; got {type(until).__name__}")
     if until.shape != t.shape:
         raise ValueError(f"until must hold one time a sample, {tuple(t.shape)}; got {tuple(until.shape)}")
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((until < t).any()):

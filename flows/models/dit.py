@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.models.condition import condition_embedding, interval_length, refuse_conditions, refuse_until
-from flows.models.parts import attention, sinusoids, time_features
+from flows.models.parts import attention, check_input, sinusoids, time_features
 from mbot import checks
 
 DIT_PRESETS: dict[str, dict[str, Any]] = {
@@ -102,8 +102,9 @@ class DiT(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
         """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``; its mean to ``until``."""
-        batch, channels, height, wide = x.shape
-        side = self.patch_size
+        side, channels = self.patch_size, self.enter.in_features // self.patch_size**2
+        check_input(t, x, self.enter.weight, x.ndim == 4 and x.shape[1] == channels, f"(B, {channels}, H, W)")
+        batch, _, height, wide = x.shape
         if height % side or wide % side:
             raise ValueError(f"sides of images must be multiples of patch_size={side}; got {height} × {wide}")
         embedding = self.time(time_features(t, _TIME_FEATURES).to(x.dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mbot import checks
 from mbot.conditions import as_tensor
 
-_SHOWN = "'t, x, y', 'x, t, y', 'sample=x, timestep=t, class_labels=y', 'x, t, **y' or 'cat'"
+_SHOWN = "'t, x, y', 'x, t, y', 'sample=x, timestep=t, class_labels=y', 'x, t, until', 'x, t, **y' or 'cat'"
 
 
 class WrappedModel(nn.Module):
@@ -40,20 +40,33 @@ class WrappedModel(nn.Module):
                 f"{output!r}"
             )
         self.module = module
-        self.places = _places(order)
+        self.order, self.places = order, _places(order)
         self.output, self.time_scale = output, checks.positive(time_scale, "time_scale")
         self.null_class = None if null_class is None else checks.count(null_class, "null_class", at_least=0)
 
-    def forward(self, t: Tensor, x: Tensor, y: Any = None) -> Tensor:
-        """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``."""
-        t = t * self.time_scale
-        if not self.places:
-            if y is not None:
-                raise ValueError("order='cat' has no place for conditions: wrap a function that joins them to x")
-            return self._velocity(self.module(torch.cat((x, t[:, None].to(x.dtype)), -1)))
-        if y is not None and "y" not in (wanted for _, wanted in self.places):
+    def extra_repr(self) -> str:
+        """How the module is called."""
+        module = "" if isinstance(self.module, nn.Module) else f"{_name(self.module)}, "
+        output = _name(self.output) if callable(self.output) else repr(self.output)
+        return f"{module}{self.order!r}, output={output}, time_scale={self.time_scale:g}, null_class={self.null_class}"
+
+    def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
+        """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``; or its average to ``until``."""
+        has = [wanted for _, wanted in self.places]
+        if y is not None and not has:
+            raise ValueError("order='cat' has no place for conditions: wrap a function that joins them to x")
+        if y is not None and "y" not in has:
             raise ValueError(f"the wrapped model gets no conditions: name y in order, such as {_SHOWN}")
-        given = {"t": t, "x": x, "y": self._condition(y)}
+        if until is not None and "until" not in has:
+            raise ValueError(
+                "the wrapped model gets no until, which average velocities need: name it in order='x, t, until, y'"
+            )
+        end, t = (t if until is None else until) * self.time_scale, t * self.time_scale
+        if not has:
+            if x.ndim != 2:
+                raise ValueError(f"order='cat' appends the time to points (B, d); got x of shape {tuple(x.shape)}")
+            return self._velocity(self.module(torch.cat((x, t[:, None].to(x.dtype)), -1)))
+        given = {"t": t, "x": x, "y": self._condition(y), "until": end}
         positional: list[Any] = []
         named: dict[str, Any] = {}
         for name, wanted in self.places:
@@ -119,8 +132,9 @@ def wrap(
     Args:
         module: what to call. A module's parameters are those of the result; its state dict is that of ``.module``.
         order: the arguments of the call, as it would be written: of ``t``, ``x`` and ``y``, by place or by name.
-            Without conditions (``y=None``) the argument is left out. ``"cat"`` hands over one tensor, ``x`` with the
-            time as its last feature.
+            Without conditions (``y=None``) the argument is left out. Models of average velocities get the end of the
+            interval as ``until``, and the time where none is given; see `flows.MeanFlow`. ``"cat"`` hands over one
+            tensor, ``x`` with the time as its last feature.
         output: what the velocity is of what the call returns: a field, a key, a number in a tuple, or a function of it,
             such as ``lambda out: out.chunk(2, 1)[0]`` for models that predict a variance too. None: all of it.
         time_scale: times are multiplied by it: 1000 for models with time steps of diffusion.
@@ -142,7 +156,7 @@ def wrap(
 def _places(order: str) -> tuple[tuple[str, str], ...]:
     """``(name or "" or "**", what)`` for each argument of a call as it is written; empty for ``"cat"``."""
     refused = ValueError(
-        f"order must be a call's arguments with t and x once and y at most once, {_SHOWN}; got {order!r}"
+        f"order must be a call's arguments with t and x once, y and until at most once, {_SHOWN}; got {order!r}"
     )
     if not isinstance(order, str):
         raise refused
@@ -156,9 +170,14 @@ def _places(order: str) -> tuple[tuple[str, str], ...]:
         if late or not (name in ("", "**") or name.isidentifier()) or (name == "**" and wanted != "y"):
             raise refused
         places.append((name, wanted.strip()))
-    if sorted(wanted for _, wanted in places) not in (["t", "x"], ["t", "x", "y"]):
+    wanted_ones = [wanted for _, wanted in places]
+    if not {"t", "x"} <= set(wanted_ones) <= {"t", "x", "y", "until"} or len(set(wanted_ones)) < len(wanted_ones):
         raise refused
     return tuple(places)
+
+
+def _name(call: Any) -> str:
+    return getattr(call, "__qualname__", type(call).__name__)
 
 
 def _part(out: Any, output: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flows.models.condition import condition_embedding, interval_length, refuse_conditions, refuse_until
+from flows.models.parts import check_input
 from mbot import checks
 
 
@@ -65,6 +66,8 @@ class ResidualMLP(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
         """Velocity at times ``t`` ``(B,)``, points ``x`` ``(B, d…)``, conditions ``y``; or its average to ``until``."""
+        dim = self.inputs.in_features
+        check_input(t, x, self.inputs.weight, x.ndim > 1 and x.shape[1:].numel() == dim, f"(B, d…) of {dim} features")
         hidden = self.inputs(x.flatten(1)) + self.time(t[:, None].to(x.dtype))
         if self.interval is None:
             refuse_until(until)

@@ -1,4 +1,4 @@
-"""What models share: features of times and places, and attention that can be differentiated forwards."""
+"""What models share: checked inputs, features of times and places, attention that can be differentiated forwards."""
 
 from __future__ import annotations
 
@@ -32,3 +32,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if forward_ad.unpack_dual(q).tangent is None:
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
+def check_input(t: Tensor, x: Tensor, weight: Tensor, fits: bool, wanted: str) -> None:
+    """Refuse times and points that a model was not built for.
+
+    Args:
+        t: one time a sample, or one for all.
+        x: points.
+        weight: one of the model's, for its dtype.
+        fits: whether the points have the model's shape.
+        wanted: that shape in words.
+    """
+    if not fits:
+        raise ValueError(f"x must have shape {wanted}; got {tuple(x.shape)}")
+    if not isinstance(t, Tensor) or t.ndim != 1 or len(t) not in (1, len(x)):
+        got = tuple(t.shape) if isinstance(t, Tensor) else repr(t)
+        raise ValueError(f"t must be a tensor of one time a sample, ({len(x)},); got {got}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x and the model's weights must have one dtype; got {x.dtype} and {weight.dtype}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flows.models.condition import condition_embedding, interval_length, refuse_conditions, refuse_until
-from flows.models.parts import time_features
+from flows.models.parts import check_input, time_features
 from mbot import checks
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -144,6 +144,8 @@ class UNet(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, y: Any = None, *, until: Tensor | None = None) -> Tensor:
         """Velocity at times ``t`` ``(B,)``, images ``x`` ``(B, C, H, W)``, conditions ``y``; its mean to ``until``."""
+        channels = self.enter.in_channels
+        check_input(t, x, self.enter.weight, x.ndim == 4 and x.shape[1] == channels, f"(B, {channels}, H, W)")
         embedding = self.time(time_features(t, self.features).to(x.dtype))
         if self.interval is None:
             refuse_until(until)

@@ -68,3 +68,5 @@ def test_the_reference_is_compared_on_resume_and_is_that_of_the_batch_by_itself(
         trainer(tmp_path).fit(resume=True)
     with pytest.raises(ValueError, match="ema_reference_batch must be at least 1; got 0"):
         trainer(ema_reference_batch=0)
+    with pytest.raises(ValueError, match="ema_reference_batch is the batch that ema is meant for: give ema"):
+        trainer(ema=None, ema_reference_batch=5)

@@ -280,6 +280,22 @@ def test_settings_that_do_not_fit(arguments, says, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_numbers_of_samples(tmp_path, capsys):
+    run, tiny = tmp_path / "run", ["--data", "moons", "--steps", "2", "--batch-size", "8", "--ot-batch-size", "8"]
+    train = ["train", *tiny, "--out", str(run)]
+    assert main([*train, "--evaluate=-1"]) == 2
+    assert "--evaluate must be at least 0; got -1" in capsys.readouterr().err
+    assert main([*train, "--evaluate", "0"]) == 0
+    for command in (["sample", "--run", str(run)], ["evaluate", "--run", str(run)], ["diagnose"]):
+        for number in ("0", "-1"):
+            assert main([*command, f"--num={number}"]) == 2
+            assert f"--num must be at least 1; got {number}" in capsys.readouterr().err
+    for name, file in (("a.v1", "a.v1.npz"), ("a.v2", "a.v2.npz"), ("b.npz", "b.npz"), ("c", "c.npz")):
+        assert main(["sample", "--run", str(run), "--num", "2", "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / file).is_file()
+        assert (tmp_path / file.replace(".npz", ".png")).is_file()
+
+
 def test_missing_data_and_runs(tmp_path, capsys):
     assert main(["train", "--data", "mnist", "--data-root", str(tmp_path)]) == 3
     assert "no mnist under" in capsys.readouterr().err

@@ -1,6 +1,10 @@
 """Distillation on the command line: from a run and its pairs to a run that samples in one step."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +95,25 @@ def test_students_and_terms(more, width, settings, runs, tmp_path):
     assert torch.equal(begun.inputs.weight, build.load_run(runs / "teacher", None, CPU)[2].inputs.weight)
 
 
+@pytest.mark.parametrize("guided", ["0", "1"])
+def test_several_processes_train_one_student(guided, runs, tmp_path):
+    """Without noise of their own, as one process with all of the batch does."""
+    out, alone = tmp_path / "two", tmp_path / "alone"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "flows",
+         *command(runs, out), "--batch-size", "16", "--guided", guided],
+        cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written:") == 1
+    assert last(out)["settings"]["processes"] == 2
+    assert main([*command(runs, alone), "--batch-size", "32", "--guided", guided]) == 0
+    a, b = last(out)["model"], last(alone)["model"]
+    near = [torch.allclose(a[name], b[name], rtol=1e-4, atol=1e-6) for name in a]
+    assert all(near) == (guided == "0")
+
+
 def test_what_is_refused(runs, tmp_path, capsys):
     out = tmp_path / "out"
     other = [*TEACHER, "--seed", "5", "--out", str(tmp_path / "other")]
@@ -104,6 +127,8 @@ def test_what_is_refused(runs, tmp_path, capsys):
         (["--run", str(tmp_path / "plain")], 2, "takes no conditions; the pairs have some"),
         (["--pairs", str(three)], 2, "have samples of shape (3,)"),
         (["--pairs", str(tmp_path)], 2, "holds no pairs"),
+        (["--batch-size", "101"], 2, "100 pairs are fewer than a batch of 101: lower --batch-size"),
+        (["--student", str(tmp_path / "plain")], 2, "takes other conditions than the model of"),
         (["--regression", "0", "--guided", "0"], 2, "must not both be 0"),
         (["--regression", "-1"], 2, "regression must"),
     ):

@@ -160,8 +160,8 @@ def test_another_distillation_is_not_gone_on_with(change, says, tmp_path):
 def test_start_points_of_another_kind_are_what_the_guided_term_starts_from(monkeypatch):
     seen = []
     monkeypatch.setattr(flows.Trainer, "fit", lambda self, resume: seen.append(self.objective))
-    for x0, fresh in ((None, True), (torch.rand(24, 2), False)):
-        pairs = made(x0=x0)
+    own = flows.PairedDataset(torch.rand(24, 2), torch.rand(24, 2))  # where these start is not known
+    for pairs, fresh in ((made(), True), (made(x0=torch.rand(24, 2)), False), (own, False)):
         flows.distill(net(), net(1), pairs, steps=1, batch_size=8, progress=False)
         assert seen[-1].fresh_noise == fresh
 
@@ -190,6 +190,7 @@ def test_pairs_of_another_model_are_refused(pairs):
         ({"span": (0.5, 1.0)}, ValueError, "0 <= first <= last < 1"),
         ({"span": (0.6, 0.5)}, ValueError, "0 <= first <= last < 1"),
         ({"span": (0.5,)}, ValueError, "span must be two times"),
+        ({"span": 0.5}, ValueError, "span must be two times"),
         ({"teacher": None}, TypeError, "needs a teacher"),
         ({"path": flows.SchrodingerBridgePath()}, ValueError, "one straight step"),
         ({"path": flows.LinearPath(sigma=0.1)}, ValueError, "one straight step"),
@@ -198,6 +199,26 @@ def test_pairs_of_another_model_are_refused(pairs):
 def test_settings_out_of_range(settings, kind, says):
     with pytest.raises(kind, match=says):
         Distillation(**{"teacher": Square(), **settings})
+
+
+def test_a_teacher_of_other_velocities_is_told():
+    """One that would broadcast."""
+    pairs = flows.PairedDataset(*torch.randn(2, 24, 2))
+    with pytest.raises(ValueError, match=r"must return velocities of shape \(8, 2\); got \(8, 1\)"):
+        flows.distill(net(), lambda t, x, y: x[:, :1], pairs, steps=1, batch_size=8, progress=False)
+
+
+def test_a_student_that_is_its_teacher_is_refused():
+    """It would be its own moving target, or its teacher be gone afterwards."""
+    model = net()
+    wrapped = nn.Module()
+    wrapped.inner = model
+    wrapped.forward = model.forward
+    for student, teacher in ((model, model), (model, wrapped), (wrapped, flows.GuidedModel(model, 2.0))):
+        with pytest.raises(ValueError, match=r"shares weights with its teacher.*copy\.deepcopy"):
+            flows.distill(student, teacher, flows.PairedDataset(*torch.randn(2, 24, 2)), steps=1)
+    with pytest.raises(TypeError, match=r"student must be a torch\.nn\.Module .*; got function"):
+        flows.distill(lambda t, x, y: x, model, made(), steps=1)
 
 
 def test_what_is_no_pairs():

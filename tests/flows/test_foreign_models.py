@@ -151,6 +151,37 @@ def test_other_wrong_arguments():
         wrap(Recorder(), time_scale=0)
     with pytest.raises(ValueError, match="the wrapped model gets no conditions: name y in order"):
         wrap(Recorder(), "x, t")(T, X, LABELS)
+    with pytest.raises(ValueError, match=r"appends the time to points \(B, d\); got x of shape \(3, 1, 2, 2\)"):
+        wrap(Recorder(), "cat")(T, torch.zeros(3, 1, 2, 2))
+    for order in ("x, t", "cat"):
+        with pytest.raises(ValueError, match="gets no until, which average velocities need: name it in order"):
+            wrap(Recorder(), order)(T, X, until=T)
+
+
+@pytest.mark.parametrize("order", ["t, x, y, until=until", "x=x, t=t, y=y, until=until"])
+def test_a_wrapped_model_of_average_velocities_is_the_model_inside(order):
+    torch.manual_seed(0)
+    inner = ResidualMLP(2, num_classes=2, width=8, depth=1, average_velocity=True)
+    torch.nn.init.normal_(inner.interval.weight)
+    model, y = wrap(inner, order), torch.tensor([0, 1, -1])
+    torch.testing.assert_close(model(T, X, y), inner(T, X, y))
+    torch.testing.assert_close(model(T, X, y, until=T + 0.1), inner(T, X, y, until=T + 0.1))
+    x0, x1 = torch.randn(2, 6, 2)
+    labels, objective = torch.arange(6) % 2, flows.MeanFlow(share=1.0)
+    losses = [
+        objective.loss(m, x0, x1, labels, generator=torch.Generator().manual_seed(3)) for m in (inner, model)
+    ]  # fmt: skip
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(flows.MeanFlow.sample(model, x0, labels, 2), flows.MeanFlow.sample(inner, x0, labels, 2))
+
+
+def test_the_end_of_an_interval_is_scaled_as_the_time_is():
+    theirs = Recorder()
+    wrap(theirs, "x, t, r=until", time_scale=10)(T, X, until=T + 0.1)
+    assert torch.equal(theirs.args[1], 10 * T)
+    assert torch.equal(theirs.kwargs["r"], 10 * (T + 0.1))
+    wrap(theirs, "x, t, until", time_scale=10)(T, X)
+    assert torch.equal(theirs.args[2], 10 * T)
 
 
 class Theirs(nn.Module):

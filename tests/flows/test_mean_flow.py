@@ -308,6 +308,16 @@ def test_models_of_average_velocities_begin_as_the_velocity_model(build, shape):
             ValueError,
             "build it with average_velocity=True",
         ),
+        (
+            lambda: MeanFlow().loss(lambda t, x, y: x, *torch.randn(2, 5, 2)),
+            TypeError,
+            r"a model that is called as model\(t, x, y, until=until\): .*unexpected keyword.*order='x, t, until, y'",
+        ),
+        (
+            lambda: MeanFlow.sample(lambda t, x, y: x, torch.randn(5, 2)),
+            TypeError,
+            r"a model that is called as model\(t, x, y, until=until\)",
+        ),
     ],
 )
 def test_bad_input(call, error, says):

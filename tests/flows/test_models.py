@@ -239,6 +239,23 @@ def test_bad_models_and_conditions():
         DiT(3, **SMALL)(torch.rand(1), torch.randn(1, 3, 4, 5))
     with pytest.raises(ValueError, match="built without conditions"):
         DiT(3, **SMALL)(torch.rand(1), torch.randn(1, 3, 4, 4), torch.tensor([1]))
+    for model in (UNet.preset("digits"), DiT.preset("dit", depth=1)):
+        for x in (torch.randn(2, 8, 8), torch.randn(2, 3, 8, 8), torch.randn(2, 2)):
+            with pytest.raises(ValueError, match=r"x must have shape \(B, 1, H, W\); got"):
+                model(torch.rand(len(x)), x)
+    mlp, x = ResidualMLP(2), torch.randn(2, 2)
+    for wrong in (torch.randn(2, 3), torch.randn(2), torch.randn(2, 1, 1)):
+        with pytest.raises(ValueError, match=r"x must have shape \(B, d…\) of 2 features; got"):
+            mlp(torch.rand(2), wrong)
+    for wrong in (0.5, torch.tensor(0.5), torch.rand(3), torch.rand(2, 1)):
+        with pytest.raises(ValueError, match=r"t must be a tensor of one time a sample, \(2,\); got"):
+            mlp(wrong, x)
+    with pytest.raises(TypeError, match=r"one dtype; got torch\.float64 and torch\.float32"):
+        mlp(torch.rand(2), x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlp(torch.rand(2), x.bfloat16()).shape == x.shape
+    with pytest.raises(TypeError, match=r"until must be a tensor of times \(2,\); got float"):
+        ResidualMLP(2, average_velocity=True)(torch.rand(2), x, until=0.7)
     labels = UNet.preset("digits", num_classes=3)
     with pytest.raises(ValueError, match="integer labels"):
         labels(torch.rand(2), torch.randn(2, 1, 8, 8), torch.rand(2))

@@ -204,6 +204,7 @@ def test_kinds_of_conditions(y, stored, tmp_path):
 
 def test_slices():
     pairs = flows.generate_pairs(net(), 10, **FIXED)
+    pairs = flows.PairedDataset(pairs.x0, pairs.x1, torch.arange(10), info=pairs.info)
     loaded = flows.PairedDataset(SeededNoise(0, range(10), (2,)), pairs.x1, torch.arange(10), info=pairs.info)
     part = loaded[2:9:2][1:]
     assert len(part) == 3
@@ -229,6 +230,20 @@ def test_fingerprints_tell_models_apart():
     assert fingerprint(compiled) == fingerprint(two)
 
 
+def test_fingerprints_tell_apart_how_a_model_is_called():
+    """The same weights with other time steps, orders or predictions make other pairs."""
+    inner, wrap, line = net(), flows.models.wrap, flows.LinearPath()
+    models = [
+        wrap(inner, "t, x, y"), wrap(inner, "t, x, y", time_scale=1000), wrap(inner, "t, x, y", output=torch.neg),
+        wrap(inner, "t, x, y", null_class=3), wrap(torch.sin), wrap(torch.cos), flows.as_velocity(inner, "x1", line),
+        flows.as_velocity(inner, "noise", line), flows.as_velocity(inner, "x1", flows.VariancePreservingPath()),
+        flows.GuidedModel(inner, 2.0), flows.GuidedModel(inner, 2.0, null=torch.zeros_like),
+    ]  # fmt: skip
+    found = {fingerprint(model) for model in models}
+    assert len(found) == len(models)
+    assert fingerprint(wrap(net(), "t, x, y", time_scale=1000)) in found
+
+
 def test_shape_of_the_model():
     sizes = {"in_channels": 2, "image_size": 4, "channels": 8, "multipliers": (1,), "blocks": 1, "attention": ()}
     for model, shape in ((flows.models.ResidualMLP(3), (3,)), (flows.models.UNet(**sizes), (2, 4, 4))):
@@ -248,6 +263,11 @@ def test_shape_of_the_model():
         ({"y": "cat"}, TypeError, "y must be a tensor, array, sequence"),
         ({"shape": None}, ValueError, r"function does not tell the shape of a sample \(sample_shape\): give shape"),
         ({"shape": ()}, ValueError, "at least one size"),
+        ({"shape": 2.0}, TypeError, "shape must be an int; got 2.0"),
+        ({"y": lambda rows: None}, TypeError, "y must return a condition for each of its positions"),
+        ({"model": 3}, TypeError, r"model must be called as model\(t, x, y\); got int"),
+        ({"model": lambda t, x, y: x.numpy()}, TypeError, "must return a tensor of velocities; got ndarray"),
+        ({"model": net(), "shape": (3,)}, ValueError, r"x must have shape \(B, d…\) of 2 features; got \(4, 3\)"),
         ({"shape": (2, 0)}, ValueError, "a size in shape must be at least 1"),
         ({"x0": torch.ones(9, 2)}, ValueError, r"x0 must have shape \(n, 2\) with n=10; got \(9, 2\)"),
         ({"x0": torch.ones(10, 3)}, ValueError, r"x0 must have shape \(n, 2\) with n=10; got \(10, 3\)"),
@@ -277,6 +297,12 @@ def test_bad_input(change, kind, says):
         ((torch.zeros(4, 2), torch.zeros(4, 2).long()), TypeError, "x1 must"),
         ((torch.zeros(4, 2), torch.zeros(4, 2), [1, 2, 3]), ValueError, "each of the 4 samples of x1; got 3"),
         ((SeededNoise(0, range(4), (3,)), torch.zeros(4, 2)), ValueError, "the same shape"),
+        (
+            (torch.zeros(4, 2).double(), torch.zeros(4, 2)),
+            TypeError,
+            "the same dtype; got torch.float64 and torch.float32",
+        ),
+        ((SeededNoise(0, range(4), (2,), torch.float64), torch.zeros(4, 2)), TypeError, "the same dtype"),
     ],
 )
 def test_pairs_that_do_not_fit(arguments, kind, says):
@@ -291,6 +317,7 @@ def test_pairs_that_do_not_fit(arguments, kind, says):
         ("pairs.json", lambda b: b.replace(b'"version": 1', b'"version": 2'), "version 2"),
         ("pairs.json", lambda b: b.replace(b"flows-pairs", b"other"), "format 'other'"),
         ("pairs.json", lambda b: b"[1]", "does not describe"),
+        ("pairs.json", lambda b: b.replace(b'"seed"', b'"sed"'), "does not describe .*: settings without seed"),
         ("pairs.json", lambda b: b.replace(b'"noise": [\n  ', b'"noise": [\n  9, '), "comes out otherwise here"),
         ("x1.npy", lambda b: b[:-4], "are damaged"),
         ("x1.npy", lambda b: b"x" + b, "are damaged"),
@@ -313,6 +340,45 @@ def test_a_truncated_folder_is_not_gone_on_with(tmp_path):
     damage(tmp_path, "x1.npy", lambda b: b[: -4 * 8])
     with pytest.raises(ValueError, match=r"x1\.npy is truncated"):
         flows.generate_pairs(**settings)
+
+
+@pytest.mark.parametrize("name", ["x0.npy", "x1.npy", "y.pt"])
+def test_a_folder_that_lost_a_file_is_not_gone_on_with(name, tmp_path):
+    settings = {"model": net(classes=3), "n": 10, "y": 1, "x0": torch.randn(10, 2), "out": tmp_path, **FIXED}
+    flows.generate_pairs(**settings)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=rf"are damaged: there is no {name}\. Make them anew"):
+        flows.generate_pairs(**settings)
+
+
+@pytest.mark.parametrize("kind", ["dict", "Series", "DataFrame"])
+def test_a_pair_has_its_condition_whatever_holds_them(kind):
+    y = {"a": torch.arange(4), "b": list("wxyz")}
+    if kind != "dict":
+        y = getattr(pytest.importorskip("pandas"), kind)([5, 6, 7, 8], index=[9, 8, 7, 6])
+    got = flows.PairedDataset(torch.zeros(4, 2), torch.zeros(4, 2), y)[2][2]
+    if kind == "dict":
+        assert got == {"a": torch.tensor(2), "b": "y"}
+    else:
+        assert int(got if kind == "Series" else got.iloc[0]) == 7
+
+
+def test_the_identity_sees_what_differs():
+    """Pairs of a user's own by all their numbers, made ones by their settings and some rows."""
+    x0, x1 = torch.randn(8, 2), torch.randn(8, 2)
+
+    def identity(x0=x0, x1=x1, y=None, **info):
+        return flows.PairedDataset(x0, x1, y, info=info).identity
+
+    changed = x1.clone()
+    changed[5, 1] += 1e-6
+    rows = [torch.full((2000,), 1.0 + k) for k in range(8)]
+    near = [*rows[:-1], rows[-1] + 1e-4]  # equal in torch's abbreviated text
+    all_of_them = [identity(), identity(x1=changed), identity(x0=x1), identity(by="me"), identity(x1=changed, by="me"),
+                   identity(y=torch.arange(8)), identity(y=rows), identity(y=near), identity(teacher="f"),
+                   identity(x1=changed, teacher="f"), identity(y=torch.arange(8), teacher="f")]  # fmt: skip
+    assert len(set(all_of_them)) == len(all_of_them)
+    assert identity(by="me") == identity(by="me")
 
 
 # Served by a loader
@@ -384,6 +450,12 @@ def test_what_does_not_go_with_pairs(settings, says, annealed):
     pairs = flows.AnnealingReflow(made(), 5) if annealed else made()
     with pytest.raises(ValueError, match=says):
         flows.CoupledLoader(pairs, batch_size=4, **settings)
+
+
+def test_fewer_pairs_than_a_batch_are_told():
+    with pytest.raises(ValueError, match="20 pairs are fewer than a batch of 32: lower the batch size, or make more"):
+        flows.CoupledLoader(made(), batch_size=32)
+    assert len(next(iter(flows.CoupledLoader(made(), batch_size=32, drop_last=False)))) == 20
 
 
 def test_a_path_with_a_coupling_of_its_own_does_not_go_with_pairs():

@@ -170,3 +170,7 @@ def test_noise_of_the_path_hides_the_ends(path, prediction):
 def test_unknown_predictions_are_refused():
     with pytest.raises(ValueError, match="prediction must be one of 'velocity', 'x1', 'noise'; got 'x0'"):
         FlowMatching(prediction="x0")
+    with pytest.raises(TypeError, match="path must be a flows path such as LinearPath"):
+        flows.as_velocity(lambda t, x, y: x, "x1", None)
+    with pytest.raises(TypeError, match="model must be called as"):
+        flows.as_velocity(3, "x1", flows.LinearPath())

@@ -186,3 +186,6 @@ def test_a_source_of_the_wrong_kind_is_told():
     annealing = flows.AnnealingReflow(made(), 10, source=lambda n, generator: torch.randn(n, 3))
     with pytest.raises(ValueError, match=r"shape \(24, 2\); got \(24, 3\)"):
         annealing.anneal(flows.CoupledBatch(made().x0, made().x1), 0)
+    annealing = flows.AnnealingReflow(made(), 10, source=lambda n, generator: (torch.randn(n, 2), None))
+    with pytest.raises(ValueError, match=r"shape \(24, 2\); got tuple"):
+        annealing.anneal(flows.CoupledBatch(made().x0, made().x1), 0)

@@ -125,7 +125,7 @@ def test_what_is_refused(teacher, tmp_path, capsys):
         (["--resume", "--warmup-steps", "3"], 3, "differ in annealing"),
         (["--resume", "--lr", "5e-5"], 2, "--lr: then 0.001, now 5e-05"),
         (["--out", out + "2", "--flip"], 2, "flip mirrors images"),
-        (["--out", out + "3", "--pairs", "20"], 2, "20 samples, fewer than one OT batch of 32"),
+        (["--out", out + "3", "--pairs", "20"], 2, "20 pairs are fewer than a batch of 32: lower --batch-size"),
         (["--out", out + "4", "--solver-steps", "0"], 2, "steps must be at least 1"),
     ):
         assert main(["reflow", "--run", str(teacher), "--out", out, *MORE, *arguments]) == code, arguments
