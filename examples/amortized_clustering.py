@@ -23,7 +23,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
-from common import Beside, arguments, plotter, save, save_picture, slot_block, spread, table
+from common import Beside, arguments, best_bold, plotter, save, save_picture, slot_block, spread, table
 from setenc_stream import contours, streams
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -302,12 +302,10 @@ def page(
     """The tables, and how to read them."""
     lines = {str(run): (runs, "all") for run, runs in found.items()}
     lines |= {f"{run}; read whole": (runs, "whole") for run, runs in found.items() if run.model == "Set Transformer"}
-    best = [min(column) for column in zip(*(averages(*line) for line in lines.values()), strict=True)]
-    rows, ends = [], []
-    for name, (runs, part) in lines.items():
-        values = zip(*(run["nll"][part] for run in runs), strict=True)
-        cells = [f"**{spread(v)}**" if mean(v) == b else spread(v) for v, b in zip(values, best, strict=True)]
-        rows.append([name, *cells, 1000 * mean(run["seconds"] for run in runs)])
+    rows = best_bold({name: [run["nll"][part] for run in runs] for name, (runs, part) in lines.items()})
+    for row, (runs, _) in zip(rows, lines.values(), strict=True):
+        row.append(f"{1000 * mean(run['seconds'] for run in runs):.4g}")
+    ends = []
     kinds = next(iter(found.values()))[0]["streams"]
     for run, runs in found.items():
         apart = max(each["apart"] for each in runs)
@@ -379,7 +377,7 @@ def main() -> None:
     streaming = next(run for run in found if run.model != "Set Transformer")
     gradient = exact_against_full(found[streaming][0]["model"], test.x[:BATCH, :POINTS])
     oracle = float(test.oracle_nll()), float(fresh)
-    name = "amortized_clustering" + "_seeds" * (args.seeds > 1)
+    name = "amortized_clustering" + f"_{args.steps}_steps" * (args.seeds > 1)
     picture(found, oracle[0], spaced_set(POINTS, args.seed), args.out / f"{name}.png")
     content = {"oracle_nll": oracle[0], "oracle_nll_fresh": oracle[1], "exact_against_full": gradient}
     save(name, args, page(found, oracle, gradient, args), {**content, "runs": figures(found, args.steps)})

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -77,6 +78,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join((text[0], "|" + "---|" * len(header), *text[1:]))
 
 
+def best_bold(models: dict[str, list[list[float]]]) -> list[list[str]]:
+    """Rows of a table, one a model: mean and spread over ``[seed][column]``, the smallest of each column bold."""
+    columns = {name: [list(values) for values in zip(*runs, strict=True)] for name, runs in models.items()}
+    best = [min(map(mean, column)) for column in zip(*columns.values(), strict=True)]
+    return [
+        [name, *(f"**{spread(v)}**" if mean(v) == b else spread(v) for v, b in zip(values, best, strict=True))]
+        for name, values in columns.items()
+    ]
+
+
 def train_flow(
     model: torch.nn.Module,
     coupling: mbot.Coupling,
@@ -131,6 +142,15 @@ class Beside(torch.nn.Module):
 def slot_block(width: int, num_heads: int) -> torch.nn.Module:
     """A transformer block on slots, normalised before each half."""
     return torch.nn.TransformerEncoderLayer(width, num_heads, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+
+
+def cifar10_images(root: Path, *, train: bool) -> Tensor:
+    """Bytes ``(N, 3, 32, 32)`` of the official batches, or of an npz with ``x_train`` and ``x_test``, channels last."""
+    for path in sorted(root.glob("cifar10/*.npz")):
+        with np.load(path) as file:
+            if "x_train" in file:
+                return torch.from_numpy(file["x_train" if train else "x_test"]).permute(0, 3, 1, 2)
+    return flows.datasets.cifar10(root, train=train).images
 
 
 def plotter() -> Any:

@@ -1,8 +1,7 @@
-"""Multiple-instance learning: a label for a bag of instances, from benchmark molecules to bags of 100,000.
+"""Multiple-instance learning: a label for a bag of instances, in bags of up to 100,000.
 
-    python examples/mil.py                                          # rare instances, bags of digits; 3 minutes
-    python examples/mil.py --data-root DATA --parts benchmark       # MUSK, Elephant, Fox, Tiger, ...: DATA/mil/*.npz
-    python examples/mil.py --data-root DATA --parts digits          # bags of MNIST digits
+    python examples/mil.py                                     # rare instances, bags of digits; 3 minutes
+    python examples/mil.py --data-root DATA --parts digits     # bags of MNIST digits
 
 Six models on the same features: UMBC (8 slots, a set transformer on them; Willette et al. 2023, arXiv 2208.12401),
 UMBC with the largest logit of a single instance beside it (their model of slides), DSMIL (attention from the instance
@@ -14,8 +13,8 @@ arXiv 1802.04712), and Deep Sets with maximum and mean.
   area under the ROC curve, and the accuracy at the middle of the mean logits of 16 fresh bags of that size. What moves
   between the three is the threshold, not the instances.
 * ``digits``: bags of about 10 images, positive with a 9 among them (the pattern of Ilse et al.).
-* ``benchmark``: stratified cross-validation over the bags. Features are standardised by the training folds alone; the
-  number of steps is fixed beforehand, so that no test bag chooses anything.
+
+Molecules, animals, proteins and birds are in ``mil_benchmark.py``.
 """
 
 from __future__ import annotations
@@ -25,12 +24,10 @@ import resource
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from common import arguments, he_init, plotter, save, save_picture, spread, table
 from torch import Tensor, nn
@@ -43,7 +40,6 @@ from setenc import tasks
 
 MODELS = ("UMBC", "UMBC + instance", "DSMIL", "gated attention", "Deep Sets, max", "Deep Sets, mean")
 COLOURS = dict(zip(MODELS, ("#1b7837", "#7fbf7b", "#e08214", "#2166ac", "#b2182b", "#f4a582"), strict=True))
-BENCHMARKS = ("musk1", "musk2", "elephant", "fox", "tiger", "protein", "birds_brown_creeper", "corel_dogs")
 
 
 class PooledBags(nn.Module):
@@ -136,66 +132,6 @@ def middle(score: Tensor, labels: Tensor) -> float:
     """The threshold half way between the mean logits of positive and of negative bags."""
     logits = score.double().logit(eps=1e-7)
     return float(((logits[labels > 0.5].mean() + logits[labels < 0.5].mean()) / 2).sigmoid())
-
-
-# Benchmark bags ------------------------------------------------------------------------------------------------------
-
-
-def load_bags(path: Path) -> tuple[list[Tensor], Tensor]:
-    """Bags ``(n_i, d)`` and labels ``(B,)`` of an npz with instances ``x``, bounds ``ptr`` and labels ``y``."""
-    with np.load(path) as file:
-        x, bounds = torch.from_numpy(file["x"]).float(), file["ptr"]
-        labels = torch.from_numpy(file["y"]).float()
-    return [x[a:b] for a, b in pairwise(bounds)], labels
-
-
-def cross_validate(
-    name: str, bags: list[Tensor], labels: Tensor, args: argparse.Namespace, seed: int
-) -> dict[str, float]:
-    """Accuracy over all folds of one shuffle, and the mean AUC of the folds."""
-    from sklearn.model_selection import StratifiedKFold
-
-    folds = StratifiedKFold(args.folds, shuffle=True, random_state=seed)
-    right, areas = 0, []
-    for fold, (train, test) in enumerate(folds.split(labels, labels)):
-        torch.manual_seed(1000 * seed + fold)
-        known = setenc.Ragged.of([bags[i] for i in train])
-        shift, scale = known.values.mean(0), known.values.std(0)
-        scale = scale.where(scale > 1e-6, 1)
-        known = setenc.Ragged((known.values - shift) / scale, known.offsets)
-        model = build(name, known.values.shape[1], 64, 0.5)
-        fit(model, lambda _, known=known, train=train: (known, labels[train]), args.benchmark_steps, 2e-3)
-        with torch.no_grad():
-            score = model.score([(bags[i] - shift) / scale for i in test])
-        found = measures(score, labels[test])
-        right += round(found["accuracy"] * len(test))
-        areas.append(found["auc"])
-    return {"accuracy": right / len(bags), "auc": mean(areas)}
-
-
-def benchmark(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, Any]]:
-    """Accuracies of cross-validation on the classical bags that are there."""
-    if args.data_root is None:
-        raise SystemExit("--parts benchmark reads files: give --data-root with mil/musk1.npz and others in it")
-    paths = [args.data_root / "mil" / f"{name}.npz" for name in BENCHMARKS]
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise SystemExit(f"no bags in {args.data_root / 'mil'}: looked for {', '.join(BENCHMARKS)} (.npz)")
-    found: dict[str, dict[str, list[dict[str, float]]]] = {name: {} for name in MODELS}
-    for path in tqdm(paths, desc="benchmark", unit="set"):
-        bags, labels = load_bags(path)
-        for name in MODELS:
-            found[name][path.stem] = [cross_validate(name, bags, labels, args, seed) for seed in seeds]
-            print(path.stem, name, found[name][path.stem], flush=True)
-    tables = []
-    for measure, says in (("accuracy", "accuracy"), ("auc", "AUC, mean over folds")):
-        rows = [[name, *(spread([r[measure] for r in v]) for v in sets.values())] for name, sets in found.items()]
-        tables.append(table([says, *found[MODELS[0]]], rows))
-    text = (
-        f"{args.folds}-fold cross-validation, mean ± deviation over {len(seeds)} shuffles, "
-        f"{args.benchmark_steps} full-batch steps. Published accuracies: none at hand.\n\n" + "\n\n".join(tables)
-    )
-    return text, {"sets": found}
 
 
 # Bags of digits ------------------------------------------------------------------------------------------------------
@@ -353,36 +289,37 @@ def picture(figures: dict[str, Any], path: Path) -> None:
                 ax.plot(sizes, values, style, color=COLOURS[run["model"]], ms=4, label=name)
             ax.set(xscale="log", xlabel="instances of a bag", title="10 positive instances: accuracy")
         else:
-            groups = (
-                {"": {k: [r["accuracy"] for r in v] for k, v in found["runs"].items()}} if part == "digits" else None
-            )
-            if groups is None:
-                names = list(next(iter(found["sets"].values())))
-                groups = {
-                    s: {m: [r["accuracy"] for r in by_set[s]] for m, by_set in found["sets"].items()} for s in names
-                }
-            for i, (name, colour) in enumerate(COLOURS.items()):
-                heights = [mean(group[name]) for group in groups.values()]
-                ax.bar(np.arange(len(groups)) + (i - 2.5) * 0.14, heights, 0.13, color=colour, label=name)
-            ax.set_xticks(range(len(groups)), list(groups))
-            ax.set(ylim=(0.4, 1), title={"digits": "bags of digits: accuracy"}.get(part, "cross-validated accuracy"))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+            bars(ax, {"": {name: [run["accuracy"] for run in runs] for name, runs in found["runs"].items()}})
+            ax.set(ylim=(0.4, 1), title="bags of digits: accuracy")
+        legend(ax)
     figure.tight_layout()
     save_picture(figure, path)
 
 
-PARTS = {"large": large, "digits": digits, "benchmark": benchmark}
-TITLES = {"large": "Rare instances in large bags", "digits": "Bags of digits", "benchmark": "Benchmark bags"}
+def bars(ax: Any, groups: dict[str, dict[str, list[float]]]) -> None:
+    """A group of bars for each name: the mean of every model's values."""
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        heights = [mean(group[name]) for group in groups.values()]
+        places = [place + (i - 2.5) * 0.14 for place in range(len(groups))]
+        ax.bar(places, heights, 0.13, color=colour, label=name)
+    ax.set_xticks(range(len(groups)), list(groups))
+
+
+def legend(ax: Any) -> None:
+    """Below a panel without a frame."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+PARTS = {"large": large, "digits": digits}
+TITLES = {"large": "Rare instances in large bags", "digits": "Bags of digits"}
 
 
 def main() -> None:
     parser = arguments(__doc__, "mil")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), help="default: all that have data")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of digits and benchmark")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--seeds", type=int, default=2, help="runs of digits")
     parser.add_argument("--large-seeds", type=int, default=1, help="runs of large")
-    parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--benchmark-steps", type=int, default=100)
     parser.add_argument("--digit-steps", type=int, default=400)
     parser.add_argument("--bags", type=int, default=200, help="training bags of digits")
     parser.add_argument("--sizes", type=int, nargs=4, default=[100, 1000, 10_000, 100_000], help="of large bags")
@@ -391,13 +328,12 @@ def main() -> None:
     args = parser.parse_args()
     args.stages = [(16, 200), (8, 100), (4, 30), (2, 10)]
     if args.quick:
-        args.seeds, args.folds, args.benchmark_steps, args.digit_steps, args.bags = 1, 2, 10, 50, 60
+        args.seeds, args.digit_steps, args.bags = 1, 50, 60
         args.sizes, args.stages, args.chunk = [50, 200, 1000, 20_000], [(8, 20), (8, 10), (4, 5), (1, 2)], 1000
         args.test_bags = 8
-    parts = args.parts or [part for part in PARTS if part != "benchmark" or args.data_root]
     args.out.mkdir(parents=True, exist_ok=True)
     page, figures = "# Multiple-instance learning", {}
-    for part in parts:
+    for part in args.parts:
         count = args.large_seeds if part == "large" else args.seeds
         text, figures[part] = PARTS[part](args, list(range(args.seed, args.seed + count)))
         page += f"\n\n## {TITLES[part]}\n\n{text}"

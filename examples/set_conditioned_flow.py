@@ -18,19 +18,15 @@ Compared at equal budgets: the coupling (independent, OT that ignores the set, C
 C²OT. Two more UMBC under C²OT: for populations one whose slots tell their mass, since shares of a population are what a
 mean forgets; for digits one whose slots start at places far from each other and are asked by place: what each of the
 64 pixels reads, in four numbers, is the condition (`SlotQuery`).
-
-Test populations are streamed: one state reads 10,000 points chunk by chunk and is asked after 10, 100, 1000 and 10,000.
-No published values exist: the combination is new.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
 from functools import partial
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import Beside, arguments, he_init, plotter, save, save_picture, slot_block, spread, table
@@ -49,8 +45,7 @@ SOLVERS = {"many": {"method": "rk4", "steps": 8}, "few": {"method": "euler", "st
 Scores = dict[str, dict[int, float]]
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(NamedTuple):
     """Sets ``(S, n, e)``, samples to generate ``(T, d)``, and the set that conditions each of these ``(T,)``."""
 
     observed: Tensor
@@ -71,27 +66,24 @@ class SetFlow(nn.Module):
     def __init__(self, encoder: str, task: Task, width: int) -> None:
         super().__init__()
         features: nn.Module = setenc.MLPDecoder(task.element_dim, width, num_layers=3, hidden_dim=width)
-        self.query = None
+        self.query, size = None, width
         if encoder == ASKED:
             features = Beside(nn.Identity(), features)
-            pooling: setenc.Pooling = setenc.SlotPooling(
-                task.element_dim + width, width, 16, num_heads=1, residual=False
-            )
+            in_dim = task.element_dim + width
+            pooling: setenc.Pooling = setenc.SlotPooling(in_dim, width, 16, num_heads=1, residual=False)
             decoder: nn.Module = nn.Sequential(slot_block(width, 4), nn.LayerNorm(width))
-        elif encoder == "Deep Sets":
-            pooling = setenc.DeepSetsPooling(width, width)
-            decoder = setenc.MLPDecoder(width, hidden_dim=2 * width, num_layers=4)
-        else:
-            pooling = setenc.SlotPooling(width, width, task.slots)
-            decoder = setenc.SetTransformerDecoder(width, 2, num_outputs=1)
-        size = width
-        if encoder == ASKED:
             targets = task.places()
-            size = 4 * len(targets)
-            self.query = setenc.SlotQuery(pooling, columns=slice(0, targets.shape[1]))
+            columns, size = slice(0, targets.shape[1]), 4 * len(targets)
+            self.query = setenc.SlotQuery(pooling, columns=columns)
             self.register_buffer("targets", targets, persistent=False)
             self.reading = he_init(nn.Sequential(nn.Linear(width, 4), nn.Flatten(), nn.BatchNorm1d(size, affine=False)))
         else:
+            if encoder == "Deep Sets":
+                pooling = setenc.DeepSetsPooling(width, width)
+                decoder = setenc.MLPDecoder(width, hidden_dim=2 * width, num_layers=4)
+            else:
+                pooling = setenc.SlotPooling(width, width, task.slots)
+                decoder = setenc.SetTransformerDecoder(width, 2, num_outputs=1)
             # What tells sets apart is small at first, and whatever they share grows: standardised, it cannot fade.
             decoder = nn.Sequential(decoder, nn.Flatten(), nn.BatchNorm1d(width, affine=False))
         self.enc = setenc.UMBC(features, pooling, decoder, mass_feature=encoder in (MASS, ASKED))
@@ -100,15 +92,15 @@ class SetFlow(nn.Module):
             nn.init.normal_(self.enc.mass_map.weight, std=0.1)
         if encoder == ASKED:
             elements = task.draw(torch.Generator().manual_seed(0)).observed
-            pooling.init_slots(features(elements), columns=slice(0, self.targets.shape[1]))
+            pooling.init_slots(features(elements), columns=columns)
         self.field = flows.models.ResidualMLP(task.sample_dim, condition_dim=size, width=task.field_width, expansion=2)
 
     def condition(self, observed: Any, **options: Any) -> Tensor:
         """Conditions ``(S, c)`` of sets; ``options`` (gradient, chunk_size, …) go to `setenc.encode`."""
         output = setenc.encode(self.enc, observed, **options)
-        if self.query is None:
-            return output
-        return self.reading(self.query(output, self.targets.expand(len(output), -1, -1)))
+        if self.query is not None:
+            output = self.reading(self.query(output, self.targets.expand(len(output), -1, -1)))
+        return output
 
     def loss(self, batch: Batch, coupling: mbot.Coupling, generator: torch.Generator, **options: Any) -> Tensor:
         """Flow matching under a coupling that may look at the sets' identity and at their (detached) embeddings."""
@@ -125,7 +117,7 @@ class SetFlow(nn.Module):
 
 
 class Population:
-    """Points of a random Gaussian mixture condition a flow to fresh points of it; squared W2 to the true population."""
+    """Points of a random Gaussian mixture, streamed, condition a flow to fresh ones; squared W2 to the truth."""
 
     name, unit, score, element_dim, sample_dim, field_width = "population", "points", "W2²", 2, 2, 64
     slots, panels, wait, extra = 16, (3, 5), 0.0, ((MASS, "C²OT"),)
@@ -142,11 +134,9 @@ class Population:
         x = self.draw_sets(test_sets, self.counts[-1] + 2 * test_points, generator=generator).x
         self.observed, self.fresh, self.again = x.split([self.counts[-1], test_points, test_points], 1)
         self.noise = torch.randn(self.fresh.shape, generator=generator)
-        picks = {n: torch.randint(n, (test_points,), generator=generator) for n in self.counts}
-        self.references = {
-            "the observed points": {n: self.distance(self.observed[:, pick]) for n, pick in picks.items()},
-            "fresh true points": dict.fromkeys(self.counts, self.distance(self.again)),
-        }
+        picks = {n: self.observed[:, torch.randint(n, (test_points,), generator=generator)] for n in self.counts}
+        self.references = {"the observed points": {n: self.distance(x) for n, x in picks.items()}}
+        self.references["fresh true points"] = dict.fromkeys(self.counts, self.distance(self.again))
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Fresh mixtures: 10 to ``largest`` observed points (log-uniform), other points as targets."""
@@ -172,10 +162,8 @@ class Population:
     def evaluate(self, model: SetFlow) -> Scores:
         """Squared W2 over the number of observed points, with many and with few solver steps."""
         conditions = self.conditions(model)
-        return {
-            solver: {n: self.distance(model.generate(c, self.noise, solver)) for n, c in conditions.items()}
-            for solver in SOLVERS
-        }
+        draw = partial(model.generate, noise=self.noise)
+        return {s: {n: self.distance(draw(c, solver=s)) for n, c in conditions.items()} for s in SOLVERS}
 
     def remarks(self, _: Any, model: SetFlow) -> tuple[str, dict[str, Any]]:
         """What streaming costs: the size of the state, and how far streamed conditions are from those of whole sets."""
@@ -194,19 +182,12 @@ class Population:
         """A row a population: its first points and what the flow makes of them."""
         samples = {n: model.generate(c, self.noise, "many") for n, c in self.conditions(model).items()}
         first, last = self.counts[0], self.counts[-1]
-        columns = [
-            (f"{first} observed", self.observed[:, :first]),
-            *((f"generated after {n:,}", samples[n]) for n in (first, self.counts[1], last)),
-            ("true", self.fresh),
-        ]
+        generated = [(f"generated after {n:,}", samples[n]) for n in (first, self.counts[1], last)]
+        columns = [(f"{first} observed", self.observed[:, :first]), *generated, ("true", self.fresh)]
         for row, line in enumerate(axes):
             for ax, (title, points) in zip(line, columns, strict=True):
-                ax.scatter(
-                    *points[row].T,
-                    s=14 if points.shape[1] <= 10 else 2,
-                    lw=0,
-                    color=COLOURS[0] if "gen" in title else "0.2",
-                )
+                colour = COLOURS[0] if "gen" in title else "0.2"
+                ax.scatter(*points[row].T, s=14 if points.shape[1] <= 10 else 2, lw=0, color=colour)
                 ax.set(xlim=(-5.5, 5.5), ylim=(-5.5, 5.5), aspect="equal")
                 if row == 0:
                     ax.set_title(title, fontsize=9)
@@ -224,22 +205,16 @@ class Digits:
         self.conditional = mbot.ConditionalOTCoupling({"embedding": "continuous"}, target_ratio=0.01)
         self.options: dict[str, Any] = {}
         images, labels = flows.datasets.digits().rows(torch.randperm(1797, generator=torch.Generator().manual_seed(0)))
-        self.batch, self.counts = 128, (5, 10, 20, 40)
-        test = 60 if args.quick else 360
-        self.train, self.test, self.labels = (
-            images[:1437] / 2 + 0.5,
-            images[1437:][:test] / 2 + 0.5,
-            labels[1437:][:test],
-        )
+        self.batch, self.counts, test = 128, (5, 10, 20, 40), 60 if args.quick else 360
+        self.train, self.test = images[:1437] / 2 + 0.5, images[1437:][:test] / 2 + 0.5
+        self.labels = labels[1437:][:test].repeat_interleave(4)
         self.classifier = SVC().fit(self.train.flatten(1).numpy(), labels[:1437].numpy())
         generator = torch.Generator().manual_seed(args.seed + 1000)
         self.pixels = {n: tasks.pixel_sets(self.test, n, generator=generator)[0] for n in self.counts}
         self.noise = torch.randn(test, 4, 64, generator=generator)
-        near = {n: self.neighbours(pixels) for n, pixels in self.pixels.items()}
-        self.references = {"4 nearest training images": {n: self.energy(x) for n, x in near.items()}}
-        self.found: dict[str, dict[int, float]] = {
-            "4 nearest training images": {n: self.right(x) for n, x in near.items()}
-        }
+        name, near = "4 nearest training images", {n: self.neighbours(pixels) for n, pixels in self.pixels.items()}
+        self.references = {name: {n: self.energy(x) for n, x in near.items()}}
+        self.found = {name: {n: self.right(x) for n, x in near.items()}}
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Training images, and 4 to 64 pixels of each."""
@@ -268,19 +243,13 @@ class Digits:
         return 2 * self.train.flatten(1)[near] - 1
 
     def energy(self, x: Tensor) -> float:
-        """Energy score (Gneiting and Raftery 2007) ``E|x - y| - E|x - x'| / 2`` of samples ``(T, m, 64)``."""
+        """Energy score (Gneiting and Raftery 2007) ``E|x - y| - E|x - x'| / 2`` of samples ``(T, 4, 64)``."""
         truth = 2 * self.test.flatten(1)[:, None] - 1
-        m = x.shape[1]
-        between = torch.cdist(x, x).sum((1, 2)) / (m * (m - 1))
-        return float(((x - truth).norm(dim=2).mean(1) - between / 2).mean())
+        return float(((x - truth).norm(dim=2).mean(1) - torch.cdist(x, x).sum((1, 2)) / 4 / 3 / 2).mean())
 
     def right(self, x: Tensor) -> float:
         """Share of samples in which a classifier of real images sees the true digit."""
-        return float(
-            (
-                self.classifier.predict((x / 2 + 0.5).flatten(0, 1).numpy()) == self.labels.repeat_interleave(4).numpy()
-            ).mean()
-        )
+        return float((self.classifier.predict((x / 2 + 0.5).flatten(0, 1).numpy()) == self.labels.numpy()).mean())
 
     @torch.no_grad()
     def samples(self, model: SetFlow, n: int, solver: str) -> Tensor:
@@ -295,11 +264,10 @@ class Digits:
 
     def remarks(self, found: list[dict[str, Any]], _: Any) -> tuple[str, dict[str, Any]]:
         """A table of the share of completions that show the true digit."""
-        rows = [
-            [f"{m['encoder']}, {m['coupling']}", *(spread([run["right"][n] for run in m["runs"]]) for n in self.counts)]
-            for m in found
-        ]
-        rows += [[name, *(f"{share:.3f}" for share in shares.values())] for name, shares in self.found.items()]
+        names = [f"{m['encoder']}, {m['coupling']}" for m in found]
+        shares = [[spread([run["right"][n] for run in m["runs"]]) for n in self.counts] for m in found]
+        rows = [[name, *line] for name, line in zip(names, shares, strict=True)]
+        rows += [[name, *(f"{v:.3f}" for v in values.values())] for name, values in self.found.items()]
         text = table(["", *(f"{n} pixels" for n in self.counts)], rows)
         return f"Share of completions in which a classifier sees the true digit:\n\n{text}", {"found": self.found}
 
@@ -330,8 +298,8 @@ def train(task: Task, encoder: str, coupling: str, args: argparse.Namespace, see
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = SetFlow(encoder, task, args.width)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(args.steps, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(args.steps, 2))
     rules = {"independent": mbot.IndependentCoupling(), "OT": mbot.OTCoupling(), "C²OT": task.conditional}
     began = time.process_time()
     for step in tqdm(range(args.steps), desc=f"{task.name}: {encoder}, {coupling}", unit="step", mininterval=1):
@@ -351,14 +319,11 @@ def compare(task: Task, args: argparse.Namespace) -> tuple[list[dict[str, Any]],
     for encoder, coupling in METHODS + task.extra:
         if not any(part in f"{encoder}; {coupling}" for part in args.methods):
             continue
-        runs, cost = [], []
-        for seed in range(args.seed, args.seed + args.seeds):
-            model, milliseconds = train(task, encoder, coupling, args, seed)
-            models.append(model)
-            runs.append(task.evaluate(model))
-            cost.append(milliseconds)
-        size = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("field"))
-        found.append({"encoder": encoder, "coupling": coupling, "runs": runs, "ms": mean(cost), "encoder_size": size})
+        trained = [train(task, encoder, coupling, args, seed) for seed in range(args.seed, args.seed + args.seeds)]
+        models += [model for model, _ in trained]
+        runs, cost = [task.evaluate(model) for model, _ in trained], mean(cost for _, cost in trained)
+        size = sum(p.numel() for name, p in models[-1].named_parameters() if not name.startswith("field"))
+        found.append({"encoder": encoder, "coupling": coupling, "runs": runs, "ms": cost, "encoder_size": size})
     return found, models[0]
 
 
@@ -411,7 +376,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs of every method")
     parser.add_argument("--methods", nargs="+", default=[""], help="parts of 'encoder; coupling' to run; default: all")
     parser.add_argument("--width", type=int, default=64, help="of the encoder and of the condition")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest rate of the one-cycle schedule")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.width = 20, 16
@@ -420,18 +384,16 @@ def main() -> None:
         task: Task = TASKS[name](args)
         found, model = compare(task, args)
         remarks, facts = task.remarks(found, model)
+        sizes = {m["encoder"]: m["encoder_size"] for m in found}
         page = (
             f"# Sets as conditions of a flow: {name}\n\n{task.score} over the number of observed {task.unit}, lower is "
             f"better. {args.steps:,} steps, {args.seeds} seed(s) from {args.seed}, width {args.width}; data, field and "
             "budget are the same for all methods. Samples by 8 Runge-Kutta steps; in the column before the last by 2 "
             f"Euler steps. No published values: the combination is new.\n\n{results(task, found)}\n\n{remarks}\n\n"
-            "Parameters of the encoder: "
-            + ", ".join(f"{name} {size:,}" for name, size in {m["encoder"]: m["encoder_size"] for m in found}.items())
-            + "."
+            f"Parameters of the encoder: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}."
         )
-        stem = f"set_conditioned_flow_{name}"
-        picture(task, found, model, args.out / f"{stem}.png")
-        save(stem, args, page, {"methods": found, "references": task.references, **facts})
+        picture(task, found, model, args.out / f"set_conditioned_flow_{name}.png")
+        save(f"set_conditioned_flow_{name}", args, page, {"methods": found, "references": task.references, **facts})
 
 
 if __name__ == "__main__":

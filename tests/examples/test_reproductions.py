@@ -244,10 +244,20 @@ def test_benchmark_bags_are_read_and_cross_validated(quick, tmp_path):
     x = generator.normal(size=(sizes.sum(), 6)) + 4 * np.repeat(labels, sizes)[:, None]
     (tmp_path / "mil").mkdir()
     np.savez(tmp_path / "mil" / "musk1.npz", x=x.astype(np.float32), ptr=np.r_[0, sizes.cumsum()], y=labels)
-    figures = quick("mil", "--parts", "benchmark", "--data-root", tmp_path)["benchmark"]["sets"]
+    kept = tmp_path / "kept.pt"
+    figures = quick("mil_benchmark", "--data-root", tmp_path, "--kept", kept)["sets"]
     assert list(figures["UMBC"]) == ["musk1"]
     assert figures["Deep Sets, mean"]["musk1"][0]["accuracy"] > 0.8
     assert figures["Deep Sets, mean"]["musk1"][0]["auc"] > 0.9
+    (name, first), *_ = torch.load(kept, weights_only=True).items()
+    assert (name, first) == ("musk1, UMBC, 2 folds, 10 steps, seed 0", figures["UMBC"]["musk1"][0])
+
+
+def test_choices_of_image_completion(quick):
+    runs = quick("image_completion_choices", stem="image_completion_digits_choices", picture="json")["runs"]
+    assert [run["changed"] for run in runs if run["model"] == "one slot"] == [{}, {"skip": False}]
+    scores = [run["score"] for run in runs if run["model"] == "UMBC, local slots"]
+    assert len(scores) == len(set(scores)) == 5  # each candidate is another model
 
 
 def test_end_to_end_bags(quick):
