@@ -16,8 +16,7 @@ from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.geometry import Dense, Geometry, Points, Shard
 from mbot.numerics import running_sum
 from mbot.random import draw
-from mbot.solvers.marginals import Balanced
-from mbot.solvers.sinkhorn import rounding, solve
+from mbot.solvers.sinkhorn import solve_one
 from mbot.solvers.support import large_entries
 
 _PROBE = 1024  # samples a side that the spread of the costs is measured on
@@ -150,17 +149,18 @@ class SinkhornCoupling(Coupling):
             start = shard.gather(-self.start.eps * old.row_sums(self.start.psi.to(x.device)[None])[0])[None] / eps
         _, n, m = geometry.shape
         log_a, log_b = (torch.full((1, size), -math.log(size), dtype=torch.float64, device=x.device) for size in (n, m))
-        found = solve(
-            geometry, log_a, log_b, Balanced(), Balanced(), reg=eps, spread=float(probe.amax() - probe.amin()),
-            max_iter=self.max_iter, tol=self.tol, start=start,
+        found, eps = solve_one(
+            geometry, log_a, log_b, reg=eps, spread=float(probe.amax() - probe.amin()), max_iter=self.max_iter,
+            tol=self.tol, start=start,
         )  # fmt: skip
-        error, iterations = float(torch.maximum(found.error, rounding(found, torch.float64))), int(found.iterations)
+        iterations = int(found.iterations)
+        source, held, entropy, apart = _draw(shard, geometry, found.phi[0], self.cells, generator)
+        error = max(float(found.error), apart if apart > 32 * torch.finfo(x.dtype).eps else 0.0)
         if not error <= self.tol:
             convergence.warn(
                 f"SinkhornCoupling: not converged after {iterations} iterations (error {error:.3g}). Raise "
                 f"max_iter (now {self.max_iter}), raise reg (now {self.reg:g}), or loosen tol (now {self.tol:g})"
             )
-        source, held, entropy = _draw(shard, geometry, found.phi[0], self.cells, generator)
         total = _total_cost(x[source[held] - shard.first], y[held], self.cost, self.cells)
         info = {
             "plan_entropy": entropy, "reg": eps, "error": error, "iterations": iterations,
@@ -185,8 +185,11 @@ def _limit(costs: Tensor) -> float:
 
 def _draw(
     shard: Shard, geometry: Geometry, phi: Tensor, cells: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, float]:
-    """A source for each column, whether it is in this shard, and the plan's entropy (see `mbot.plan_entropy`)."""
+) -> tuple[Tensor, Tensor, float, float]:
+    """A source for each column and whether it is in this shard; of the plan, entropy and L1 error of the row masses.
+
+    See `mbot.plan_entropy`.
+    """
     _, n, m = geometry.shape
     uniform = shard.broadcast(draw(torch.rand, m, generator=generator, device=phi.device, dtype=torch.float64))
     held, uniform, share = shard.split(geometry, uniform)
@@ -206,15 +209,16 @@ def _draw(
         inside += (share[cols] * (total[:, 0].log() - tile.mul_(mass).sum(1) / total[:, 0])).sum()
         reached += (share[cols] / total[:, 0]).to(mass.dtype) @ mass
     source = shard.sum(torch.where(held, source + shard.first, 0))
-    if min(n, m) == 1:
-        return source, held, 0.0
-    inside = shard.sum(inside - torch.xlogy(share, share).sum())
     reached = shard.gather(reached)
     reached = reached / reached.sum()
+    apart = float((reached - 1 / n).abs().sum())
+    if min(n, m) == 1:
+        return source, held, 0.0, apart
+    inside = shard.sum(inside - torch.xlogy(share, share).sum())
     of_rows, of_cols = -torch.xlogy(reached, reached).sum(), torch.log(reached.new_tensor(float(m)))
     whole = of_cols + inside / m
     entropy = (whole - torch.maximum(of_rows, of_cols)) / torch.minimum(of_rows, of_cols).clamp_min(1e-9)
-    return source, held, float(entropy.clamp(0, 1))
+    return source, held, float(entropy.clamp(0, 1)), apart
 
 
 def _total_cost(x: Tensor, y: Tensor, cost: Cost, cells: int) -> Tensor:

@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mbot import checks
 from mbot.geometry import Dense
 from mbot.solvers import fast_paths
 from mbot.solvers.marginals import KLRelaxed, Marginal
-from mbot.solvers.sinkhorn import Solution, rounding, solve
+from mbot.solvers.sinkhorn import Solution, drowned, raised, rounding, solve
 from mbot.solvers.support import large_entries, usable_pairs
 
 _WIDE = 2e3  # costs spread over more regularisations than this need float64, and a look at the largest
@@ -75,6 +76,7 @@ def solve_matrices(
     tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
     if not bool((a > 0).all() & (b > 0).all()):
         cost = torch.where((a > 0)[:, :, None] & (b > 0)[:, None, :], cost, torch.inf)
+    cost = step.with_mass(cost, a, b, reg)
     return _compiled_first(cost, a, b, step, reg, max_iter, tol, partial(_solved, step=step, reg=reg, tol=tol))
 
 
@@ -150,13 +152,21 @@ def _checked(
     cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
     start: Tensor | None = None, forbidden: bool = False,
 ) -> Plans:  # fmt: skip
-    """The solution for given forbidden pairs; in float64 where the costs spread too far for float32."""
+    """The solution for given forbidden pairs; in float64 where the costs spread too far for float32.
+
+    Where ``reg`` is too small against the potentials for float64, a plan of a larger one stands in, not converged.
+    """
     dtype = cost.dtype
     low = cost.amin((1, 2)).double()
     low = torch.where(low < torch.inf, low, 0)
-    spread = cost.masked_fill(cost == torch.inf, -torch.inf).amax((1, 2)) - low
+    spread = cost.masked_fill(cost == torch.inf, -torch.inf).amax((1, 2)).double() - low
     if bool((spread > _WIDE * reg).any()):
         cost = cost.double()
+        most = float((low.abs() + spread).amax())
+        if most / checks.LARGEST_COST > reg:
+            raise ValueError(
+                f"costs must be at most {checks.LARGEST_COST:g} times reg; got {most:g} at reg {reg:g}. Raise reg"
+            )
     half = (low / (2 * reg))[:, None]  # costs are lowered to a least one of 0, and each side's potentials by half
     if forbidden and isinstance(step, KLRelaxed):  # points without a pair take no part
         a, b = torch.where(cost.amin(2) < torch.inf, a, 0), torch.where(cost.amin(1) < torch.inf, b, 0)
@@ -164,6 +174,7 @@ def _checked(
     if start is not None:
         start = start - half
     found = _by_rounds(cost, low, spread, log_a, log_b, step, reg, max_iter, tol, forbidden, start)
+    lost = found.error == torch.inf
     enough = tol * (1 + 1e-6) + 8 * torch.finfo(found.plan.dtype).eps
     error = _error(found, step, log_a, log_b)
     coarse = (found.converged & (error > enough)).nonzero()[:, 0]
@@ -174,6 +185,16 @@ def _checked(
     found.error, found.converged = error, error <= enough
     found.phi, found.psi, found.plan = found.phi + half, found.psi + half, found.plan.to(dtype)
     found.transport = torch.where(found.plan > 0, cost, 0).mul(found.plan).sum((1, 2), dtype=torch.float64)
+    factors = raised(spread, reg)
+    for factor in factors[lost].unique().tolist():
+        which = (lost & (factors == factor)).nonzero()[:, 0]
+        other = _checked(
+            cost[which], a[which], b[which], step.at(factor), factor * reg, min(max_iter, _BUDGET), tol, None, forbidden
+        )
+        other.phi, other.psi, other.plan = factor * other.phi, factor * other.psi, other.plan.to(dtype)
+        other.error = torch.maximum(other.error, drowned(spread[which], reg))
+        other.converged[:] = False
+        found.put(which, other)
     return found
 
 

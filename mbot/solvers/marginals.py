@@ -6,6 +6,7 @@ at ``phi = 0``, a step gives the new ``phi_i``. Points of log-weight ``-inf`` ta
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mbot.numerics import running_sum
+
+_UNDERFLOW = -745.0  # log of a mass that is 0 in float64
 
 
 class Marginal(ABC):
@@ -52,6 +55,18 @@ class Marginal(ABC):
     def lowered(self, log_weight: Tensor, amount: Tensor) -> Tensor:
         """Log-weights ``(B, n)`` at which potentials lowered by ``amount`` ``(B, 1)`` solve the problem."""
         return log_weight
+
+    def with_mass(self, cost: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
+        """The costs, ``+inf`` where no plan has a mass that is a number of float64.
+
+        Raises:
+            ValueError: a mass that overflows the costs' dtype.
+        """
+        return cost
+
+    def at(self, factor: float) -> Marginal:
+        """The same problem in units of ``factor * reg``."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -141,6 +156,30 @@ class KLRelaxed(Marginal):
     def lowered(self, log_weight: Tensor, amount: Tensor) -> Tensor:
         """``log weight - amount / (1 + ratio)``."""
         return log_weight - amount / (1 + self.ratio)
+
+    def with_mass(self, cost: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
+        """See `Marginal`. By optimality ``(1 + 2 ratio) log P_ij <= (1 + ratio) log (a_i b_j) - C_ij / reg``.
+
+        The total mass reaches the largest of these bounds.
+        """
+        least, most = cost.aminmax()
+        room, stiff = 50.0 * reg * (1 + 2 * self.ratio), a.amax() * b.amax() > 1e10
+        if float(most) <= room and float(-least) <= room and not bool(stiff):
+            return cost
+        share = (1 + self.ratio) / (1 + 2 * self.ratio)
+        bound = share * (a.log()[:, :, None] + b.log()[:, None, :]) - cost.double() / (reg * (1 + 2 * self.ratio))
+        largest = torch.finfo(cost.dtype).max
+        if float(bound.amax()) > math.log(largest / (cost.shape[1] * cost.shape[2])):
+            raise ValueError(
+                f"the plan's mass may exceed {largest:.3g}, the largest number of {cost.dtype}: it grows like "
+                f"exp(-cost / (reg + 2 reg_marginal)), and the least cost is {float(least):g} against "
+                f"{reg * (1 + 2 * self.ratio):g}. Raise reg_marginal, or add a constant to the costs"
+            )
+        return torch.where(bound < _UNDERFLOW, torch.inf, cost)
+
+    def at(self, factor: float) -> KLRelaxed:
+        """See `Marginal`."""
+        return KLRelaxed(self.ratio / factor)
 
 
 @dataclass(frozen=True)

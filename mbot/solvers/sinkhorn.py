@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mbot.geometry import Dense, Geometry
-from mbot.solvers.marginals import KLRelaxed, Marginal
+from mbot.solvers.marginals import Balanced, KLRelaxed, Marginal
 
 _START = 0.5  # first regularisation, as a share of the costs' range
 _WARM = 16.0  # first regularisation from given potentials, in units of the final one
@@ -33,6 +33,7 @@ _ROUGHLY = 0.1  # share of the mass that may still move at each of them
 _AHEAD = 10  # rounds between looks at the error of small problems, and on a device, where every look waits
 _SMALL = {"cuda": 1 << 24, "cpu": 1 << 14}  # cells of a problem below which they are looked at so rarely
 _ROUNDING = 1e-3  # largest relative error of a plan's entries, from the rounding of its potentials
+_DIGITS = 1e9  # range of costs, in units of a raised reg, at which potentials have enough digits
 _NEWTON_SIZE = 2048  # rows up to which a dense Newton system is solved
 _REACH = 12.0  # largest change of a potential in a Newton step
 _TRIALS = 8  # lengths of a Newton step
@@ -47,7 +48,8 @@ _RELAX_MOST = 1.95
 class Solution:
     """Potentials ``(B, n)``, ``(B, m)`` in units of reg, float64, and how the rounds ended, ``(B,)`` each.
 
-    ``error`` is the share of the mass that another round would move; ``plan`` ``(B, n, m)`` is there if wanted.
+    ``error`` is the share of the mass that another round would move, ``inf`` where potentials are too large to give a
+    plan in float64; ``plan`` ``(B, n, m)`` is there if wanted.
     """
 
     phi: Tensor
@@ -71,11 +73,12 @@ class Rounds:
         self.geometry, self.log_a, self.log_b, self.rows, self.cols = geometry, log_a, log_b, rows, cols
         self.phi, self.psi = (torch.where(w > -torch.inf, w, 0) for w in (log_a, log_b))
         self.all_live = isinstance(geometry, Dense) and geometry.reached is None
+        self.lost = torch.zeros_like(log_a[:, 0], dtype=torch.bool)
 
     def take(self, which: Tensor) -> Rounds:
         """Some of the problems."""
         some = Rounds(self.geometry.take(which), self.log_a[which], self.log_b[which], self.rows, self.cols)
-        some.phi, some.psi = self.phi[which], self.psi[which]
+        some.phi, some.psi, some.lost = self.phi[which], self.psi[which], self.lost[which]
         return some
 
     def _updated(self, step: Marginal, sums: Tensor, log_weight: Tensor, potential: Tensor) -> Tensor:
@@ -123,9 +126,13 @@ class Rounds:
         """Columns once more without over-relaxation: a round leaves them exact."""
         self.psi = self._updated(self.cols, self.geometry.col_sums(self.phi), self.log_b, self.psi)
 
+    def look_for_digits(self) -> None:
+        """Note problems whose potentials are too large for a plan; what follows is of no use to them."""
+        self.lost |= ~(rounding(self, torch.float64) <= _ROUNDING)
+
     def from_above(self, reg: float, spread: float, warm: bool) -> int:
         """Potentials for ``reg`` by way of larger ones; returns the rounds spent."""
-        level = max(reg, _START * spread)
+        level, rows, cols = max(reg, _START * spread), self.rows, self.cols
         if warm:
             level = min(_WARM * reg, level)
             self.geometry.at(level)
@@ -133,16 +140,22 @@ class Rounds:
             self.geometry.prepare(self.psi)
             self.end_cols()
         spent = 0
-        while level > reg:
+        while level > reg and not bool(self.lost.all()):
             self.geometry.at(level)
+            self.rows, self.cols = rows.at(level / reg), cols.at(level / reg)
             for _ in range(_ROUNDS):
                 spent += 1
                 if float(self.round().amax()) < _ROUGHLY:
                     break
+            if not isinstance(rows, KLRelaxed):  # potentials are free up to a constant, and large ones lose digits
+                apart = (self.phi.amax(1, keepdim=True) - self.psi.amax(1, keepdim=True)) / 2
+                self.phi, self.psi = self.phi - apart, self.psi + apart
             lower = max(reg, level * _SCALING)
             self.phi, self.psi = self.phi * (level / lower), self.psi * (level / lower)  # constant in cost units
             level = lower
+            self.look_for_digits()
         self.geometry.at(reg)
+        self.rows, self.cols = rows, cols
         return spent
 
 
@@ -194,12 +207,14 @@ def solve(
         relax = relaxation.factor if relaxation else 1.0
         error = running.round(relax)
         spent += 1
-        finished = ~(error > tol) if spent < max_iter else torch.ones_like(active, dtype=torch.bool)
+        finished = ~(error > tol) | running.lost if spent < max_iter else torch.ones_like(active, dtype=torch.bool)
         if bool(finished.any()):
             if relax != 1.0:
                 running.end_cols()
             which, ended = active[finished], running if bool(finished.all()) else running.take(finished)
-            error_then, spent_then = error[finished], torch.full_like(which, begun + spent)
+            ended.look_for_digits()
+            error_then = error[finished].masked_fill(ended.lost, torch.inf)
+            spent_then = torch.full_like(which, begun + spent)
             out.put(which, Solution(ended.phi, ended.psi, error_then, spent_then, error_then <= tol))
             if out.plan is not None:
                 out.plan[which] = ended.geometry.plan(ended.phi, ended.psi)
@@ -316,8 +331,41 @@ def _slope(step: Marginal, sums: Tensor, log_weight: Tensor, matrix: Tensor) -> 
     return diagonal[:, :, None] * matrix + left[:, :, None] * (right[:, None, :] @ matrix)
 
 
-def rounding(solution: Solution, dtype: torch.dtype) -> Tensor:
+def rounding(found: Solution | Rounds, dtype: torch.dtype) -> Tensor:
     """Relative error of a plan's entries from the rounding of its potentials, where it matters; else 0. ``(B,)``."""
-    extents = [p.amax(1) - p.amin(1) for p in (solution.phi, solution.psi)]
+    extents = [p.amax(1) - p.amin(1) for p in (found.phi, found.psi)]
     error = torch.finfo(dtype).eps * torch.maximum(*extents)
-    return torch.where(error < _ROUNDING, 0, error)
+    return torch.where(error < _ROUNDING, 0, error.nan_to_num(torch.inf))
+
+
+def raised(spread: Tensor, reg: float) -> Tensor:
+    """Factors on ``reg``, powers of 4, that leave potentials of costs in ranges ``spread`` ``(B,)`` enough digits."""
+    return torch.exp2(2 * (spread.log2() - math.log2(_DIGITS * reg)).div(2).ceil())
+
+
+def drowned(spread: Tensor, reg: float) -> Tensor:
+    """Error of a plan whose ``reg`` had to be `raised`, ``(B,)``: the rounding of potentials as large as the costs."""
+    return (torch.finfo(torch.float64).eps * spread / reg).clamp(_ROUNDING, 1)
+
+
+def solve_one(
+    geometry: Geometry, log_a: Tensor, log_b: Tensor, *, reg: float, spread: float, max_iter: int, tol: float,
+    start: Tensor | None = None,
+) -> tuple[Solution, float]:  # fmt: skip
+    """Run the schedule for one balanced problem; see `solve`.
+
+    Returns:
+        The solution, and the regularisation that it is in units of: ``reg``, or a larger one where potentials of costs
+        so large would have no digits. Its error says so then.
+    """
+    found = solve(
+        geometry, log_a, log_b, Balanced(), Balanced(), reg=reg, spread=spread, max_iter=max_iter, tol=tol, start=start
+    )
+    if bool(found.error < torch.inf):
+        found.error = torch.maximum(found.error, rounding(found, torch.float64))
+        return found, reg
+    wide = torch.full_like(found.error, spread)
+    larger, error = float(raised(wide, reg)) * reg, drowned(wide, reg)
+    found = solve(geometry, log_a, log_b, Balanced(), Balanced(), reg=larger, spread=spread, max_iter=max_iter, tol=tol)
+    found.error, found.converged[:] = torch.maximum(found.error, error), False
+    return found, larger

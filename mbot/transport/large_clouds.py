@@ -18,8 +18,7 @@ from mbot.cost import Cost, at_least_float32, expansion_holds, pairwise, unit
 from mbot.envelope import first_order
 from mbot.geometry import Points
 from mbot.numerics import full_float32, no_autocast
-from mbot.solvers.marginals import Balanced
-from mbot.solvers.sinkhorn import rounding, solve
+from mbot.solvers.sinkhorn import solve_one
 
 _CELLS = 1 << 24  # entries of the largest tile
 _MOST = {"cuda": 1 << 24, "cpu": 1 << 27}  # entries of a cost matrix beyond which it is not made
@@ -75,16 +74,15 @@ def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, ma
         # Exponents of the size of spread / reg are rounded; no marginal is more exact than that.
         tol = max(tol, 4 * torch.finfo(x.dtype).eps * (8 + spread / reg))
         geometry = Points(x.detach(), y.detach(), cost, _CELLS, reg)
-        found = solve(
-            geometry, a.log()[None], b.log()[None], Balanced(), Balanced(), reg=reg, spread=spread,
-            max_iter=max_iter, tol=tol,
-        )  # fmt: skip
-        error = float(torch.maximum(found.error, rounding(found, torch.float64)))
+        found, larger = solve_one(
+            geometry, a.log()[None], b.log()[None], reg=reg, spread=spread, max_iter=max_iter, tol=tol
+        )
+        error = float(found.error)
         advice = f"Raise max_iter (now {max_iter}), raise reg (now {factor * reg:g}, in cost units), or loosen tol."
         convergence.count_unconverged("EntropicOT", not error <= tol, 1, error, advice)
         phi, psi, total = found.phi[0], found.psi[0], a.sum()
         dual = (a * (phi - a.log())).sum() + (b * (psi - b.log())).sum() - total + total * b.sum()
-        value = (reg * dual).to(x.dtype)
+        value = (larger * dual).to(x.dtype)
     return (factor * first_order(_Value.apply(x, y, value, geometry, phi, psi))).to(dtype)
 
 

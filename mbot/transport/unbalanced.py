@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mbot import checks
@@ -47,13 +48,17 @@ class UnbalancedOT(Transport):
         )
 
     def weight_slopes(self, plan: Plan, cost: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Transport`; totals are free here. A point keeps the share ``exp(-f / reg_marginal)`` of its weight."""
+        """See `Transport`; totals are free here. A point keeps the share ``exp(-f / reg_marginal)`` of its weight.
+
+        Points that no pair of a mass leads to keep none; their potentials have no limit.
+        """
         rate = self.reg_marginal / (self.reg_marginal + self.reg)
         slopes = []
-        for potential, total in zip(
-            entropic_potentials(plan, cost, a, b, self.reg, rate), (b.sum(-1), a.sum(-1)), strict=True
-        ):
-            share = (-potential / self.reg_marginal).exp()
+        potentials = entropic_potentials(plan, cost, a, b, self.reg, rate)
+        sides = ((a, plan.row_mass(), b), (b, plan.col_mass(), a))
+        for potential, (weight, mass, others) in zip(potentials, sides, strict=True):
+            share = torch.where((weight > 0) & (mass == 0), 0, (-potential / self.reg_marginal).exp())
+            total = others.sum(-1)
             slopes.append(self.reg_marginal * (1 - share) + self.reg * (total[..., None] - share))
         return slopes[0], slopes[1]
 

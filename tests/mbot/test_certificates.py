@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import mbot
@@ -263,3 +263,85 @@ def test_unbalanced_plans_that_vanish_converge(dtype, scale):
     plan = UnbalancedOT(0.5, 1.0, tol=1e-8).plan(mbot.pairwise_cost(x, y))
     assert bool(plan.converged.all())
     assert bool((plan.iterations < 500).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=KINDS,
+    problems=st.integers(1, 3),
+    n=st.integers(1, 8),
+    m=st.integers(1, 8),
+    power=st.floats(8, 30),
+    costs=st.sampled_from(["even", "close", "wide", "negative", "equal"]),
+    tau=st.sampled_from([0.3, 1.0, 1e4, 1e10]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_costs_that_are_huge_against_reg(kind, problems, n, m, power, costs, tau, dtype, seed):
+    """Plans and certificates are finite, and no certificate claims more than the plan holds."""
+    cost = torch.rand(problems, n, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cost = {
+        "even": cost, "close": 1 + 1e-3 * cost, "wide": cost**8, "negative": cost - 0.5, "equal": torch.ones_like(cost)
+    }[costs]  # fmt: skip
+    cost = (0.3 * 10**power * cost).to(dtype)
+    t = {
+        "balanced": EntropicOT(0.3, max_iter=60),
+        "partial": PartialOT(0.6, reg=0.3, max_iter=60),
+        "unbalanced": UnbalancedOT(0.3, tau, max_iter=60),
+    }[kind]
+    if kind == "unbalanced" and float(cost.min()) < -800 * (0.3 + 2 * tau):
+        with pytest.raises(ValueError, match="may exceed"):
+            t.plan(cost)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mbot.ConvergenceWarning)
+        try:
+            plan = t.plan(cost)
+        except ValueError:
+            assume(kind == "unbalanced" and float(cost.min()) < -80 * (0.3 + 2 * tau))
+        value = t.value(cost)
+    mass = plan.to_dense().double()
+    for part in (mass, plan.error, plan.penalty, value, *plan.potentials):
+        assert bool(part.isfinite().all())
+    assert bool((plan.error <= t.tol * 1.01)[plan.converged].all())
+    rows, cols = mass.sum(2), mass.sum(1)
+    if kind == "balanced":
+        off = torch.maximum((rows - 1 / n).abs().sum(1), (cols - 1 / m).abs().sum(1))
+    elif kind == "partial":
+        over = (rows - 1 / n).clamp_min(0).sum(1) + (cols - 1 / m).clamp_min(0).sum(1)
+        off = torch.maximum(over, (rows.sum(1) - 0.6).abs())
+    else:
+        off = torch.zeros(problems, dtype=torch.float64)  # any mass is one of a problem with other weights
+    assert bool((off <= 2 * plan.error + 1e-5).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("large", [1e16, 1e20, 1e30])
+def test_plans_at_a_reg_that_drowns_are_those_of_a_larger_one(dtype, large):
+    """Not certified, and next to an exact plan."""
+    cost = torch.rand(3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype) * large
+    for t, exact in ((EntropicOT(0.3), mbot.ExactOT()), (PartialOT(0.5, reg=0.3), PartialOT(0.5))):
+        with pytest.warns(mbot.ConvergenceWarning, match="raise reg"):
+            plan = t.plan(cost)
+        assert not bool(plan.converged.any())
+        assert bool((plan.error >= 1e-3).all() & (plan.error <= 1).all())
+        torch.testing.assert_close(plan.cost(cost), exact.plan(cost).cost(cost), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("large", [1e4, 1e10, 1e30])
+def test_unbalanced_plans_of_huge_costs_are_empty_and_their_value_is_the_price_of_all_mass(dtype, large):
+    cost = large * (1 + torch.rand(2, 4, 3, dtype=dtype, generator=torch.Generator().manual_seed(0)))
+    t = UnbalancedOT(0.3, 1.0)
+    plan = t.plan(cost)
+    assert bool(plan.converged.all())
+    assert float(plan.to_dense().sum()) == 0
+    torch.testing.assert_close(t.value(cost), torch.full((2,), 2.3, dtype=dtype))
+    with pytest.raises(ValueError, match="may exceed"):
+        t.plan(-cost)
+
+
+def test_costs_beyond_any_number_of_regs_are_refused():
+    cost = torch.rand(3, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="at most 1e\\+300 times reg"):
+        EntropicOT(1e-200).plan(cost * 1e200)

@@ -175,3 +175,20 @@ def test_second_derivatives_beside_weights_are_refused(transport):
     a.requires_grad_()
     _refused(transport(x, y, a, b), a)
     _refused(transport(x.requires_grad_(), y, a, b), x)
+
+
+@pytest.mark.parametrize("large", [1e4, float("inf")])
+def test_unbalanced_values_in_the_weights_of_points_without_mass(large):
+    """Whatever such a point weighs has to be paid for, and goes nowhere."""
+    torch.manual_seed(0)
+    x, y, a, b = problem()
+    cost = mbot.pairwise_cost(x, y)
+    cost[1] += large
+    transport = mbot.UnbalancedOT(0.3, 1.0, **TIGHT)
+    a.requires_grad_()
+    (grad,) = torch.autograd.grad(transport.value(cost, a, b), a)
+    assert float(grad[1]) == pytest.approx(1.3)
+    with torch.no_grad():
+        step = 1e-6 * torch.eye(6, dtype=torch.float64)
+        slopes = [(transport.value(cost, a + s, b) - transport.value(cost, a - s, b)) / 2e-6 for s in step]
+    torch.testing.assert_close(grad, torch.stack(slopes), rtol=1e-4, atol=1e-6)

@@ -2,9 +2,12 @@
 
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mbot
 from mbot import EntropicOT, OTCoupling, SinkhornCoupling, pairwise_cost
@@ -205,3 +208,33 @@ def test_transport_sampler_and_coupling_give_one_plan(n, m, reg):
         psi = info["potentials"].psi
         coupled = (psi - cost / reg).softmax(1) / n
         torch.testing.assert_close(coupled, plan, rtol=1e-4, atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    m=st.integers(1, 9),
+    power=st.floats(4, 30),
+    relative=st.booleans(),
+    cost=st.sampled_from(["dot", "sqeuclidean", "euclidean"]),
+    cells=st.sampled_from([1 << 20, 5]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**31),
+)
+def test_costs_that_are_huge_against_reg(n, m, power, relative, cost, cells, dtype, seed):
+    """Finite potentials, and an error that the pairs' probabilities hold, from cold and warm starts."""
+    x, y = clouds(n, m, seed=seed)
+    coupling = SinkhornCoupling(10**-power, relative=relative, cost=cost, cells=cells, max_iter=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mbot.ConvergenceWarning)
+        first = coupling(x.to(dtype), y.to(dtype)).info
+        second = coupling.resume(first)(x.to(dtype), y.to(dtype)).info
+    for info in (first, second):
+        numbers = [info[name] for name in ("plan_entropy", "reg", "error", "transport_cost")]
+        assert all(math.isfinite(number) for number in numbers)
+        assert bool(info["potentials"].psi.isfinite().all())
+        found = info["potentials"]
+        costs = pairwise_cost((x.to(dtype) - found.centres[0]), found.points, cost).double()
+        if dtype == torch.float64:  # the costs of float32 tiles are rounded by many regs
+            cols = (found.psi - costs / info["reg"]).softmax(1).mean(0)
+            assert float((cols - 1 / m).abs().sum()) <= 2 * max(info["error"], coupling.tol)
