@@ -96,6 +96,14 @@ def test_relative_links_in_the_repository_lead_to_files(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_code_fits_a_page(page):
+    """80 columns are what the site shows beside its two menus; longer lines are wrapped in the middle of a word."""
+    blocks = re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    long = [line for block in blocks for line in block.splitlines() if len(line) > 80]
+    assert not long
+
+
 def test_gallery_lists_every_script_and_the_readme_every_result():
     gallery, readme = (ROOT / "examples" / "README.md").read_text(), (ROOT / "README.md").read_text()
     for path in (ROOT / "examples").glob("*.py"):
