@@ -16,18 +16,15 @@ between the transported and the target palette is ours.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import arguments, mark_quick, plotter, save, table
+from common import arguments, mark_quick, peak_memory, plotter, save, table
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import flows
 import mbot
@@ -58,31 +55,12 @@ def losses(args: argparse.Namespace) -> dict[str, mbot.MiniBatchLoss]:
     }
 
 
-def blocks(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless blocks of ``size`` indices that go through ``range(n)`` in one random order after the other."""
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < size:
-            order = torch.cat((order, torch.randperm(n, generator=generator)))
-        yield order[:size]
-        order = order[size:]
-
-
-def transport(name: str, loss: mbot.MiniBatchLoss, x: Tensor, y: Tensor, args: argparse.Namespace) -> Moved:
-    """Barycentric map of the plan that all visits together give: two tensors of n rows, whatever the visits."""
+def transport(loss: mbot.MiniBatchLoss, x: Tensor, y: Tensor, args: argparse.Namespace) -> Moved:
+    """Barycentric map of the plan that all visits together give."""
     size = args.num_batches * args.batch_size
-    generator = torch.Generator().manual_seed(args.seed)
-    sources, targets = blocks(len(x), size, generator), blocks(len(y), size, generator)
     loss.plan(x[:size], y[:size])  # compiles the solver
     began = time.process_time()
-    arrived, mass = torch.zeros_like(x), x.new_zeros(len(x))
-    for _ in tqdm(range(-(-len(x) * args.visits // size)), desc=name, unit="block"):
-        rows, cols = next(sources), next(targets)
-        plan = loss.plan(x[rows], y[cols])
-        mass.index_add_(0, rows[plan.row], plan.mass)
-        arrived.index_add_(0, rows[plan.row], plan.mass[:, None] * y[cols[plan.col]])
-    reached = mass > 0
-    mapped = torch.where(reached[:, None], arrived / mass.clamp_min(1e-30)[:, None], x)
+    mapped, reached = loss.barycentric_map(x, y, visits=args.visits)
     return Moved(mapped, float(reached.float().mean()), time.process_time() - began)
 
 
@@ -174,7 +152,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     source, target = read(args.source, "flower.jpg", args.megapixels), read(args.target, "china.jpg", args.megapixels)
     (x, labels), (y, _) = (palette(image, args.clusters, args.seed) for image in (source, target))
-    found = {name: transport(name, loss, x, y, args) for name, loss in losses(args).items()}
+    found = {name: transport(loss, x, y, args) for name, loss in losses(args).items()}
     if args.clusters:
         found["full OT"] = full_transport(x, y)
     images, palettes = {"source": source}, {"source": x}
@@ -192,7 +170,7 @@ def main() -> None:
         figures[name] = {"w2": w2, "spread": spread, "reached": moved.reached, "seconds": moved.seconds}
     images["target"], palettes["target"] = target, y
     picture(images, palettes, notes, args.out / "color_transfer.jpg")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory()
     what = f"palettes of {args.clusters} colours" if args.clusters else f"all pixels ({len(x):,} to {len(y):,})"
     compared = "" if args.clusters else " (3000 pixels of each)"
     page = (

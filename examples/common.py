@@ -34,13 +34,23 @@ def arguments(description: str | None, name: str, *, data: bool = True) -> argpa
             "--data-root", type=Path, help="folder with the real data; without it, the embedded default"
         )
     if find_spec("matplotlib") is None:  # before minutes of work
-        raise SystemExit("the examples draw with matplotlib: pip install -c constraints.txt -e '.[examples]'")
+        raise SystemExit('the examples draw with matplotlib: pip install -c constraints.txt -e ".[examples]"')
     return parser
 
 
 def quick_flag(parser: argparse.ArgumentParser) -> None:
     """The option ``--quick``, which every script has."""
     parser.add_argument("--quick", action="store_true", help="a tiny budget: under a minute on 2 cores")
+
+
+def peak_memory() -> float:
+    """Largest memory that this process had, in MB; NaN where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    unit = 1024**2 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def quick_note() -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import arguments, plotter, save, save_picture, spread, table
+from common import arguments, peak_memory, plotter, save, save_picture, spread, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -138,7 +137,7 @@ def measure(gradient: str, count: int, side: int, chunk: int) -> None:
     else:
         model.loss(made(count, side, chunk), label, gradient=gradient).backward()
     seconds = time.process_time() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory()
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     print(json.dumps({"seconds": seconds, "mb": peak, "norm": float(norm)}))
 

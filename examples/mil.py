@@ -20,7 +20,6 @@ Molecules, animals, proteins and birds are in ``mil_benchmark.py``.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +28,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import arguments, he_init, plotter, save, save_picture, spread, table
+from common import arguments, he_init, peak_memory, plotter, save, save_picture, spread, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -198,23 +197,23 @@ MEASURES = {"accuracy": "accuracy at 1/2", "fresh": "accuracy, threshold by fres
 rare = partial(tasks.rare_instance_bags, num_positive=10, shift=5.0)
 
 
-def peak_memory(size: int, chunk: int) -> dict[str, float]:
+def grown_memory(size: int, chunk: int) -> dict[str, float]:
     """By how much forward and backward of one bag raise the peak memory of the process, in MB; the largest last."""
     model = build("UMBC", 16, 32, 0.0)
     x, label = rare(1, size)
     model.loss(x[:, : 2 * chunk], label, chunk_size=chunk, gradient="exact").backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     grown = {}
     for gradient in ("sampled", "exact", "full"):
         model.loss(x, label, chunk_size=chunk, gradient=gradient).backward()
-        grown[gradient] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        grown[gradient] = peak_memory() - before
     return grown
 
 
 def large(args: argparse.Namespace, seeds: list[int]) -> tuple[str, dict[str, Any]]:
     """Train on growing bags; accuracy on bags of every size, time of a step, memory of the gradient."""
     sizes, chunk = args.sizes, args.chunk
-    memory = peak_memory(sizes[-1], chunk)
+    memory = grown_memory(sizes[-1], chunk)
     runs = [(name, "exact") for name in MODELS]
     runs.insert(1, ("UMBC", "sampled"))
     generator = torch.Generator().manual_seed(10_000)

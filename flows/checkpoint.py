@@ -55,6 +55,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+    if os.name != "posix":
+        return  # folders cannot be synced there
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +14,23 @@ import torch.distributed as dist
 from flows.checkpoint import CheckpointError
 from mbot import convergence
 from mbot.distributed.ranks import Ranks
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: int) -> None:
+        os.lseek(file, 1 << 30, os.SEEK_SET)  # far behind the text, which others read
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(file, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _lock(file: int) -> None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 
 _NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -71,7 +88,7 @@ class FolderLock:
                 raise self._in_use("another trainer of this process")
             file = os.open(self.folder / _NAME, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
                 os.ftruncate(file, 0)
                 os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
             except OSError as error:

@@ -44,6 +44,17 @@ def test_demo(tmp_path):
     assert all(r["euler1"] > 0 and r["adaptive"] > 0 and r["nfe"] > 6 for r in figures["runs"])
 
 
+def test_latents(tmp_path):
+    """Short enough to be copied."""
+    path = EXAMPLES / "latents.py"
+    assert len(path.read_text().splitlines()) <= 60
+    done = run(path, "--quick", "--out", tmp_path)
+    left, right = re.search(r"leaves ([\d.]+)% .*class of ([\d.]+)% of", done.stdout, re.DOTALL).groups()
+    assert float(left) < 50
+    assert float(right) > 40
+    assert (tmp_path / "latents.png").stat().st_size > 1000
+
+
 def test_c2ot_moons_keeps_finished_runs(tmp_path):
     script = (EXAMPLES / "c2ot_moons.py", "--quick", "--out", tmp_path)
     run(*script, "--conditions", "x", "--couplings", "c2ot")

@@ -1,15 +1,17 @@
 """Two trainers never write to one folder; a process that died, however, is never in the way."""
 
 import errno
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from flows import CheckpointError, checkpoint
+from flows import CheckpointError, checkpoint, folder_lock
 from flows.__main__ import main
 from flows.folder_lock import FolderLock
 from tests.flows.toy_run import trainer
@@ -99,3 +101,28 @@ def test_the_command_line_leaves_the_settings_of_a_running_run_alone(holder, tmp
     holder.wait()
     assert main(arguments) == 0
     assert checkpoint.latest(tmp_path / "checkpoints") is not None
+
+
+def test_where_there_is_no_fcntl_the_lock_is_that_of_windows(tmp_path, monkeypatch):
+    """Its byte lies behind the text, so that the holder's name can be read."""
+    held = []
+
+    def locking(file, mode, count):
+        where = os.path.realpath(f"/proc/self/fd/{file}"), os.lseek(file, 0, os.SEEK_CUR)
+        if where in held:
+            raise PermissionError(errno.EACCES, "locked")
+        held.append(where)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    spec = importlib.util.spec_from_file_location("lock_on_windows", folder_lock.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with module.FolderLock(tmp_path):
+        assert held == [(str(tmp_path / ".lock"), 2**30)]
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        module._held.clear()  # as in another process
+        with pytest.raises(CheckpointError, match=f"in use by process {os.getpid()} on "), module.FolderLock(tmp_path):
+            pass
