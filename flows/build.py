@@ -125,6 +125,8 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         name = name if task.images else "mlp"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "model"))
+        if config.dropout is not None and name not in PRESETS:
+            raise ConfigError(f"--dropout is of the U-Nets; --model {name} has none")
         if name == "mlp":
             features = torch.Size(task.shape).numel()
             return ResidualMLP(features, width=config.mlp_width, depth=config.mlp_depth, **conditions)
@@ -144,8 +146,6 @@ def _transformer(config: TrainConfig, task: Task, name: str, conditions: dict[st
     side = DIT_PRESETS[name]["patch_size"]
     if any(pixels % side for pixels in task.shape[1:]):
         raise ConfigError(f"--model {name} has patches of {side} pixels, which do not divide images {task.shape}")
-    if config.dropout is not None:
-        raise ConfigError(f"--dropout is of the U-Nets; --model {name} has none")
     return DiT.preset(name, in_channels=task.shape[0], **conditions)
 
 

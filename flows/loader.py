@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count, pairwise
@@ -156,7 +156,7 @@ class CoupledLoader:
         self.wait_seconds = 0.0
         self._batch = 0
         self._served: tuple[int, list[CoupledBatch]] | None = None
-        self._stream: Iterator[CoupledBatch] | None = None
+        self._stream: Generator[CoupledBatch, None, None] | None = None
         self._next_number = -1
         self._told: set[str] = set()
         self._held = self.batches.held
@@ -237,8 +237,9 @@ class CoupledLoader:
             self.stream.load_state(int(state["epoch"]), state["stream"])
         self.epoch, self._batch = int(state["epoch"]), int(state["batch"])
         if self.coupling.brings_noise:
-            noises, coupling = state["noises"], self.batches.coupling
-            self._held = int(noises["epoch"]), coupling.load_state_dict(noises["coupling"])  # type: ignore[attr-defined]
+            noises: Any = state["noises"]
+            coupling: Any = self.coupling
+            self._held = int(noises["epoch"]), coupling.load_state_dict(noises["coupling"])
 
     def _settings(self) -> dict[str, Any]:
         return {**self.batches.settings(), "annealing": repr(self.annealing)}
@@ -247,7 +248,7 @@ class CoupledLoader:
         """Stop the background work; iterating starts it again at the same batch."""
         stream, self._stream, self._served = self._stream, None, None
         if stream is not None:
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
 
     def __del__(self) -> None:
         if getattr(self, "_stream", None) is not None:
@@ -352,14 +353,14 @@ class _From(Sampler[int]):
 
 def _run(
     batches: OTBatches, first: int, device: torch.device, num_workers: int, prefetch: int, context: str | None
-) -> Iterator[CoupledBatch]:
+) -> Generator[CoupledBatch, None, None]:
     """Coupled OT batches from number ``first`` on, prepared ahead.
 
     Holds no reference to the loader that iterates it, so that dropping the loader stops the workers at once.
     """
     in_workers = device.type == "cpu" and batches.scope == "rank" and not batches.coupling.brings_noise
     work = _Work(batches, couple=in_workers)
-    fetched: Iterator[Any]
+    fetched: Any
     if num_workers:
         fetched = iter(
             DataLoader(
@@ -394,4 +395,4 @@ def _run(
             pool.shutdown(wait=together, cancel_futures=not together)
         if num_workers:
             # At once, not when the last traceback is dropped: torch watches registered workers by a signal handler.
-            fetched._shutdown_workers()  # type: ignore[attr-defined]
+            fetched._shutdown_workers()

@@ -89,10 +89,11 @@ class OTBatches:
         if self.scope == "global" and self.world > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.stream = as_stream(dataset, shuffle_buffer, self.world * ot_batch_size, self.seed)
-        self.dataset = dataset if self.stream is None else self.stream
+        served: Any = dataset if self.stream is None else self.stream
+        self.dataset = served
         if self.stream is not None and source_sampling != "independent":
             raise ValueError("source_sampling='matched' needs the classes of all samples, which a stream does not tell")
-        self.size = len(self.dataset)  # type: ignore[arg-type]
+        self.size = len(self.dataset)
         self.full, rest = divmod(self.size, self.world * ot_batch_size)
         self.rest = 0 if drop_last else rest // self.world
         if not self.full and not self.rest and self.pairs is not None:

@@ -65,16 +65,16 @@ def seeded(seed: int) -> Iterator[None]:
 
     For code of the user's that draws from them, such as the random transforms of a data set.
     """
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
+        np.random.set_state(states[2])
 
 
 def random_states(generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -42,7 +42,8 @@ class Sources:
             )
         self.source, self.seed, self.collate = source, seed, collate
         self.sampling = checks.choice(sampling, "source_sampling", ("independent", "matched"))
-        self.size = len(source) if source is not None and not callable(source) else None  # type: ignore[arg-type]
+        data: Any = None if callable(source) else source
+        self.size = None if data is None else len(data)
         self.pools = None
         if sampling == "matched":
             self.pools = Pools(*self._groups(dataset, groups))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from flows import datasets, registry
 from flows.config import DiagnoseConfig, TrainConfig
@@ -32,7 +32,7 @@ class Task:
         source: the data that flows start from; None for standard normal noise.
     """
 
-    dataset: Dataset[Any]
+    dataset: Any
     shape: tuple[int, ...]
     num_classes: int = 0
     condition_dim: int = 0
@@ -45,7 +45,7 @@ class Task:
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Samples and conditions drawn without replacement, as many as there are up to ``n``."""
-        rows = torch.randperm(len(self.dataset), generator=generator)[:n]  # type: ignore[arg-type]
+        rows = torch.randperm(len(self.dataset), generator=generator)[:n]
         items = [self.dataset[int(row)] for row in rows]
         if not isinstance(items[0], (tuple, list)):
             return torch.stack(items), None
@@ -60,7 +60,7 @@ class Task:
             return torch.arange(n) % self.num_classes
         if not self.condition_dim:
             return None
-        rows = torch.randint(len(self.dataset), (n,), generator=generator)  # type: ignore[arg-type]
+        rows = torch.randint(len(self.dataset), (n,), generator=generator)
         return torch.stack([self.dataset[int(row)][1] for row in rows])
 
     def starts(self, n: int, y: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -70,7 +70,7 @@ class Task:
         if y is not None and self.num_classes and self.source.num_classes:
             rows = Pools(all_conditions(self.source.dataset), y).draw(torch.arange(n), generator)
         else:
-            rows = torch.randint(len(self.source.dataset), (n,), generator=generator)  # type: ignore[arg-type]
+            rows = torch.randint(len(self.source.dataset), (n,), generator=generator)
         return read(self.source.dataset, rows, int(rows.sum()))[0]
 
 
@@ -133,7 +133,7 @@ def fitting_batches(config: TrainConfig, task: Task) -> tuple[TrainConfig, str |
     Raises:
         ConfigError: fewer samples than processes.
     """
-    size, world = len(task.dataset), dist.get_world_size() if dist.is_initialized() else 1  # type: ignore[arg-type]
+    size, world = len(task.dataset), dist.get_world_size() if dist.is_initialized() else 1
     if size >= world * config.ot_batch_size:
         return config, None
     if size < world:

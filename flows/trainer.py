@@ -161,8 +161,8 @@ class Trainer:
         self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step, scale)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
-        loss = LossModule(self.objective, torch.compile(model) if compile else model)  # type: ignore[arg-type]
-        self._loss: Any = sharded.parallel(loss, self.device, self.world)
+        called: Any = torch.compile(model) if compile else model
+        self._loss: Any = sharded.parallel(LossModule(self.objective, called), self.device, self.world)
         self._guard = NumberGuard(self.device, None if self.out is None else self._folder)
         self._started = False
 

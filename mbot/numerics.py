@@ -54,9 +54,10 @@ def _raise_precision() -> Callable[[], None] | None:
 
 
 def _raise_by_backend() -> Callable[[], None]:
-    modules: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    modules = [backends.cuda.matmul, backends.mkldnn.matmul]
     before = [module.fp32_precision for module in modules]
-    inherited = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    inherited = backends.fp32_precision
     for module in modules:
         module.fp32_precision = "ieee"
 

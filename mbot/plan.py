@@ -159,7 +159,7 @@ class Plan:
     error: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
     iterations: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
     potentials: tuple[Tensor, Tensor] | None = None
-    penalty: Tensor = None  # type: ignore[assignment]
+    penalty: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mass", self.mass.detach())

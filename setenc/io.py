@@ -276,7 +276,8 @@ def _ahead(make: Callable[[], Iterator[Tensor]], depth: int) -> Iterator[Tensor]
     def work() -> None:
         last: Any = done
         try:
-            with closing(make()) as items:  # type: ignore[type-var]
+            made: Any = make()
+            with closing(made) as items:
                 for item in items:
                     queue.put((item, None))
                     if stop.is_set():

@@ -48,7 +48,8 @@ class Ragged:
         if isinstance(sets, Ragged):
             return sets
         if isinstance(sets, Tensor):
-            return cls(sets.values(), sets.offsets())  # type: ignore[attr-defined]
+            nested: Any = sets
+            return cls(nested.values(), nested.offsets())
         if not isinstance(sets, Sequence) or not sets or not all(isinstance(s, Tensor) and s.ndim >= 1 for s in sets):
             raise TypeError("a batch of sets must be a tensor (B, n, …), a Ragged, or a non-empty list of tensors")
         if len({s.shape[1:] for s in sets}) > 1:

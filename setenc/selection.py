@@ -120,12 +120,12 @@ class JointState(SetState):
         return self.members
 
     @property
-    def count(self) -> Tensor:  # type: ignore[override]
+    def count(self) -> Tensor:  # type: ignore[override]  # a field of other states
         """``(B,)`` number of elements so far, or the sum of their weights."""
         return self.members[0].count
 
     @property
-    def slots(self) -> Tensor:  # type: ignore[override]
+    def slots(self) -> Tensor:  # type: ignore[override]  # likewise
         """The slots of the first part."""
         return self.members[0].slots
 

@@ -103,8 +103,8 @@ def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer]
                 model, task, num=config.evaluate, seed=config.seed, guidance=config.guidance, progress=config.progress,
                 one_step=one_step,
             )  # fmt: skip
-            evaluation.write(result, config.out)
             print(evaluation.as_table(result))
+            evaluation.write(result, config.out)
         if first:
             written = sorted(path.name for path in config.out.iterdir() if path.name[0] != ".")
             print(f"written: {config.out} ({', '.join(written)})")

@@ -38,5 +38,5 @@ def evaluate(arguments: list[str]) -> None:
         model, task, num=config.num, seed=config.seed, guidance=config.guidance, progress=True,
         one_step=trained.objective == "distillation",
     )  # fmt: skip
-    evaluation.write(result, config.run)
     print(evaluation.as_table(result))
+    evaluation.write(result, config.run)

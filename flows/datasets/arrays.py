@@ -51,7 +51,7 @@ def load_arrays(path: str | Path, *, x: str = "auto", y: str | None = "auto") ->
     if given is not None:
         if not given.is_floating_point() and given.ndim != 1:
             raise ValueError(
-                f"integer conditions are labels of shape (N,); {path} holds {conditions.dtype} of shape "  # type: ignore[union-attr]
+                f"integer conditions are labels of shape (N,); {path} holds {given.dtype} of shape "
                 f"{tuple(given.shape)}. Save vectors as floating point"
             )
         given = given.float() if given.is_floating_point() else given.long()

@@ -51,7 +51,7 @@ class NoiseAssignment:
         same = all(getattr(self, name) == getattr(other, name) for name in names)
         return same and torch.equal(self.number.cpu(), other.number.cpu())
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # equal by its tensors, which may change
 
     def __repr__(self) -> str:
         return f"NoiseAssignment({len(self.number)} points, seed={self.seed}, fingerprint={self.fingerprint})"

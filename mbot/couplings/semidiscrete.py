@@ -59,7 +59,7 @@ class DualPotentials:
         same = (self.steps, self.fingerprint) == (other.steps, other.fingerprint)
         return same and torch.equal(self.values.cpu(), other.values.cpu())
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # equal by its tensors, which may change
 
     def __repr__(self) -> str:
         return f"DualPotentials({len(self.values)} points, chi2={self.chi2:.3g}, steps={self.steps})"

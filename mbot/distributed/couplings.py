@@ -31,9 +31,9 @@ class GlobalPairs(Pairs):
         counts: targets on each rank.
     """
 
-    ranks: Ranks = None  # type: ignore[assignment]
+    ranks: Ranks = None  # type: ignore[assignment]  # always given; fields of the base have defaults
     sizes: list[int] | None = None
-    place: Tensor = None  # type: ignore[assignment]
+    place: Tensor = None  # type: ignore[assignment]  # likewise
     counts: list[int] = field(default_factory=list)
 
     def _owner_of_target(self) -> tuple[Tensor, Tensor]:

@@ -86,10 +86,11 @@ class PartialOT(Transport):
         if self.reg > 0 and bool((a == 0).any() | (b == 0).any()):
             raise ValueError("the entropic partial value has no derivative in a weight that is 0; detach the weights")
         f, g = potentials_of(self, plan)
-        return tuple(  # type: ignore[return-value]
+        f, g = (
             potential - potential.masked_fill(weight == 0, -torch.inf).amax(-1, keepdim=True)
             for potential, weight in ((f, a), (g, b))
         )
+        return f, g
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         n, m = cost.shape[-2:]

@@ -5,6 +5,8 @@ Instances are elements, bags are sets, as multiple-instance learning calls them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -163,12 +165,12 @@ class DSMILPooling(Pooling):
         return not isinstance(state, SelectedState)
 
     def absorb(
-        self, state: SetState, features: Tensor, mask: Tensor | None, weights: Tensor | None, **options: object
+        self, state: SetState, features: Tensor, mask: Tensor | None, weights: Tensor | None, **options: Any
     ) -> SetState:
         """`Pooling.absorb` of whichever pass the state is in."""
         if isinstance(state, SelectedState):
-            return self.critical.absorb(state, features, mask, weights, **options)  # type: ignore[arg-type]
-        return super().absorb(state, features, mask, weights, **options)  # type: ignore[arg-type]
+            return self.critical.absorb(state, features, mask, weights, **options)
+        return super().absorb(state, features, mask, weights, **options)
 
     def ragged_contribution(
         self, state: SetState, features: Tensor, ragged: Ragged, weights: Tensor | None, peak: Tensor | None = None

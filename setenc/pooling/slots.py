@@ -270,11 +270,11 @@ class SlotPooling(Pooling):
         if torch.compiler.is_compiling() or features.shape[1] <= _BLOCK:
             return self.contribution(state, features, mask, weights)
         for start in range(0, features.shape[1], _BLOCK):
-            block = [t if t is None else t[:, start : start + _BLOCK] for t in (features, mask, weights)]
+            block: list[Any] = [t if t is None else t[:, start : start + _BLOCK] for t in (features, mask, weights)]
             if torch.is_grad_enabled():
                 part = checkpoint(self.contribution, state, *block, use_reentrant=False, preserve_rng_state=False)
             else:
-                part = self.contribution(state, *block)  # type: ignore[arg-type]
+                part = self.contribution(state, *block)
             whole = whole.merge(part)
         return whole
 

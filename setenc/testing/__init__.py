@@ -112,7 +112,9 @@ def merging_is_a_commutative_monoid(pooling: Pooling) -> None:
     parts = [30 * elements(pool, 2, n, n) for n in (3, 1, 5)]
 
     def read(join: Callable[..., SetState]) -> Tensor:
-        absorb = lambda start: join(*(pool.update(start.empty(), x) for x in parts))  # noqa: E731
+        def absorb(start: SetState) -> SetState:
+            return join(*(pool.update(start.empty(), x) for x in parts))
+
         return pool.readout(passes(pool, pool.init_state(2), absorb))
 
     whole = read(lambda a, b, c: a.merge(b).merge(c))

@@ -142,7 +142,7 @@ def test_half_precision_weights_are_called_in_half_precision():
 def test_what_is_read_off_a_trajectory_is_not_its_rounding(dtype):
     """Speeds are differences of a trajectory, times its steps."""
     x0 = torch.full((4, 2), 3.0, dtype=dtype)
-    slow = lambda t, x, y: torch.full_like(x, 0.5)  # noqa: E731
+    slow = lambda t, x, y: torch.full_like(x, 0.5)
     assert flows.metrics.path_energy(slow, x0) == pytest.approx(0.5, rel=1e-3)
     assert flows.metrics.straightness(slow, x0) == pytest.approx(0, abs=1e-5)
     assert float(step_times.jump_costs(slow, x0, grid=20).triu(1).nan_to_num(posinf=0).max()) < 1e-6

@@ -101,7 +101,7 @@ def test_flow_matching_hands_the_conditions_of_both_sides_to_the_coupling():
     assert torch.equal(coupled.y0, coupled.y)
     assert torch.equal(classes(coupled.x0), coupled.y0)
     assert torch.equal(coupled[3:9].y0, coupled.y0[3:9])
-    model = lambda t, x, y: torch.zeros_like(x)  # noqa: E731
+    model = lambda t, x, y: torch.zeros_like(x)
     assert float(fm.loss(model, x0, x1, y1, y0=y0, generator=g)) < 2500
     with pytest.raises(ValueError, match="y0 must hold one condition for each of the 64 samples"):
         fm.sample(x0, x1, y1, y0=y0[:63])
@@ -315,7 +315,7 @@ def test_groups_and_conditions_that_are_ignored_are_told():
             CoupledLoader(x, torch.randn(60, 2), None, source_sampling="matched", sources_per_target=many,
                           groups=(torch.arange(60) % 3, torch.arange(24) % 3), **settings)  # fmt: skip
         assert any("source has groups" in str(w.message) for w in caught) == told
-    drawn = lambda n, generator: (torch.randn(n, 2, generator=generator), torch.arange(n) % 3)  # noqa: E731
+    drawn = lambda n, generator: (torch.randn(n, 2, generator=generator), torch.arange(n) % 3)
     one = CoupledLoader(DATA, drawn, mbot.OTCoupling(), **settings)
     with pytest.warns(UserWarning, match="source has conditions") as caught:
         next(iter(one))

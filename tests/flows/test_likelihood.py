@@ -32,7 +32,7 @@ def test_likelihood_of_an_affine_flow_is_the_gaussians(trace, d):
 def test_hutchinson_is_unbiased_on_a_mixing_field():
     a = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3
     x1 = torch.randn(4, 5, dtype=torch.float64)
-    field = lambda t, x, y: x @ a.T  # noqa: E731
+    field = lambda t, x, y: x @ a.T
     g = torch.Generator().manual_seed(0)
     exact = flows.log_likelihood(field, x1, trace="exact")
     guess = flows.log_likelihood(field, x1, trace="hutchinson", probes=800, generator=g)
@@ -187,7 +187,7 @@ def test_a_field_that_is_no_number_is_an_error(solver):
 def test_sums_of_half_precision_run_in_float32(dtype):
     """A thousand small steps of a slow field vanish where the state has eight bits."""
     x1 = torch.ones(2, 2, dtype=dtype)
-    slow = lambda t, x, y: 0.5 * x + 0.0 * t[:, None]  # noqa: E731
+    slow = lambda t, x, y: 0.5 * x + 0.0 * t[:, None]
     got = flows.log_likelihood(slow, x1, method="euler", steps=1000)
     want = torch.distributions.Normal(0.0, 1.0).log_prob(x1.double() / math.exp(0.5)).sum(1) - 1.0
     assert got.dtype == torch.float32

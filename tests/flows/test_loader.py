@@ -48,7 +48,7 @@ class Items(Dataset):
         return self.n
 
     def __getitem__(self, i):
-        noise = torch.rand(1) + random.random() + np.random.rand()  # noqa: NPY002
+        noise = torch.rand(1) + random.random() + np.random.rand()
         return torch.full((3,), float(i)) + noise, {"label": i % 2, "name": f"n{i}"}
 
 
@@ -107,12 +107,12 @@ def test_nobody_can_tell_who_computed_a_batch(coupling, settings):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_random_transforms_do_not_depend_on_workers_nor_touch_the_callers_generators(workers):
     expected = list(loader(Items(), coupling=mbot.IndependentCoupling()))
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     got = list(loader(Items(), coupling=mbot.IndependentCoupling(), num_workers=workers))
     assert all(torch.equal(p.x1, q.x1) for p, q in zip(expected, got, strict=True))
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
-    assert (before[2] == np.random.get_state()[1]).all()  # noqa: NPY002
+    assert (before[2] == np.random.get_state()[1]).all()
     list(loader(Items(), coupling=mbot.IndependentCoupling()))
     assert torch.equal(before[0], torch.get_rng_state())
 
@@ -185,7 +185,7 @@ class Jittered(TensorDataset):
 
     def __getitem__(self, i):
         x, y = super().__getitem__(i)
-        return x + torch.rand(1) + random.random() + np.random.rand(), y  # noqa: NPY002
+        return x + torch.rand(1) + random.random() + np.random.rand(), y
 
 
 class JitteredImages(ImageData):

@@ -47,7 +47,7 @@ def test_the_loss_is_the_weighted_mean_squared_error():
     x0, x1 = pair(n=64)
     fm = FlowMatching(mbot.WeightedCoupling(reg=2.0))
     batch = fm.sample(x0, x1, generator=torch.Generator().manual_seed(0))
-    zero = lambda t, x, y: torch.zeros_like(x)  # noqa: E731
+    zero = lambda t, x, y: torch.zeros_like(x)
     expected = (batch.weight * batch.ut.square().mean(1)).mean()
     torch.testing.assert_close(fm.loss(zero, x0, x1, generator=torch.Generator().manual_seed(0)), expected)
     plain = FlowMatching().loss(zero, x0, x1)

@@ -33,7 +33,7 @@ def test_wasserstein_is_exact_at_thousands_of_points():
 
 def test_straight_paths_have_no_straightness_error_and_the_energy_of_their_displacement():
     x0 = torch.randn(50, 2)
-    constant = lambda t, x, y: torch.full_like(x, 2.0)  # noqa: E731
+    constant = lambda t, x, y: torch.full_like(x, 2.0)
     assert metrics.straightness(constant, x0) == pytest.approx(0, abs=1e-9)
     assert metrics.path_energy(constant, x0) == pytest.approx(8, rel=1e-5)
     assert metrics.normalized_path_energy(constant, x0, 8.0) == pytest.approx(0, abs=1e-5)

@@ -34,7 +34,7 @@ def test_the_earth_movers_distance_against_pot():
 
 def test_mmd_against_a_double_loop_and_at_zero():
     x, y = gaussians(30), gaussians(20, shift=0.5, seed=1)
-    k = lambda a, b: np.mean([np.exp(-((a - b) ** 2).sum() / (2 * (1.7 * s) ** 2)) for s in (0.25, 0.5, 1, 2, 4)])  # noqa: E731
+    k = lambda a, b: np.mean([np.exp(-((a - b) ** 2).sum() / (2 * (1.7 * s) ** 2)) for s in (0.25, 0.5, 1, 2, 4)])
     a, b = x.numpy(), y.numpy()
     xx = np.mean([k(a[i], a[j]) for i in range(30) for j in range(30) if i != j])
     yy = np.mean([k(b[i], b[j]) for i in range(20) for j in range(20) if i != j])
@@ -58,7 +58,7 @@ def test_frechet_distance_against_scipy_and_the_closed_form():
 
 def test_consistency_by_a_classifier_that_reads_the_first_pixel():
     x = torch.tensor([0.0, 1.0, 2.0, 1.0])[:, None]
-    classifier = lambda z: torch.nn.functional.one_hot(z[:, 0].long(), 3) * 20.0  # noqa: E731
+    classifier = lambda z: torch.nn.functional.one_hot(z[:, 0].long(), 3) * 20.0
     right = metrics.condition_consistency(classifier, x, torch.tensor([0, 1, 2, 0]), batch_size=3)
     assert right.accuracy == 0.75
     assert right.cross_entropy == pytest.approx(5.0, rel=1e-3)
@@ -68,7 +68,7 @@ def test_consistency_by_a_classifier_that_reads_the_first_pixel():
 
 def test_fid_with_an_extractor_of_ones_own_needs_nothing_else(monkeypatch):
     x, y = torch.randn(60, 3, 4, 4), torch.randn(50, 3, 4, 4) + 1
-    pooled = lambda z: z.mean((2, 3))  # noqa: E731
+    pooled = lambda z: z.mean((2, 3))
     assert metrics.fid(x, y, extractor=pooled, batch_size=7) == pytest.approx(
         metrics.frechet_distance(pooled(x), pooled(y)), rel=1e-5
     )
@@ -93,7 +93,7 @@ def test_bad_input():
 
 
 def test_inference_mode_changes_no_measure():
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    g = lambda: torch.Generator().manual_seed(0)
     x, y = gaussians(60), gaussians(50, shift=0.4, seed=1)
     labels = torch.arange(60) % 2
     model = flows.models.ResidualMLP(3, width=8, depth=1).double()

@@ -71,8 +71,9 @@ def test_every_model_is_built_for_images_with_labels():
         ConfigError, match=r"--model dit has patches of 2 pixels, which do not divide images \(1, 9, 8\)"
     ):
         build.build_model(TrainConfig(model="dit"), build.Task(None, (1, 9, 8)))
-    with pytest.raises(ConfigError, match="--dropout is of the U-Nets; --model dit has none"):
-        build.build_model(TrainConfig(model="dit", dropout=0.1), task)
+    for name in ("dit", "mlp"):
+        with pytest.raises(ConfigError, match=f"--dropout is of the U-Nets; --model {name} has none"):
+            build.build_model(TrainConfig(model=name, dropout=0.1), task)
     with pytest.raises(ConfigError, match="--model dit is for images"):
         build.build_model(TrainConfig(model="dit"), build.Task(None, (2,)))
 

@@ -63,7 +63,7 @@ def test_points_have_the_law_of_the_bridge_at_each_time(seed):
 
 def test_without_the_score_the_law_is_another():
     """The check above can fail."""
-    nothing = lambda t, x, y: 0 * x  # noqa: E731
+    nothing = lambda t, x, y: 0 * x
     x = integrate_sde(velocity, nothing, starts(10_000), sigma=SIGMA, steps=50, generator=gen()).x[25]
     _, cov, _, _ = law(0.5)
     assert float((x.T.cov() - cov).diag().min()) > 0.1

@@ -87,7 +87,7 @@ def test_straightening_brings_few_steps_to_the_fine_end_points(rank):
     before = copy.deepcopy(model)
     g = torch.Generator().manual_seed(1)
     times = torch.linspace(0, 1, 5)
-    noise = lambda n, g: torch.randn(n, 2, generator=g)  # noqa: E731
+    noise = lambda n, g: torch.randn(n, 2, generator=g)
     losses = flows.straighten(
         model, noise, times, iterations=300, batch_size=64, pool=256, lr=3e-3, rank=rank, generator=g
     )

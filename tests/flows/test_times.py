@@ -143,13 +143,13 @@ def inverse(t):
 
 def test_time_weights_multiply_those_of_the_pairs():
     x0, x1 = torch.randn(2, 64, 2)
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    g = lambda: torch.Generator().manual_seed(0)
     for coupling in (mbot.IndependentCoupling(), mbot.WeightedCoupling(reg=2.0)):
         plain = flows.FlowMatching(coupling).sample(x0, x1, generator=g())
         weighted = flows.FlowMatching(coupling, time_weight=inverse).sample(x0, x1, generator=g())
         before = 1 if plain.weight is None else plain.weight
         assert torch.equal(weighted.weight, before * inverse(plain.t))
-    zero = lambda t, x, y: 0 * x  # noqa: E731
+    zero = lambda t, x, y: 0 * x
     loss = flows.FlowMatching(time_weight=lambda t: 2 + 0 * t).loss(zero, x0, x1)
     torch.testing.assert_close(loss, 2 * (x1 - x0).square().mean())
     for bad, says in ((lambda t: t[:3], r"one weight a time, \(64,\); got \(3,\)"), (lambda t: t / 0, "finite")):

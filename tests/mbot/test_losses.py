@@ -178,7 +178,7 @@ def test_batches_of_one_point_give_the_mean_cost():
 @every_inner
 def test_outer_regularisation_goes_from_bomb_to_the_grid(inner):
     xs, ys = batches()
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    g = lambda: torch.Generator().manual_seed(0)
     kwargs = {"num_batches": 3, "batch_size": 4}
     exact = float(BoMbOT(inner, generator=g(), **kwargs).from_batches(xs, ys))
     grid = float(MiniBatchOT(inner, generator=g(), **kwargs).from_batches(xs, ys))
@@ -450,7 +450,7 @@ def test_geomloss_plugs_in_as_the_inner_loss(kind):
 
 def test_a_callable_on_single_clouds_plugs_in_too():
     xs, ys = batches()
-    distance = lambda x, y: (x.mean(0) - y.mean(0)).square().sum()  # noqa: E731
+    distance = lambda x, y: (x.mean(0) - y.mean(0)).square().sum()
     inner = (xs.mean(1)[:, None] - ys.mean(1)[None]).square().sum(-1)
     torch.testing.assert_close(loss("m-OT", distance).from_batches(xs, ys), inner.mean())
     torch.testing.assert_close(loss("BoMb", distance).from_batches(xs, ys), ExactOT().value(inner))

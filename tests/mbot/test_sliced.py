@@ -76,7 +76,7 @@ def test_zero_weight_is_removal_and_equal_clouds_cost_nothing():
     x, y = clouds()
     a = torch.ones(20, dtype=torch.float64)
     a[5:] = 0
-    g = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    g = lambda: torch.Generator().manual_seed(0)
     torch.testing.assert_close(SlicedOT(8)(x, y, a, generator=g()), SlicedOT(8)(x[:5], y, generator=g()))
     assert float(SlicedOT(8)(x, x[torch.randperm(20)])) == pytest.approx(0, abs=1e-20)
 

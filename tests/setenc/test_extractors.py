@@ -35,7 +35,7 @@ class Apply(nn.Module):
         return self.function(self, self.linear(x))
 
 
-attention = lambda: nn.MultiheadAttention(8, 2, batch_first=True)  # noqa: E731
+attention = lambda: nn.MultiheadAttention(8, 2, batch_first=True)
 MIXING = {
     "minus the mean": lambda: Apply(lambda self, h: h - h.mean(1, keepdim=True)),
     "minus the mean of all sets": lambda: Apply(lambda self, h: h - h.mean((0, 1), keepdim=True)),

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 import setenc
 from setenc import io
@@ -147,7 +148,6 @@ def test_memory_maps(tmp_path):
 def cells():
     """Cells of three conditions, some of none, dense and sparse, in any order."""
     anndata = pytest.importorskip("anndata")
-    sparse = pytest.importorskip("scipy.sparse")
     pandas = pytest.importorskip("pandas")
     g = np.random.default_rng(0)
     x = g.poisson(0.5, (60, 4)).astype("float32")

@@ -191,7 +191,7 @@ def test_the_number_of_chunks_must_be_the_same():
     enc = encoder()
     x = sets()[0]
     lengths = iter([3, 2, 3, 4])
-    chunks = lambda: iter([x[:, :4]] * next(lengths))  # noqa: E731
+    chunks = lambda: iter([x[:, :4]] * next(lengths))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"the first saw 3, the second (2|more)"):
             gradients(enc, chunks, "exact")

@@ -57,7 +57,7 @@ def test_mixture_likelihood_is_torch_s():
 def test_clustering_learns():
     g = torch.Generator().manual_seed(0)
     model = tasks.MixtureClustering(width=64)
-    draw = lambda: tasks.mixture_sets(10, 64, generator=g).x  # noqa: E731
+    draw = lambda: tasks.mixture_sets(10, 64, generator=g).x
     train(model, lambda: model.loss(draw(), chunk_size=16, gradient="sampled", num_gradient_chunks=2), 400)
     after = model.eval().loss(tasks.mixture_sets(100, 64, generator=g).x).detach()
     # One mixture for all sets has about log(64) = 4.16; four seeds reached 3.30 to 3.80.
@@ -107,7 +107,7 @@ def test_completion_takes_any_pooling_and_decoder():
 
 def test_completion_learns_images_of_one_shade():
     g = torch.Generator().manual_seed(0)
-    draw = lambda: torch.rand(8, 1, 1, 1, generator=g).expand(8, 1, 6, 6)  # noqa: E731
+    draw = lambda: torch.rand(8, 1, 1, 1, generator=g).expand(8, 1, 6, 6)
     model = tasks.ImageCompletion(1, width=32, num_slots=8)
     train(model, lambda: model.loss(*tasks.pixel_sets(draw(), 6, generator=g), chunk_size=4, gradient="exact"), 150)
     # The mean shade and its deviation .29 have a loss of .18; the right shade at the smallest deviation .1 has -1.38.
@@ -160,19 +160,19 @@ def test_documents_of_different_lengths():
 def test_exact_gradients_of_every_task(task):
     if task == "clustering":
         model, x = tasks.MixtureClustering(width=16), tasks.mixture_sets(2, 20).x.double()
-        loss = lambda **o: model.loss(x, **o)  # noqa: E731
+        loss = lambda **o: model.loss(x, **o)
     elif task == "completion":
         model = tasks.ImageCompletion(1, width=8, num_slots=4)
         sets = tasks.pixel_sets(torch.rand(2, 1, 5, 5).double(), 12)
-        loss = lambda **o: model.loss(*sets, **o)  # noqa: E731
+        loss = lambda **o: model.loss(*sets, **o)
     elif task == "instances":
         model = tasks.BagClassifier(4, width=8, num_slots=4, extractor=nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2)))
         x, y = tasks.rare_instance_bags(4, 12, dim=4)
-        loss = lambda **o: model.loss(x.double(), y, **o)  # noqa: E731
+        loss = lambda **o: model.loss(x.double(), y, **o)
     else:
         model = tasks.TokenBagClassifier(20, 3, width=8, num_slots=4)
         tokens, labels = torch.randint(20, (2, 12)), torch.rand(2, 3) < 0.5
-        loss = lambda **o: model.loss(tokens, labels, **o)  # noqa: E731
+        loss = lambda **o: model.loss(tokens, labels, **o)
     model.double()
     full, exact = (gradients(model, lambda m=m: loss(chunk_size=5, gradient=m)) for m in ("full", "exact"))
     assert full.keys() <= exact.keys()
