@@ -9,7 +9,6 @@ import torch
 from harness import medians, write
 
 import mbot
-from mbot.couplings.mismatch import mismatch_cost
 
 D = 3072
 TARGET = 0.01
@@ -73,6 +72,8 @@ def discrete(n, classes, sampler):
 
 
 def adaptive(n, sampler):
+    from mbot.couplings.mismatch import mismatch_cost
+
     x0, x1, generator = batch(n)
     y = torch.nn.functional.normalize(torch.randn(n, 512, generator=generator), dim=1)
     found = {}

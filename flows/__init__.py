@@ -1,5 +1,6 @@
 """Flow matching: a coupling, a path and a model; training, sampling and measuring."""
 
+from flows import waiting as waiting  # isort: skip  # before torch is loaded
 from flows import datasets, metrics, models, testing
 from flows.checkpoint import CheckpointError
 from flows.diagnosis import Diagnosis, diagnose, plot_diagnosis

@@ -3,7 +3,8 @@
 The squared Euclidean cost is ``|x - y|^2`` (no factor 1/2). Half-precision points are computed with in float32;
 autocast and TF32 products are switched off inside.
 
-Squared distances are expanded, ``|x|^2 + |y|^2 - 2 <x, y>`` about the clouds' common centre. That cancels where points
+Squared distances are expanded, ``|x|^2 + |y|^2 - 2 <x, y>`` about the clouds' common centre, or the origin where that
+is as good. That cancels where points
 lie closer to each other than to the centre (groups far apart, an outlier). So the rounding of the expansion is compared
 with the smallest cost of each row. Where it is too large for a few pairs, these are computed by differences; else all
 costs in float64, and by differences where float64 cancels too.
@@ -31,6 +32,7 @@ Cost = str | Callable[[Tensor, Tensor], Tensor]
 DIRECT_FEATURES = 4
 # Relative error that the smallest costs may have.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
+_SAMPLE = 16  # points of a cloud by which its centre is judged
 _FEW = 4  # pairs a point that are computed by differences
 _CELLS = 1 << 22  # entries of the largest float64 matrix (32 MB) that is made on the careful way
 
@@ -103,14 +105,26 @@ def _direct(x: Tensor, y: Tensor) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
+def _near_the_origin(x: Tensor, y: Tensor) -> bool:
+    """Whether the centre of two clouds lies well within their spread, by a few points: centring would be two copies."""
+    if x.ndim > 2 or y.ndim > 2 or x.device.type != "cpu":  # copies of small problems are cheap; a device is waited for
+        return False
+    with torch.no_grad():
+        some = [points[:: -(-len(points) // _SAMPLE)] for points in (x, y)]
+        centre = torch.lerp(some[0].mean(0), some[1].mean(0), 0.5)
+        spread = _norms(some[0]).mean() + _norms(some[1]).mean()
+        return float(centre.square().sum()) * 4 <= float(spread)
+
+
 def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor | None:
     """Squared distances of the prepared points, None where they would not be precise."""
     x, y, rounded = prepare(given_x), prepare(given_y), prepare is unit
     if x.shape[-1] <= DIRECT_FEATURES and not rounded:
         squared = _direct(x, y)
         return squared if math.isfinite(squared.detach().sum()) else None
-    centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
-    x, y = x - centre, y - centre
+    if not _near_the_origin(x, y):
+        centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
+        x, y = x - centre, y - centre
     with torch.no_grad():
         norms_x, norms_y = _norms(x), _norms(y)
         squared = _expanded(x, y, norms_x, norms_y)
