@@ -76,6 +76,8 @@ class Problems:
     @cached_property
     def starts(self) -> np.ndarray:
         """``(B + 1,)`` where each problem's costs begin, and the end."""
+        if self.sizes is None:
+            return np.arange(self.count + 1) * (self.size[0] * self.size[1])
         return np.concatenate(([0], np.cumsum(self.rows * self.cols)))
 
     def matrix(self, p: int) -> Tensor:

@@ -81,8 +81,11 @@ def errors(flat, start, stride, row, col, mass, f, g, a, b, moved, floor):  # ty
         left_a[:] = 1.0
         left_b[:] = 1.0
         if len(a):
-            left_a[:] = a[p]
-            left_b[:] = b[p]
+            # One by one: numba would compile the message of a shape error of the slices, which takes the longest.
+            for i in range(len(left_a)):
+                left_a[i] = a[p, i]
+            for j in range(len(left_b)):
+                left_b[j] = b[p, j]
         rows = row[p] if len(row) else ordered
         for e in range(entries):
             if mass[p, e] > 0:

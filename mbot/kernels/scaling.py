@@ -228,7 +228,7 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
         if not error >= 0.0 or (turn > 0 and error <= tol) or turn == budget:
             return u, v, error, turn
         if stepped and not error < before:
-            new_u[:] = plain
+            new_u, plain = plain, new_u
             before, look, stepped = np.inf, turn + _LOOK, False
         elif stepped or turn >= look:
             if not stepped:
@@ -236,7 +236,7 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
             if not (stepped and error <= 0.5 * before):
                 stepped = np.log(tol / error) / rate > price and _factorise(kernel, a, b, rows, u, v, system)
             if stepped:
-                plain[:] = new_u  # the round instead of the step
+                plain, new_u = new_u, plain  # the round instead of the step
                 _newton(system, a, rows, u, new_u)
             before, look = error, turn + _LOOK
         u, new_u = new_u, u
