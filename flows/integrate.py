@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flows.matching import VelocityModel, check_velocity
+from flows.matching import VelocityModel, check_velocity, times_dtype
 from mbot import checks
 
 METHODS = ("euler", "midpoint", "heun", "rk4", "dopri5")
@@ -27,7 +27,7 @@ class Trajectory:
     """Solution of the flow.
 
     Attributes:
-        t: ``(T,)`` times.
+        t: ``(T,)`` times; those of equal steps in float32, or in float64 for points of that dtype.
         x: ``(T, B, d…)`` points at these times; ``x[-1]`` are the samples.
         nfe: number of evaluations of the model.
     """
@@ -130,7 +130,8 @@ def time_grid(method: str, steps: int | None, times: Tensor | None, x: Tensor, *
         if steps is None and method not in _ADAPTIVE:
             raise ValueError(f"method {method!r} takes fixed steps: give steps, or a grid of times")
         ends = (1.0, 0.0) if backwards else (0.0, 1.0)
-        times = torch.linspace(*ends, checks.count(1 if steps is None else steps, "steps") + 1)
+        count = checks.count(1 if steps is None else steps, "steps")
+        times = torch.linspace(*ends, count + 1, dtype=times_dtype(x))
     times = checks.finite(checks.floating(times, "times"), "times").to(x.device)
     step = times.diff()
     if times.ndim != 1 or len(times) < 2 or not bool((step > 0).all() | (step < 0).all()):

@@ -23,6 +23,22 @@ def test_one_euler_step_is_one_evaluation():
     assert solved.x.shape == (2, 5, 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equal_steps_are_equal_to_the_digits_of_the_points(dtype):
+    """Every step's slope is its time: the sum over k of k / n²."""
+    n, seen = 10, []
+
+    def field(t, x, y):
+        seen.append(float(t[0]))
+        return t[:, None].to(x.dtype).expand_as(x)
+
+    solved = integrate(field, torch.zeros(1, 1, dtype=dtype), method="euler", steps=n)
+    assert solved.t.dtype == torch.promote_types(dtype, torch.float32)
+    digits = {torch.float64: 1e-15, torch.float32: 1e-7, torch.bfloat16: 1e-2}[dtype]
+    assert seen == pytest.approx([k / n for k in range(n)], abs=digits)
+    assert float(solved.final) == pytest.approx(sum(range(n)) / n**2, abs=2 * digits)
+
+
 @pytest.mark.parametrize(("method", "evaluations"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 def test_fixed_steps_count_their_evaluations(method, evaluations):
     assert integrate(rotate, torch.randn(3, 2), method=method, steps=7).nfe == 7 * evaluations
