@@ -307,8 +307,9 @@ def main():
         worker()
         return
     checkouts = [arguments.before.resolve(), HERE.parent.resolve()]
+    commits = [commit(checkout) for checkout in checkouts]
     before, after = (Side(checkout) for checkout in checkouts)
-    tables = {}
+    tables = {"Commits": [dict(zip(("before", "after"), commits, strict=True))]}
     for heading, several in cells().items():
         for name, (_, wanted) in several.items():
             if arguments.only in f"{heading}: {name}":
@@ -320,8 +321,7 @@ def main():
         "compare",
         "The library before and after",
         tables,
-        f"Before: commit `{commit(checkouts[0])}`; after: `{commit(checkouts[1])}`. CPU seconds of one thread, medians "
-        f"of {LEAST} to {MOST} alternating turns; ratios are medians of the turns' ratios. "
+        f"CPU seconds of one thread, medians of {LEAST} to {MOST} alternating turns; ratios are medians of the turns' ratios. "
         "*Target* is the least ratio wanted, over the code before and over the peer: a double loop over `ot.emd` or "
         "`partial_wasserstein`, POT's network simplex, the official C²OT call, torchcfm's sampler, the published "
         f"pooler's algorithm. *Slower*: below 1 / {SLOWER}. Inputs are those of the other benchmarks; losses are "
