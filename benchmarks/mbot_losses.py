@@ -74,7 +74,7 @@ if __name__ == "__main__":
         {f"k = {K}: {K * K} inner problems, forward and backward": rows},
         "BoMb-OT with squared Euclidean cost, float32 points that need gradients. The loop computes each cost, solves "
         "it with `ot.emd` and copies the plan back. `MiniBatchOT` (m-OT on the grid) solves the same inner problems, "
-        "but its backward passes through all of them instead of the k matched ones. The columns before it say where "
-        "BoMbOT's time goes; what they leave is the outer problem, plans, backward and Python: 231 torch operations "
-        "and the code around them, 2 to 3 ms whatever m is. They hold m = 16 back: its target at d = 64 was 30 times.",
+        "but its backward passes through all of them instead of the k matched ones. Both make one cost matrix at a "
+        "time inside the compiled call; the columns *of it* are what assignment and costs take in calls of their own. "
+        "Wall seconds; `compare.md` has CPU seconds of one thread, also of the code before.",
     )
