@@ -322,7 +322,7 @@ def main():
         "The library before and after",
         tables,
         f"CPU seconds of one thread, medians of {LEAST} to {MOST} alternating turns; ratios are medians of their "
-        "ratios. *Target* is the least ratio wanted, over the code before and over the peer: a double loop over `ot.emd` "
+        "ratios. *Target*: the least ratio wanted, over the code before and over the peer: a double loop over `ot.emd` "
         "or `partial_wasserstein`, POT's network simplex, the official C²OT call, torchcfm's sampler, the published "
         f"pooler's algorithm. *Slower*: below 1 / {SLOWER}. Inputs are those of the other benchmarks; losses are "
         "forward and backward with 16 mini-batches a side; the load of one minute at the end was "

@@ -28,8 +28,8 @@ Inner = Transport | ValueTransport | Callable[[Tensor, Tensor], Tensor]
 Batches = Tensor | Sequence[Tensor]
 """Mini-batches: ``(k, m, d…)``, or a sequence of ``(m_i, d…)``."""
 
-# Cost matrices of a grid are made and solved at most this many entries at a time (256 MB in float32).
-_CHUNK = 1 << 26
+# Most entries of costs made and solved at a time: 16 MB in float32. More leave the cache, fewer make more calls.
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
