@@ -82,7 +82,7 @@ if __name__ == "__main__":
         "setenc_readouts",
         "What the read-outs cost",
         {
-            "Mass read-out": [row for heads in (4, 1) for row in masses(30_000, heads, 5)],
+            "Mass read-out": [row for heads in (4, 1) for row in masses(30_000, heads, 11)],
             "Poolings, exact gradient of a set of 30,000": poolings(30_000, 5),
             "Targets that ask 64 slots, forward and backward": targets(30_000, 5),
         },

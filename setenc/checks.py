@@ -114,8 +114,33 @@ def elements(x: Any, mask: Any, weights: Any, name: str = "x") -> tuple[Tensor, 
     return x, mask, weights
 
 
+def generator(value: Any) -> torch.Generator | None:
+    """A generator of random numbers, or None for torch's default."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None; got {value!r}")
+    return value
+
+
+def columns(value: Any, in_dim: int) -> list[int]:
+    """Which of ``in_dim`` features: None is all, else a slice, or indices or a mask of them."""
+    if value is None or isinstance(value, slice):
+        chosen = list(range(in_dim))[slice(None) if value is None else value]
+    else:
+        try:
+            chosen = torch.arange(in_dim)[value if isinstance(value, Tensor) else torch.as_tensor(value)].tolist()
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"columns must be a slice or indices below {in_dim}, the features; got {value!r}"
+            ) from error
+    if not isinstance(chosen, list) or not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"columns must name at least one of the {in_dim} features, each once; got {value!r}")
+    return chosen
+
+
 def batch(x: Any, batch_size: int) -> None:
     """As many sets as the state has streams."""
+    if not hasattr(x, "__len__"):
+        raise TypeError(f"a chunk must be a torch.Tensor (B, n, …) or a ragged batch; got {type(x).__name__}")
     sets = x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
     if sets != batch_size:
         raise ValueError(f"a chunk must hold one part of each of the state's {batch_size} sets; got {sets}")
@@ -191,6 +216,7 @@ def same_state(first: SetState, second: SetState, size: Tensor, dtype: torch.dty
 
 def packed_weights(weights: Any, values: Tensor) -> Tensor:
     """Weights ``(T,)`` of the elements of a ragged batch."""
+    weights = as_tensor(weights)
     if not isinstance(weights, Tensor) or weights.shape != values.shape[:1]:
         given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise ValueError(f"weights of a ragged batch must be packed like its elements, ({len(values)},); got {given}")
@@ -230,8 +256,15 @@ def finite_features(features: Tensor, witness: Tensor | None = None) -> Tensor:
     return features
 
 
+def finite_targets(targets: Tensor) -> Tensor:
+    """Targets of a query without NaN and infinity, of which an attention kernel may make zeros."""
+    if may_look(targets) and not bool(targets.detach().isfinite().all()):
+        raise ValueError("targets must be finite; they hold NaN or infinity")
+    return targets
+
+
 def finite(pooled: Tensor) -> Tensor:
-    """The read-out of a state, which must be finite."""
+    """The read-out of a state, in the dtype of the result, which must be finite."""
     if not torch.compiler.is_compiling() and not bool(pooled.detach().isfinite().all()):
         raise ValueError(
             "the pooled slots must be finite; they hold NaN or infinity. An element had features or a weight that are "
@@ -254,6 +287,45 @@ def features(x: Any, in_dim: int, sets: Sequence[int] | None = None) -> Tensor:
             "single elements, such as an image network, goes into setenc.PerElement"
         )
     return x
+
+
+def slots(x: Any, like: Tensor, name: str = "slots", number: int | None = None) -> Tensor:
+    """Slots ``(B, K, dim)``, ``number`` of them, for a module whose weight ``(…, dim)`` is given, in its dtype."""
+    x = as_tensor(x)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.ndim != 3 or x.shape[2] != like.shape[-1] or x.shape[1] != (number or x.shape[1]):
+        wanted = f"(B, {number or 'K'}, {like.shape[-1]})"
+        raise ValueError(f"{name} must have shape (B, K, dim) = {wanted}; got {tuple(x.shape)}")
+    return precision(x, like.dtype, name)
+
+
+def binary_labels(labels: Any, logits: Tensor) -> Tensor:
+    """Labels of as many ``logits``, 0 and 1 or probabilities between them, in their dtype; bools and arrays too."""
+    labels = as_tensor(labels)
+    if not isinstance(labels, Tensor) or labels.is_complex():
+        raise TypeError(f"labels must be a real tensor; got {type(labels).__name__}")
+    if labels.shape != logits.shape:
+        raise ValueError(f"labels must have the shape of the logits, {tuple(logits.shape)}; got {tuple(labels.shape)}")
+    labels = labels.to(logits)
+    if may_look(labels) and not bool(((labels >= 0) & (labels <= 1)).all()):
+        raise ValueError(f"labels must lie in [0, 1]; got {labels.flatten().tolist()[:8]}")
+    return labels
+
+
+def stream_part(value: Any, name: str) -> Any:
+    """The mask or the weights ``(B, N)`` of a stream, of which each chunk takes its columns; None stays."""
+    value = as_tensor(value)
+    if value is not None and (not isinstance(value, Tensor) or value.ndim != 2):
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} of a stream must be a tensor (B, N) for all its elements; got {given}")
+    return value
+
+
+def stream_length(value: Tensor | None, length: int, name: str) -> None:
+    """A stream has as many elements as its mask or its weights say."""
+    if value is not None and value.shape[1] != length:
+        raise ValueError(f"{name} must be for the {length} elements of the stream; got {tuple(value.shape)}")
 
 
 def precision(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -54,6 +54,7 @@ def source_of(
     x: Any, mask: Tensor | None, weights: Tensor | None, size: int | None, draws: int | None, seed: int
 ) -> Source:
     """The chunks of what a user gives to `setenc.encode`."""
+    x = checks.as_tensor(x)
     if is_ragged(x):
         checks.no_mask(mask)
         return RaggedSource(Ragged.of(x), weights, size, draws, seed)
@@ -122,14 +123,19 @@ class IteratorSource(Source):
     def __init__(
         self, make: Callable[[], Iterable[Any]], mask: Tensor | None, weights: Tensor | None, size: int | None
     ) -> None:
-        self.make, self.mask, self.weights, self.size = make, mask, weights, size
+        self.make, self.size = make, size
+        self.mask, self.weights = checks.stream_part(mask, "mask"), checks.stream_part(weights, "weights")
 
     def __iter__(self) -> Iterator[Chunk]:
         begin = 0
         for item in self.make():
-            x, *own = item if isinstance(item, tuple) else (item,)
-            x, mask, weights = (*map(checks.as_tensor, (x, *own)), None, None)[:3]
-            length = x.shape[1] if x.ndim > 1 else 0
+            parts = item if isinstance(item, tuple) else (item,)
+            if not 1 <= len(parts) <= 3:
+                raise ValueError(
+                    f"a chunk must be elements, or (elements, mask[, weights]); got a tuple of {len(parts)}"
+                )
+            x, mask, weights = (*map(checks.as_tensor, parts), None, None)[:3]
+            length = x.shape[1] if isinstance(x, Tensor) and x.ndim > 1 else 0
             if mask is None and self.mask is not None:
                 mask = self.mask[:, begin : begin + length]
             if weights is None and self.weights is not None:
@@ -142,3 +148,5 @@ class IteratorSource(Source):
             for start in range(0, max(length, 1), size):
                 cut = [t if t is None else t[:, start : start + size] for t in (x, mask, weights)]
                 yield Chunk(cut[0], cut[1], cut[2])
+        checks.stream_length(self.mask, begin, "mask")
+        checks.stream_length(self.weights, begin, "weights")

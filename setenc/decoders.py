@@ -35,6 +35,10 @@ class MAB(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, m, dim)`` queries attend to ``(B, n, dim)``, with a mask ``(B, n)``, True = a real element."""
+        same = x is y
+        y, mask, _ = checks.elements(checks.slots(y, self.query.weight, "x"), mask, None)
+        x = y if same else checks.slots(x, self.query.weight, "queries")
+        y = y if mask is None else y.masked_fill(~mask[..., None], 0)
         queries = self.query(x)
         q, k, v = (
             t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (queries, *self.key_value(y).chunk(2, -1))
@@ -76,6 +80,7 @@ class ISAB(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, n, dim)`` to ``(B, n, dim)``."""
+        x = checks.slots(x, self.inducing, "x")
         return self.spread(x, self.gather(self.inducing.expand(x.shape[0], -1, -1), x, mask))
 
 
@@ -94,6 +99,7 @@ class PMA(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``(B, n, dim)`` to ``(B, num_seeds, dim)``."""
+        x = checks.slots(x, self.seeds, "x")
         return self.attend(self.seeds.expand(x.shape[0], -1, -1), x, mask)
 
 
@@ -182,6 +188,7 @@ class FSPoolDecoder(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """``(B, K, dim)`` to ``(B, out_dim or dim)``."""
+        slots = checks.slots(slots, self.weight.T)
         return self.output((slots.sort(1, descending=True).values * self.rank_weights(slots.shape[1])).sum(1))
 
     def rank_weights(self, size: int) -> Tensor:
@@ -235,7 +242,7 @@ class DIEMDecoder(nn.Module):
 
     def forward(self, slots: Tensor) -> Tensor:
         """``(B, K, dim)`` to ``(B, num_components, out_dim or dim)``."""
-        x = self.project(slots).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        x = self.project(checks.slots(slots, self.project.weight)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         share, mean, variance = self.mixture(x)
         facts = torch.cat((share.log()[..., None], mean, variance.log()), -1)
         return self.output(facts.transpose(1, 2).flatten(2))

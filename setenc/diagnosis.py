@@ -77,6 +77,8 @@ def diagnose_slots(
     if not isinstance(enc, UMBC | Pooling):
         raise TypeError(f"enc must be a setenc.UMBC or a setenc.Pooling; got {type(enc).__name__}")
     enc = enc if isinstance(enc, UMBC) else UMBC(None, enc, None)
+    if not enc.pooling.has_masses:
+        raise NotImplementedError(f"slots of {type(enc.pooling).__name__} do not weigh elements: nothing to diagnose")
     x, mask, weights = checks.elements(x, mask, weights)
     if state is None:
         state = enc.update(enc.init_state(len(x)), x, mask, weights)

@@ -99,6 +99,12 @@ def encode(
         chunk_size = checks.count(chunk_size, "chunk_size")
     if not isinstance(enc, nn.Module):
         raise TypeError(f"enc must be a setenc.UMBC, or a module that wraps one; got {type(enc).__name__}")
+    if not isinstance(enc, UMBC) and not any(isinstance(part, UMBC) for part in enc.modules()):
+        raise TypeError(
+            f"enc must be a setenc.UMBC, or a module that wraps one; got {type(enc).__name__}. A pooling alone becomes "
+            "one as setenc.UMBC(None, pooling, None)"
+        )
+    checks.generator(generator)
     checks.constant(weights, "weights")
     draws = num_gradient_chunks if gradient == "sampled" else None
     run = partial(_state, (x_or_chunks, mask, weights), chunk_size, gradient, draws, generator, group)

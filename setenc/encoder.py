@@ -143,6 +143,7 @@ class UMBC(nn.Module):
         A ragged chunk (see `Ragged`) holds any number of elements of each of the ``B`` streams. Arguments as in
         `forward`, arrays included; the given state stays as it is.
         """
+        self.pooling.check_state(state)
         if is_ragged(chunk):
             chunk = Ragged.of(chunk)
             checks.batch(chunk, state.batch_size)

@@ -7,8 +7,9 @@ ahead; 0 reads in the caller's thread.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -63,8 +64,20 @@ class Chunks:
         with self._open() as read:
             # A set without elements is one chunk without elements.
             for begin in range(0, max(len(self), 1), self.chunk_size):
-                rows = np.ascontiguousarray(read(begin, min(begin + self.chunk_size, len(self))))
-                yield torch.tensor(rows, dtype=self.dtype)[None]
+                end = min(begin + self.chunk_size, len(self))
+                rows = np.asarray(read(begin, end))
+                if rows.shape != (end - begin, *self.shape[1:]):
+                    raise ValueError(
+                        f"the set has changed since it was opened: rows {begin} to {end} must be "
+                        f"{(end - begin, *self.shape[1:])}; they are {rows.shape}"
+                    )
+                yield torch.tensor(_native(rows), dtype=self.dtype)[None]
+
+
+def _native(rows: np.ndarray) -> np.ndarray:
+    """In one piece, in the machine's byte order and a dtype that torch has."""
+    dtype = np.dtype(np.float64) if rows.dtype == np.longdouble else rows.dtype.newbyteorder("=")
+    return np.ascontiguousarray(rows, dtype)
 
 
 def h5_chunks(
@@ -92,35 +105,34 @@ def h5_chunks(
         ImportError: h5py is missing (extra ``h5``).
         FileNotFoundError: no such file.
         KeyError: no such data set; the message lists those that are there.
-        ValueError: a data set of another shape.
+        ValueError: no HDF5 file, a data set of another shape, or (while reading) one that changed since.
     """
     h5py = _package("h5py")
     path = _file(path)
     keys = [key] if coordinates is None else [key, coordinates]
+    if not all(isinstance(name, str) for name in keys):
+        raise TypeError(f"key and coordinates must be names of data sets; got {keys}")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is no HDF5 file")
     with h5py.File(path, "r") as file:
         shapes = [_h5_shape(h5py, file, name, path) for name in keys]
     if len({shape[0] for shape in shapes}) > 1:
         rows = ", ".join(f"{name}: {shape[0]}" for name, shape in zip(keys, shapes, strict=True))
         raise ValueError(f"features and coordinates must have as many rows; got {rows}")
 
-    def open_set() -> Any:
-        return _H5Rows(h5py.File(path, "r"), keys)
-
-    return Chunks(open_set, (shapes[0][0], sum(shape[1] for shape in shapes)), chunk_size, dtype, prefetch)
+    size, width = shapes[0][0], sum(shape[1] for shape in shapes)
+    return Chunks(partial(_h5_rows, h5py, path, keys, size), (size, width), chunk_size, dtype, prefetch)
 
 
-class _H5Rows:
-    """Rows of data sets of an open file, side by side."""
-
-    def __init__(self, file: Any, keys: Sequence[str]) -> None:
-        self.file, self.keys = file, keys
-
-    def __enter__(self) -> Read:
-        sets = [self.file[key] for key in self.keys]
-        return lambda begin, end: np.concatenate([s[begin:end] for s in sets], 1)
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+@contextmanager
+def _h5_rows(h5py: Any, path: Path, keys: Sequence[str], size: int) -> Iterator[Read]:
+    """Rows of data sets of a file, side by side."""
+    with h5py.File(path, "r") as file:
+        sets = [file[key] for key in keys]
+        if any(len(found) != size for found in sets):
+            sizes = ", ".join(str(len(found)) for found in sets)
+            raise ValueError(f"the file has changed since it was opened: {size} rows then, {sizes} now")
+        yield lambda begin, end: np.concatenate([found[begin:end] for found in sets], 1)
 
 
 def _h5_shape(h5py: Any, file: Any, key: str, path: Path) -> tuple[int, int]:
@@ -222,6 +234,10 @@ class AnnDataChunks(Mapping[Any, Chunks]):
             self._matrix = data.X
         if self._matrix is None:
             raise ValueError("the data have no X: name a layer or an entry of obsm")
+        if hasattr(self._matrix, "to_numpy"):  # a data frame, whose brackets take columns
+            self._matrix = self._matrix.to_numpy()
+        if self._matrix.dtype.kind not in "fiub":
+            raise ValueError(f"the cells must be numbers; got {self._matrix.dtype}")
         column = data.obs[by]
         present = column.notna().to_numpy()
         values = column.to_numpy()
@@ -235,10 +251,9 @@ class AnnDataChunks(Mapping[Any, Chunks]):
 
         def read(begin: int, end: int) -> Any:
             part = matrix[rows[begin:end]]
-            part = part.toarray() if hasattr(part, "toarray") else part
-            return part.to_numpy() if hasattr(part, "to_numpy") else part
+            return part.toarray() if hasattr(part, "toarray") else part
 
-        return Chunks(lambda: nullcontext(read), (len(rows), matrix.shape[1]), *self._options)
+        return Chunks(lambda: nullcontext(read), (len(rows), *matrix.shape[1:]), *self._options)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._rows)
@@ -248,7 +263,7 @@ class AnnDataChunks(Mapping[Any, Chunks]):
 
 
 def _known(name: Any, names: Any, what: str) -> Any:
-    if name not in names:
+    if not isinstance(name, Hashable) or name not in names:
         raise KeyError(f"there is no {what} {name!r}; there are {', '.join(map(repr, names)) or 'none'}")
     return name
 

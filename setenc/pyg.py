@@ -56,6 +56,7 @@ class SetAggregation(Aggregation):
             raise ValueError(f"x must have shape (T, d), with dim=-2; got {tuple(x.shape)} and dim={dim}")
         if ptr is None:
             index = x.new_zeros(len(x), dtype=torch.int64) if index is None else index
+            index = _checked(index, len(x), dim_size)
             order = index.argsort(stable=True)
             sizes = torch.bincount(index, minlength=dim_size or 0)
             x, ptr = x[order], torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
@@ -64,3 +65,14 @@ class SetAggregation(Aggregation):
 
     def __repr__(self) -> str:
         return f"SetAggregation({self.encoder})"
+
+
+def _checked(index: Any, count: int, dim_size: int | None) -> Tensor:
+    """The set of each of ``count`` elements, below ``dim_size``."""
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or index.shape != (count,):
+        given = (index.dtype, tuple(index.shape)) if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f"index must be an int64 tensor, one set for each of the {count} elements; got {given}")
+    low, high = (int(v) for v in index.aminmax()) if count else (0, -1)
+    if low < 0 or (dim_size is not None and high >= dim_size):
+        raise ValueError(f"index must lie in [0, dim_size), dim_size = {dim_size}; it ranges from {low} to {high}")
+    return index

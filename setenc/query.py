@@ -42,7 +42,7 @@ class SlotQuery(nn.Module):
             raise TypeError(f"pooling must be a setenc.SlotPooling; got {type(pooling).__name__}")
         self.dim, _ = checks.heads(pooling.out_dim if dim is None else dim, pooling.num_heads)
         self.pooling = pooling
-        self.columns = slice(None) if columns is None else columns
+        self.columns = checks.columns(columns, pooling.in_dim)
         self.log_sharpness = nn.Parameter(torch.zeros(()))
         self.value = nn.Linear(self.dim, self.dim)
         self.register_parameter("key", None)
@@ -60,12 +60,13 @@ class SlotQuery(nn.Module):
         """Read-outs ``(B, M, dim)`` of targets ``(B, M, c)`` from decoded slots ``(B, K, dim)``."""
         own = self.key is not None and self.queries is not None
         key, queries = (self.key, self.queries) if own else self._shared()
-        heads, count = self.pooling.num_heads, self.pooling.num_slots
-        if slots.ndim != 3 or slots.shape[1:] != (count, self.dim):
-            raise ValueError(f"slots must have shape (B, K, dim) = (B, {count}, {self.dim}); got {tuple(slots.shape)}")
-        if targets.ndim != 3 or len(targets) != len(slots) or targets.shape[2] != key.shape[1]:
-            wanted = f"({len(slots)}, M, {key.shape[1]})"
+        heads = self.pooling.num_heads
+        slots = checks.slots(slots, self.value.weight, number=self.pooling.num_slots)
+        targets, width = checks.as_tensor(targets), key.shape[1]
+        if isinstance(targets, Tensor) and targets.shape != (len(slots), *targets.shape[1:2], width):
+            wanted = f"({len(slots)}, M, {width})"
             raise ValueError(f"targets must have shape (B, M, c) = {wanted}; got {tuple(targets.shape)}")
+        targets = checks.finite_targets(checks.slots(targets, key, "targets"))
         asked = F.linear(targets, key * self.log_sharpness.exp()).unflatten(-1, (heads, -1)).transpose(1, 2)
         values = self.value(slots).unflatten(-1, (heads, -1)).transpose(1, 2)
         queries = queries.expand(len(slots), -1, -1, -1)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from setenc import checks
+
 
 @dataclass(eq=False)
 class Ragged:
@@ -32,8 +34,8 @@ class Ragged:
 
     def __post_init__(self) -> None:
         offsets = self.offsets
-        if not isinstance(self.values, Tensor) or not isinstance(offsets, Tensor):
-            raise TypeError("values and offsets must be tensors")
+        if not isinstance(self.values, Tensor) or not isinstance(offsets, Tensor) or self.values.ndim == 0:
+            raise TypeError("values and offsets must be tensors, values with a dimension of elements")
         if offsets.dtype not in (torch.int32, torch.int64) or offsets.ndim != 1 or len(offsets) < 1:
             raise TypeError(f"offsets must be an int64 tensor (B + 1,); got {offsets.dtype} {tuple(offsets.shape)}")
         self.offsets = offsets = offsets.to(self.values.device, torch.int64)
@@ -48,10 +50,15 @@ class Ragged:
         if isinstance(sets, Ragged):
             return sets
         if isinstance(sets, Tensor):
+            if sets.layout != torch.jagged:
+                raise TypeError(f"a nested tensor must have the layout torch.jagged; got a tensor of {sets.layout}")
             nested: Any = sets
             return cls(nested.values(), nested.offsets())
+        sets = [checks.as_tensor(s) for s in sets] if isinstance(sets, Sequence) else sets
         if not isinstance(sets, Sequence) or not sets or not all(isinstance(s, Tensor) and s.ndim >= 1 for s in sets):
-            raise TypeError("a batch of sets must be a tensor (B, n, …), a Ragged, or a non-empty list of tensors")
+            raise TypeError(
+                "a batch of sets must be a tensor (B, n, …), a Ragged, or a non-empty list of tensors or arrays (n, …)"
+            )
         if len({s.shape[1:] for s in sets}) > 1:
             raise ValueError(f"sets must have equal features; got {sorted({tuple(s.shape[1:]) for s in sets})}")
         sizes = torch.tensor([0, *map(len, sets)])
@@ -60,6 +67,7 @@ class Ragged:
     @classmethod
     def from_mask(cls, x: Tensor, mask: Tensor) -> Ragged:
         """The real elements of a padded batch ``(B, n, …)``."""
+        x, mask, _ = checks.elements(x, mask, None)
         return cls(x[mask], torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)))
 
     def __len__(self) -> int:

@@ -97,11 +97,11 @@ class SetState:
     def mean(self) -> Tensor:
         """Weighted means of the values ``(B, H, K, V)``; 0 for a set without elements."""
         mass = self.mass[..., None]
-        return torch.where(mass > 0, self.total / torch.where(mass > 0, mass, 1), self.total)
+        return torch.where(mass != 0, self.total / torch.where(mass != 0, mass, 1), self.total)
 
     def log_mean_weight(self) -> Tensor:
         """Logarithm ``(B, H, K)`` of the mean weight that a slot gave to the elements; 0 for a set without elements."""
-        some = self.mass > 0
+        some = self.mass != 0
         logs = torch.where(some, self.mass, 1).log() + torch.where(some, self.peak.detach(), 0)
         count = torch.where(self.count > 0, self.count, 1).log().to(logs.dtype)
         return torch.where(some, logs - count[:, None, None], 0)

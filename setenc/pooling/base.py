@@ -91,12 +91,13 @@ class Pooling(nn.Module):
         Over all elements that the state has seen they sum to 1. Arguments as in `update`.
         """
         features, mask, weights = checks.elements(features, mask, weights, "features")
+        self.check_state(state)
         checks.batch(features, state.batch_size)
         log_weights, _ = self._scores(checks.finite_features(self.prepare(features, mask)), state.slots)
         offset = log_of_weights(mask, weights, log_weights.dtype)
         if offset is not None:
             log_weights = log_weights + offset
-        mass = torch.where(state.mass > 0, state.mass, 1)
+        mass = torch.where(state.mass != 0, state.mass, 1)
         return (log_weights - _finite(state.peak)[..., None]).exp() / mass[..., None]
 
     def ragged_contribution(
@@ -147,6 +148,7 @@ class Pooling(nn.Module):
             group: process group whose ranks work on the same sets: all get the slots of its first rank.
         """
         batch_size = checks.count(batch_size, "batch_size", at_least=0)
+        checks.generator(generator)
         shape = (batch_size, self.num_heads, self.num_slots)
         like, dtype = self.like, self._dtype
         return self.state_class(
@@ -156,6 +158,30 @@ class Pooling(nn.Module):
             set_sizes(like.new_zeros(batch_size, 0), None, None),
             self._slots(generator, group),
         )
+
+    def check_state(self, state: Any) -> None:
+        """Hold a state to be one that this pooling makes: of its kind, its sizes and its dtype.
+
+        Raises:
+            TypeError: no state.
+            ValueError: the state of another pooling.
+        """
+        if not isinstance(state, SetState):
+            raise TypeError(f"state must be a setenc.SetState, from init_state; got {type(state).__name__}")
+        # Every chunk comes by here.
+        sizes, total = (self.num_heads, self.num_slots, self.value_dim), getattr(state, "total", None)
+        right = type(state) is self.state_class and total is not None and total.shape[1:] == sizes
+        if not (right and total.dtype == self._dtype and self._knows(state.slots)):
+            found = "" if total is None else f" of {tuple(total.shape[1:])}, {total.dtype}"
+            raise ValueError(
+                f"the state must be one that this {type(self).__name__} made: a {self.state_class.__name__} of heads, "
+                f"slots and values {sizes}, {self._dtype}; got a {type(state).__name__}{found}, with slots of "
+                f"{tuple(state.slots.shape)}"
+            )
+
+    def _knows(self, slots: Tensor) -> bool:
+        """Whether slots of this shape come from `_slots`."""
+        return slots.numel() == 0
 
     def next_pass(self, state: SetState) -> SetState:
         """The state with which a pooling of several passes sees the same elements again.
@@ -178,6 +204,7 @@ class Pooling(nn.Module):
         Relative to a given ``peak`` ``(B, H, K)`` contributions simply add up.
         """
         checked = checks.elements(features, mask, weights, "features")
+        self.check_state(state)
         return self.absorb(state, *checked, peak=peak, alone=True)
 
     def update(
@@ -194,8 +221,10 @@ class Pooling(nn.Module):
         Raises:
             ValueError: wrong shapes, negative weights, features of real elements that are not finite.
         """
+        features, mask, weights = checks.elements(features, mask, weights, "features")
+        self.check_state(state)
         checks.batch(features, state.batch_size)
-        return self.absorb(state, *checks.elements(features, mask, weights, "features"))
+        return self.absorb(state, features, mask, weights)
 
     def absorb(
         self,
@@ -302,6 +331,22 @@ def _accumulate(
     scale = (onto[2] - shift).exp_()
     total = (onto[0] * scale[..., None]).view(*rows.shape[:2], values.shape[-1]).baddbmm(rows, values)
     return total.view(*peak.shape, values.shape[-1]), torch.addcmul(mass, onto[1], scale), peak
+
+
+def normalised(norm: nn.Module, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    """``norm`` of slots ``(…, d)``, in ``dtype``, at any size: a layer norm does not see a scale, its squares overflow.
+
+    Raises:
+        ValueError: slots that are not finite, or without a norm too large for ``dtype``.
+    """
+    if isinstance(norm, nn.Identity):
+        return checks.finite(pooled.to(dtype))
+    limit = min(1e15, torch.finfo(dtype).max)
+    look = checks.may_look(pooled) and pooled.numel() > 0
+    if not look or not float(pooled.detach().abs().amax()) <= limit:
+        size = checks.finite(pooled).detach().abs().amax(-1, keepdim=True)
+        pooled = pooled / torch.where(size > limit, size, 1)
+    return norm(pooled.to(dtype))
 
 
 def _finite(peak: Tensor) -> Tensor:

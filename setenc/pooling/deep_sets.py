@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from setenc import checks
-from setenc.pooling.base import Parts, Pooling, full_precision
+from setenc.pooling.base import Parts, Pooling, full_precision, normalised
 from setenc.state import SetState, larger
 
 
@@ -58,13 +58,14 @@ class DeepSetsPooling(Pooling):
 
     def readout(self, state: SetState) -> Tensor:
         """The mean, sum or maximum ``(B, 1, dim)``."""
+        self.check_state(state)
         if self.reduce == "max":
             pooled = torch.where(state.peak == -torch.inf, 0, state.peak).mT
         elif self.reduce == "sum":
             pooled = state.total[:, 0]
         else:
             pooled = state.mean()[:, 0]
-        return self.norm(checks.finite(pooled).to(self.like.dtype))
+        return normalised(self.norm, pooled, self.like.dtype)
 
     def extra_repr(self) -> str:
         """Settings, for printing."""

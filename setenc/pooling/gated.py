@@ -45,4 +45,5 @@ class GatedAttentionPooling(Pooling):
 
     def readout(self, state: SetState) -> Tensor:
         """The weighted mean ``(B, 1, dim)``."""
-        return checks.finite(state.mean()[:, 0]).to(self.like.dtype)
+        self.check_state(state)
+        return checks.finite(state.mean()[:, 0].to(self.like.dtype))

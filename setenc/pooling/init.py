@@ -19,6 +19,14 @@ def sample(
     """At most `_CANDIDATES` elements ``(n, in_dim)``, drawn uniformly from a batch or a stream of features."""
     kept: Tensor | None = None
     keys: Tensor | None = None
+    checks.generator(generator)
+    features = checks.as_tensor(features)
+    if mask is not None and not isinstance(features, Tensor):
+        raise ValueError("mask belongs to one batch; in a stream give pairs (chunk, mask)")
+    if not isinstance(features, Iterable):
+        raise TypeError(
+            f"features must be a tensor (B, n, in_dim), or an iterable of such; got {type(features).__name__}"
+        )
     for x, own in [(features, mask)] if isinstance(features, Tensor) else map(_with_mask, features):
         x, own, _ = checks.elements(x, own, None, "features")
         x = checks.features(x, in_dim).detach()
@@ -35,7 +43,9 @@ def sample(
 
 
 def _with_mask(chunk: Any) -> Sequence[Any]:
-    return (*chunk, None)[:2] if isinstance(chunk, tuple) else (chunk, None)
+    if isinstance(chunk, tuple) and len(chunk) != 2:
+        raise ValueError(f"a chunk must be a tensor or a pair (chunk, mask); got a tuple of {len(chunk)}")
+    return chunk if isinstance(chunk, tuple) else (chunk, None)
 
 
 def farthest(points: Tensor, count: int) -> Tensor:

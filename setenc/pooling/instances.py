@@ -17,6 +17,8 @@ from setenc.ragged import Ragged
 from setenc.selection import SelectedState
 from setenc.state import SetState
 
+_TWICE = "a bag is seen twice: take state = pooling.next_pass(state), and stream it again"
+
 
 class InstancePooling(Pooling):
     """The ``k`` instances with the largest scores, largest first: a slot of each holds its score and its features.
@@ -86,11 +88,12 @@ class InstancePooling(Pooling):
 
     def readout(self, state: SetState) -> Tensor:
         """``(B, k, dim)``: the score, then the projected features, of each selected instance."""
+        self.check_state(state)
         there = state.mass[:, 0, :, None] > 0
         score = state.peak[:, 0, :, None]
-        score = checks.finite(torch.where(score == -torch.inf, 0, score)).to(self.like.dtype)
+        score = torch.where(score == -torch.inf, 0, score).to(self.like.dtype)
         value = self.value(state.total[:, 0].to(self.like.dtype))
-        return torch.cat((score, torch.where(there, value, 0)), -1)
+        return checks.finite(torch.cat((score, torch.where(there, value, 0)), -1))
 
 
 class DSMILPooling(Pooling):
@@ -145,6 +148,7 @@ class DSMILPooling(Pooling):
 
     def next_pass(self, state: SetState) -> SetState:
         """The state of the second pass, with the critical instances as queries."""
+        self.check_state(state)
         if not isinstance(state, SelectedState):
             raise ValueError("the state is that of the second pass already; there is no third one")
         instance = state.total[:, 0, 0]
@@ -159,6 +163,24 @@ class DSMILPooling(Pooling):
         return SetState(
             instance.detach().new_zeros(*shape, self.value_dim), zero, zero - torch.inf, 0 * state.count, slots
         )
+
+    def check_state(self, state: Any) -> None:
+        """`Pooling.check_state`, of either pass."""
+        if type(state) is not SetState:
+            self.critical.check_state(state)
+        elif state.slots.shape[1:] != (2 * self.in_dim + 2,) or state.total.dtype != self._dtype:
+            raise ValueError(
+                f"the state must be one that this DSMILPooling made, of {self.in_dim} features in {self._dtype}; got "
+                f"one of {tuple(state.total.shape)} in {state.total.dtype} with slots {tuple(state.slots.shape)}"
+            )
+
+    def attention(
+        self, state: SetState, features: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """`Pooling.attention` in the bag, of a state of the second pass."""
+        if isinstance(state, SelectedState):
+            raise ValueError(_TWICE)
+        return super().attention(state, features, mask, weights)
 
     def slots_of_sets(self, state: SetState) -> bool:
         """In the second pass."""
@@ -192,11 +214,12 @@ class DSMILPooling(Pooling):
         Raises:
             ValueError: a state of the first pass.
         """
+        self.check_state(state)
         if isinstance(state, SelectedState):
-            raise ValueError("a bag is seen twice: take state = pooling.next_pass(state), and stream it again")
+            raise ValueError(_TWICE)
         _, score, instance, there = state.slots.split([self.in_dim, 1, self.in_dim, 1], 1)
-        means = checks.finite(state.mean()[:, 0, 0]).to(self.like.dtype)
-        bag = torch.where(state.mass[:, 0] > 0, self.value(means), 0)
+        means = state.mean()[:, 0, 0].to(self.like.dtype)
+        bag = torch.where(state.mass[:, 0] != 0, self.value(means), 0)
         value = torch.where(there > 0, self.critical.value(instance.to(means.dtype)), 0)
-        worst = torch.cat((checks.finite(score).to(means.dtype), value), 1)
-        return torch.stack((bag, worst), 1)
+        worst = torch.cat((score.to(means.dtype), value), 1)
+        return checks.finite(torch.stack((bag, worst), 1))

@@ -55,6 +55,18 @@ class JointPooling(Pooling):
         """The states of all poolings; see `Pooling.init_state`."""
         return JointState([p.init_state(batch_size, generator=generator, group=group) for p in self.poolings])
 
+    def check_state(self, state: Any) -> None:
+        """`Pooling.check_state` of each part."""
+        if not isinstance(state, SetState):
+            raise TypeError(f"state must be a setenc.JointState, from init_state; got {type(state).__name__}")
+        if not isinstance(state, JointState) or len(state.parts) != len(self.poolings):
+            raise ValueError(
+                f"the state must be a JointState of {len(self.poolings)} parts, one of each pooling; got a "
+                f"{type(state).__name__} of {len(state.parts)}"
+            )
+        for pooling, part in zip(self.poolings, state.parts, strict=True):
+            pooling.check_state(part)
+
     def absorb(
         self,
         state: SetState,
@@ -99,6 +111,7 @@ class JointPooling(Pooling):
 
     def readout(self, state: SetState) -> Tensor:
         """The slots of all poolings ``(B, K, dim)``."""
+        self.check_state(state)
         return torch.cat([p.readout(part) for p, part in zip(self.poolings, state.parts, strict=True)], 1)
 
     def attention(self, state: SetState, features: Tensor, *_: Any, **__: Any) -> Tensor:

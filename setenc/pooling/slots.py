@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from setenc import checks
-from setenc.pooling.base import Pooling, full_precision, log_of_weights
+from setenc.pooling.base import Pooling, full_precision, log_of_weights, normalised
 from setenc.pooling.init import farthest, sample
 from setenc.state import SetState
 
@@ -127,6 +127,10 @@ class SlotPooling(Pooling):
                 parts.append(q @ weight)
             return torch.cat(parts, -1).flatten(0, 1)
 
+    def _knows(self, slots: Tensor) -> bool:
+        width = self.head_dim + 1 + self.in_dim * self.folded
+        return slots.shape == (self.num_heads * self.num_slots, width)
+
     def queries(self) -> Tensor:
         """The queries ``(H, K, dim / H)`` of the slots, of their means where they are random."""
         return self._heads(self.query(self.slot_norm(self.slot_mean)))
@@ -163,7 +167,8 @@ class SlotPooling(Pooling):
                 the key weights.
 
         Raises:
-            ValueError: fewer different elements than slots, a pooling with ``slot_norm`` or with another ``slot_dim``.
+            ValueError: fewer different elements than slots, columns that there are not, a ``mask`` beside a stream, a
+                pooling with ``slot_norm`` or with another ``slot_dim``.
 
         >>> pooling = SlotPooling(3, 32, 4)
         >>> pooling.init_slots(torch.randn(2, 100, 3))
@@ -173,18 +178,21 @@ class SlotPooling(Pooling):
             raise ValueError(
                 "init_slots needs a pooling without slot_norm and with slot_dim=None: slots become queries"
             )
+        columns = checks.columns(columns, self.in_dim)
         elements = sample(features, self.in_dim, mask, generator).to(self.like)
-        if columns is not None:
-            others = torch.ones(self.in_dim, dtype=torch.bool, device=elements.device)
-            others[columns] = False
-            self.key_value.weight[: self.out_dim, others] = 0
+        # In units of a power of two, which changes no digit, squares of keys of any size are finite.
+        unit = 2.0 ** torch.frexp(elements.abs().amax())[1].to(elements.dtype)
+        elements = elements / unit
+        others = torch.ones(self.in_dim, dtype=torch.bool, device=elements.device)
+        others[columns] = False
+        self.key_value.weight[: self.out_dim, others] = 0
         keys = F.linear(elements, self.key_value.weight[: self.out_dim])
         keys = keys - keys.mean(0)
         slots = self._heads(keys[farthest(keys, self.num_slots)])
         logits = slots @ self._heads(keys).mT * self.head_dim**-0.5
         spread = logits.std(-1, correction=0, keepdim=True)
         slots = slots * (sharpness / spread.clamp_min(torch.finfo(spread.dtype).tiny))
-        self.slot_mean.copy_(slots.transpose(0, 1).flatten(1))
+        self.slot_mean.copy_(slots.transpose(0, 1).flatten(1) / unit)
         self.query.weight.copy_(torch.eye(self.out_dim))
         self.query.bias.zero_()
 
@@ -224,6 +232,7 @@ class SlotPooling(Pooling):
 
     def readout(self, state: SetState) -> Tensor:
         """Slots ``(B, K, dim)``: means, plus ``q(s_k)`` with the residual, normalised."""
+        self.check_state(state)
         means = state.mean()
         weight, bias = self._map(1)
         if self.folded:
@@ -234,7 +243,7 @@ class SlotPooling(Pooling):
         """``(B, H, K, dim / H)`` means and the slots ``(H K, …)`` to the result ``(B, K, dim)``."""
         if self.residual:
             means = means + slots[:, : self.head_dim].view(self.num_heads, self.num_slots, -1)
-        return self.output_norm(checks.finite(means.transpose(1, 2).flatten(2)).to(self.like.dtype))
+        return normalised(self.output_norm, means.transpose(1, 2).flatten(2), self.like.dtype)
 
     def forward(
         self,

@@ -111,4 +111,7 @@ class ImageCompletion(nn.Module):
 
     def loss(self, context: Any, coordinates: Tensor, colours: Tensor, **options: Any) -> Tensor:
         """Negative log-likelihood of ``colours`` ``(B, M, C)``, the mean over pixels and channels."""
-        return -torch.distributions.Normal(*self(context, coordinates, **options)).log_prob(colours).mean()
+        means, deviations = self(context, coordinates, **options)
+        if colours.shape != means.shape:
+            raise ValueError(f"colours must have shape (B, M, C) = {tuple(means.shape)}; got {tuple(colours.shape)}")
+        return -torch.distributions.Normal(means, deviations).log_prob(colours).mean()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from setenc import checks
 from setenc.decoders import SetTransformerDecoder
 from setenc.encode import encode
 from setenc.encoder import UMBC
@@ -68,7 +69,7 @@ class TokenBagClassifier(nn.Module):
     def loss(self, tokens: Any, labels: Tensor, **options: Any) -> Tensor:
         """Binary cross-entropy with ``labels`` ``(B, num_labels)``, the mean over documents and labels."""
         logits = self(tokens, **options)
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.binary_cross_entropy_with_logits(logits, checks.binary_labels(labels, logits))
 
 
 def micro_f1(logits: Tensor, labels: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class BagClassifier(nn.Module):
     def loss(self, x: Any, labels: Tensor, **options: Any) -> Tensor:
         """The mean of the two binary cross-entropies with ``labels`` ``(B,)``."""
         logits = torch.stack(self(x, **options))
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits).expand_as(logits))
+        return F.binary_cross_entropy_with_logits(logits, checks.binary_labels(labels, logits[0]).expand_as(logits))
 
 
 def clam_instance_loss(
@@ -128,8 +128,17 @@ def clam_instance_loss(
     torch.Size([])
     """
     features, mask, _ = checks.elements(features, mask, None, "features")
+    attention, labels = checks.as_tensor(attention), checks.as_tensor(labels)
+    if not isinstance(attention, Tensor) or not isinstance(labels, Tensor):
+        kinds = f"{type(attention).__name__} and {type(labels).__name__}"
+        raise TypeError(f"attention and labels must be tensors; got {kinds}")
     if attention.shape[:2] != features.shape[:2] or attention.ndim not in (2, 3):
         raise ValueError(f"attention must have shape (B, n) or (B, n, C); got {tuple(attention.shape)}")
+    if attention.ndim == 3 and attention.shape[2] != len(classifiers):
+        raise ValueError(f"attention (B, n, C) must have C = {len(classifiers)} classes; got {tuple(attention.shape)}")
+    seen = attention.detach() if mask is None else attention.detach()[mask]
+    if checks.may_look(seen) and bool(seen.isnan().any()):
+        raise ValueError("attention must not be NaN at an instance: NaN has no order")
     if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels must be an int64 tensor (B,); got {labels.dtype} {tuple(labels.shape)}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classifiers):
@@ -150,6 +159,10 @@ def clam_instance_loss(
             most, least = real[order[:each]], real[order[-each:]]
             wanted = torch.ones(each, dtype=torch.int64, device=real.device)
             logits = classifier(torch.cat((most, least)) if c == label else most)
+            if logits.shape[1:] != (2,):
+                raise ValueError(
+                    f"classifiers must give two logits an instance; classifier {c} gave {tuple(logits.shape)}"
+                )
             target = torch.cat((wanted, 0 * wanted)) if c == label else 0 * wanted
             total = total + F.cross_entropy(logits, target, reduction="sum")
             examples += len(target)

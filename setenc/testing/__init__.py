@@ -21,13 +21,17 @@ from setenc.encoder import UMBC
 from setenc.pooling import Pooling
 from setenc.ragged import Ragged
 from setenc.state import SetState
+from setenc.testing.refusals import (
+    bad_input_is_refused,
+    huge_elements_are_right_or_refused,
+    states_of_others_are_refused,
+)
 from setenc.testing.tools import (
     close,
     copied,
     elements,
     like,
     passes,
-    refused,
     same_state,
     stream,
     trained,
@@ -60,9 +64,8 @@ def check_pooling(pooling: Pooling) -> None:
         except AssertionError:
             raise
         except Exception as error:
-            found = [
-                frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_globals is globals()
-            ]
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            found = [f.f_locals for f in frames if f.f_globals["__name__"].startswith(__name__)]
             inputs = {name: value for scope in found for name, value in scope.items() if isinstance(value, Tensor)}
             raise AssertionError(f"broken: {check.__name__}, with {error!r}. Input: {inputs}") from error
 
@@ -337,34 +340,6 @@ def ragged_sets_equal_their_sets_one_by_one(pooling: Pooling) -> None:
     close(enc(ragged, weights=weights), expected, "weights of a ragged batch", sets=sets, weights=weights)
 
 
-def bad_input_is_refused(pooling: Pooling) -> None:
-    """Wrong shapes, kinds and values are a TypeError or a ValueError."""
-    pool = copied(pooling)
-    x = elements(pool, 2, 5)
-    ones = torch.ones(2, 5, device=x.device)
-    bad: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
-        (ValueError, "too few dimensions", (x[0],)),
-        (ValueError, "too few features", (x[..., 1:],)),
-        (ValueError, "a mask of another size", (x, ones[:, :4].bool())),
-        (TypeError, "a mask that is not bool", (x, ones)),
-        (ValueError, "weights of another size", (x, None, ones[0])),
-        (ValueError, "negative weights", (x, None, -ones)),
-        (ValueError, "weights that are NaN", (x, None, ones * math.nan)),
-        (ValueError, "elements that are NaN", (torch.where(x > x.mean(), math.nan, x),)),
-        (ValueError, "elements that are infinite", (torch.where(x > x.mean(), math.inf, x),)),
-        (TypeError, "elements that are integers", (x.long(),)),
-        (TypeError, "elements of another dtype", (x.float(),)),
-    ]
-    for error, what, arguments in bad:
-        # Values on an accelerator are not checked until the state is read.
-        for call in (pool, lambda *given: pool.readout(pool.update(pool.init_state(2), *given))):
-            refused(partial(call, *arguments), error, what, arguments)
-    refused(lambda: pool.update(pool.init_state(3), x), ValueError, "a chunk of another number of sets", (x,))
-    refused(lambda: pool.init_state(3).merge(pool.init_state(2)), ValueError, "states of other sizes", ())
-    merge: Callable[[Any], SetState] = pool.init_state(3).merge
-    refused(partial(merge, x), TypeError, "a tensor as a state", (x,))
-
-
 POOLING_CHECKS: tuple[Callable[[Pooling], None], ...] = (
     any_partition_gives_the_same_result,
     any_order_and_any_tree_of_merges_give_the_same_result,
@@ -379,4 +354,6 @@ POOLING_CHECKS: tuple[Callable[[Pooling], None], ...] = (
     half_precision_keeps_a_float32_state,
     ragged_sets_equal_their_sets_one_by_one,
     bad_input_is_refused,
+    states_of_others_are_refused,
+    huge_elements_are_right_or_refused,
 )

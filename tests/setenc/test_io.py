@@ -282,3 +282,62 @@ def test_a_set_encoder_aggregates_graphs():
     with pytest.raises(TypeError, match=r"setenc\.UMBC or a setenc\.Pooling"):
         SetAggregation(torch.nn.Linear(2, 2))
     assert "SlotPooling" in repr(aggregation)
+
+
+def test_a_file_that_changes_between_two_passes_is_an_error(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "bag.h5"
+
+    def write(rows):
+        with h5py.File(path, "w") as file:
+            file["features"] = np.zeros((rows, 3))
+
+    for after in (4, 9):
+        write(6)
+        chunks = setenc.io.h5_chunks(path, chunk_size=4)
+        write(after)
+        with pytest.raises(ValueError, match="changed since"):
+            list(chunks())
+    (tmp_path / "text.h5").write_text("no HDF5")
+    with pytest.raises(ValueError, match="no HDF5 file"):
+        setenc.io.h5_chunks(tmp_path / "text.h5")
+    with pytest.raises(TypeError, match="names of data sets"):
+        setenc.io.h5_chunks(path, 3)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">u2", np.longdouble, np.float16, bool])
+def test_numbers_in_any_byte_order_and_width(dtype):
+    array = np.arange(6).reshape(3, 2).astype(dtype)
+    (chunk,) = setenc.io.memmap_chunks(array)()
+    assert torch.equal(chunk[0], torch.from_numpy(array.astype(np.float32)))
+
+
+def test_an_entry_that_is_a_data_frame_or_has_more_dimensions():
+    anndata = pytest.importorskip("anndata")
+    pandas = pytest.importorskip("pandas")
+    names = [f"cell {i}" for i in range(6)]
+    data = anndata.AnnData(np.ones((6, 2)), obs=pandas.DataFrame({"drug": list("aabbba")}, index=names))
+    frame = np.arange(18.0).reshape(6, 3)
+    data.obsm["frame"] = pandas.DataFrame(frame, index=names, columns=["0", "1", "2"])
+    data.obsm["image"] = np.arange(24.0).reshape(6, 2, 2)
+    sets = setenc.io.AnnDataChunks(data, "drug", obsm="frame")
+    (chunk,) = sets["a"]()
+    assert torch.equal(chunk[0], torch.tensor(frame[[0, 1, 5]], dtype=torch.float32))
+    images = setenc.io.AnnDataChunks(data, "drug", obsm="image")["b"]
+    (chunk,) = images()
+    assert images.shape == chunk[0].shape == (3, 2, 2)
+    with pytest.raises(KeyError, match="column of obs"):
+        setenc.io.AnnDataChunks(data, ["drug"])
+
+
+def test_an_index_of_sets_covers_every_element():
+    pytest.importorskip("torch_geometric", reason="no torch_geometric")
+    from setenc.pyg import SetAggregation
+
+    pool = SetAggregation(setenc.SlotPooling(3, 8, 2)).eval()
+    x, index = torch.randn(6, 3), torch.tensor([0, 1, 0, 2, 1, 2])
+    for wrong in (index[:4], index - 1, index.float(), index[:, None]):
+        with pytest.raises(ValueError, match="index must"):
+            pool(x, wrong)
+    with pytest.raises(ValueError, match="index must lie in"):
+        pool(x, index, dim_size=2)

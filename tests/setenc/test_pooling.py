@@ -209,8 +209,9 @@ def test_attention_is_read_in_a_second_pass(make, monkeypatch):
     values = pooling.value(x) if make()._get_name().startswith("Gated") else pooling.key_value(x)[..., 8:]
     means = shares @ values.unflatten(-1, (pooling.num_heads, -1)).transpose(1, 2)
     torch.testing.assert_close(means.transpose(1, 2).flatten(2), pooling.readout(state))
+    mean = setenc.DeepSetsPooling(3, 8).double()
     with pytest.raises(NotImplementedError, match="DeepSetsPooling gives its elements no attention"):
-        setenc.DeepSetsPooling(3, 8).double().attention(state, x)
+        mean.attention(mean.init_state(2), x)
 
 
 def test_settings_are_checked():
