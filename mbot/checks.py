@@ -214,6 +214,15 @@ def count(value: Any, name: str, *, at_least: int = 1) -> int:
     return int(scalar)
 
 
+def both_sides(value: Any, name: str) -> tuple[int, int]:
+    """A count for both sides, or a pair of counts for source and target."""
+    if not isinstance(value, tuple):
+        return (count(value, name),) * 2
+    if len(value) != 2:
+        raise ValueError(f"{name} must be one number or a pair (source, target); got {value!r}")
+    return count(value[0], f"{name}[0]"), count(value[1], f"{name}[1]")
+
+
 def flag(value: Any, name: str) -> bool:
     """True or False, of Python, NumPy or torch."""
     scalar = _scalar(value)

@@ -26,7 +26,7 @@ from mbot.numerics import no_autocast
 def matched_values(
     x: Tensor, y: Tensor, row: Tensor, col: Tensor, mass: Tensor, costs: Tensor, groups: int, cost: str
 ) -> Tensor:
-    """Transport costs of groups of plan entries, differentiable in the points.
+    """Transport costs of groups of plan entries, differentiable in the points and the masses.
 
     Args:
         x: ``(N, d)`` all source points.
@@ -42,9 +42,9 @@ def matched_values(
         ``(groups,)`` values.
     """
     with no_autocast(x):
-        x, y, mass, costs = at_least_float32(x), at_least_float32(y), mass.detach(), costs.detach()
+        x, y, costs = at_least_float32(x), at_least_float32(y), costs.detach()
         if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-            if x.dtype == torch.float32 and _cancels(x.detach(), y.detach(), row, col, mass, costs, cost):
+            if x.dtype == torch.float32 and _cancels(x.detach(), y.detach(), row, col, mass.detach(), costs, cost):
                 x, y = x.double(), y.double()
             if cost == "cosine":
                 x, y = unit(x), unit(y)
@@ -86,13 +86,15 @@ class _MatchedValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, row, col, mass, costs = ctx.saved_tensors
-        weight = mass * grad.repeat_interleave(len(mass) // max(ctx.groups, 1))
+        of_group = grad.repeat_interleave(len(mass) // max(ctx.groups, 1))
+        weight, by_mass = mass * of_group, ctx.needs_input_grad[4]
         needed = ctx.needs_input_grad[:2]
         if (
             torch.is_grad_enabled()
         ):  # for second derivatives: the saved costs are constants, so the costs are computed again
             left, right = x[row], y[col]
-            total = (weight * _matched_costs(left, right, ctx.cost)).sum()
+            costs = _matched_costs(left, right, ctx.cost)
+            total = (weight * costs).sum()
             # In the matched points: the incoming gradient does not depend on them.
             grads = [
                 torch.autograd.grad(total, ends, create_graph=True)[0] if wanted else None
@@ -102,7 +104,8 @@ class _MatchedValues(torch.autograd.Function):
                 None if part is None else torch.zeros_like(p).index_add(0, index, part)
                 for p, index, part in zip((x, y), (row, col), grads, strict=True)
             )
-            return (*sides, *[None] * 6)
+            return (*sides, None, None, of_group * costs if by_mass else None, *[None] * 3)
+        of_mass = of_group * costs if by_mass else None
         if ctx.cost == "sqeuclidean":
             weight = 2 * weight
         elif ctx.cost == "euclidean":
@@ -110,7 +113,7 @@ class _MatchedValues(torch.autograd.Function):
         own = ctx.cost != "dot"
         grad_x = _weighted_differences(x, y, row, col, weight, own) if needed[0] else None
         grad_y = _weighted_differences(y, x, col, row, weight, own) if needed[1] else None
-        return (grad_x, grad_y, *[None] * 6)
+        return (grad_x, grad_y, None, None, of_mass, *[None] * 3)
 
 
 def _matched_costs(x: Tensor, y: Tensor, cost: str) -> Tensor:

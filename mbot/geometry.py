@@ -95,6 +95,7 @@ class Dense:
 
     def _kernel(self, cost: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         most = psi.amax(1, keepdim=True)
+        cost = cost if self.reg >= torch.finfo(cost.dtype).tiny else cost.double()  # 1 / reg has to be a number
         col = (psi - most).to(cost.dtype)
         kernel = torch.sub(col[:, None, :], cost, alpha=1 / self.reg)
         row = -kernel.amax(2)
@@ -137,7 +138,7 @@ class Dense:
         """``exp(phi + psi - C / reg)``, ``(B, n, m)``, in the costs' dtype: what the recent sums are sums of."""
         assert self.kernel is not None
         plan = self.kernel * self._shift(phi).exp().to(self.kernel.dtype)[:, :, None]
-        return plan.mul_((psi - self.col).exp().to(plan.dtype)[:, None, :])
+        return plan.mul_((psi - self.col).exp().to(plan.dtype)[:, None, :]).to(self.cost.dtype)
 
     def col_tiles(self, cells: int) -> Iterator[tuple[slice, Tensor]]:
         """See `Geometry`."""

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.blocks import Block, MatchedBlock, PlanBlock, ValueBlock
 from mbot.cost import Cost, pairwise
-from mbot.envelope import first_order, matched_values
 from mbot.plan import Plan
 from mbot.problem import tell
-from mbot.solvers.grid import GridMatching, match_grid
+from mbot.solvers.grid import match_grid
 from mbot.transport import Transport, ValueTransport
 
 Inner = Transport | ValueTransport | Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +42,9 @@ class Side:
         index: ``(k, m)`` positions of the points in the cloud that they were drawn from; None for given mini-batches.
         inside: ``(k, m)`` weights inside the mini-batches; None for uniform ones.
         factor: ``(k,)`` factors on the weights of the mini-batches, of expectation 1; None for 1.
+
+    Raises:
+        ValueError: weights or factors that require gradients, which plans of mini-batches do not have.
     """
 
     points: Batches
@@ -49,6 +52,10 @@ class Side:
     index: Tensor | None = None
     inside: Tensor | None = None
     factor: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        checks.constant_weights(self.inside, "inside", "a grid of mini-batches")
+        checks.constant_weights(self.factor, "factor", "a grid of mini-batches")
 
     def batches(self) -> Batches:
         """The mini-batches, after a check that there are any."""
@@ -170,10 +177,8 @@ class Scheme:
                     costs = costs.reshape(-1, n, k2, m).transpose(1, 2).contiguous()
                     weights = _all_pairs(*weights)
                 plan = transport.plan(costs, *weights)
-                values, matched = _valued(plan, costs)
             where = slice(i.start + start, i.start + start + len(left)), j
-            values = values[:, None] if self.aligned else values
-            yield PlanBlock(where, values, plan, matched, left, y, cost, self.aligned)
+            yield PlanBlock.of(where, plan, costs, left, y, cost, self.aligned)
 
 
 class _Part(NamedTuple):
@@ -184,120 +189,6 @@ class _Part(NamedTuple):
     y: Tensor
     a: Tensor | None
     b: Tensor | None
-
-
-@dataclass(frozen=True)
-class ValueBlock:
-    """Problems with values alone, which differentiate: ``(k, k')``, or ``(k, 1)`` of pairs."""
-
-    where: tuple[slice, slice]
-    values: Tensor
-
-    def total(self, weight: Tensor) -> Tensor:
-        """``sum_ij weight_ij values_ij`` over the problems of positive weight."""
-        return torch.where(weight > 0, weight * self.values, 0).sum()
-
-    def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """An error: there is no plan."""
-        raise TypeError("only mbot transports that have plans give one; SlicedOT and callables have values alone")
-
-
-@dataclass(frozen=True)
-class PlanBlock:
-    """Problems that were solved for plans, which are constants: gradients flow through the costs of their entries.
-
-    Attributes:
-        where: where its values are in the table of all.
-        values: ``(k, k')``, or ``(k, 1)`` of pairs; without gradient.
-        plan: of batch shape ``(k, k')``, or ``(k,)`` of pairs.
-        matched: costs of the plan's entries; None of dense plans.
-        x: ``(k, n, d)`` mini-batches.
-        y: ``(k', m, d)``, or ``(k, m, d)`` of pairs.
-        cost: name of the ground cost.
-        aligned: whether these are pairs of mini-batches.
-    """
-
-    where: tuple[slice, slice]
-    values: Tensor
-    plan: Plan
-    matched: Tensor | None
-    x: Tensor
-    y: Tensor
-    cost: str
-    aligned: bool
-
-    def total(self, weight: Tensor) -> Tensor:
-        """``sum_ij weight_ij values_ij``, differentiable through the problems of positive weight."""
-        weight = weight.reshape(self.plan.batch_shape)
-        return self._transported(weight) + (weight * self.plan.penalty).sum()
-
-    def _transported(self, weight: Tensor) -> Tensor:
-        plan, x, y = self.plan, self.x.flatten(0, 1), self.y.flatten(0, 1)
-        n, m = plan.size
-        if self.matched is not None:
-            at = torch.nonzero(weight, as_tuple=True)
-            row, col, mass = (part[at] for part in plan.entries())
-            row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
-            mass, matched = (weight[at][:, None] * mass).flatten(), self.matched[at].flatten()
-            return matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
-        mass = plan.mass * weight[..., None, None]
-        if self.aligned:
-            return first_order((mass * pairwise(self.x, self.y, self.cost)).sum())
-        mass = mass.transpose(1, 2).reshape(len(x), -1)
-        return first_order(torch.where(mass > 0, mass * pairwise(x, y, self.cost), 0).sum())
-
-    def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""
-        row, col, mass = self.plan.entries()
-        return row, col, weight.reshape(*self.plan.batch_shape, 1) * mass
-
-
-@dataclass(frozen=True)
-class MatchedBlock:
-    """Problems ``(k, k')`` that were matched without a tensor of their costs; see `PlanBlock`."""
-
-    where: tuple[slice, slice]
-    values: Tensor
-    found: GridMatching
-    x: Tensor
-    y: Tensor
-
-    def total(self, weight: Tensor) -> Tensor:
-        """See `PlanBlock`."""
-        total: Tensor = _MatchedTotal.apply(self.x, self.y, weight, self.found)
-        return total
-
-    def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `PlanBlock`."""
-        return self.found.entries(weight)
-
-
-class _MatchedTotal(torch.autograd.Function):
-    """Forward: the weighted sum of the values. Backward: sums of displacements, by the compiled kernel."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, found: GridMatching) -> Tensor:
-        ctx.save_for_backward(x, y, weight)
-        ctx.found = found
-        return (weight * found.values).sum().to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled():
-            return (*ctx.found.gradients(x, y, weight * grad, needed), None, None)
-        # For second derivatives: a sum that autograd knows. The incoming gradient depends on no point.
-        row, col, mass = ctx.found.entries(weight)
-        i, j = (torch.arange(size)[:, None] for size in weight.shape)
-        apart = x[i[:, None], row] - y[j, col]
-        total = (mass.to(x.dtype) * apart.square().sum(-1)).sum()
-        sides = [side for side, wanted in zip((x, y), needed, strict=True) if wanted]
-        grads = iter(torch.autograd.grad(total, sides, grad, create_graph=True))
-        return (*(next(grads) if wanted else None for wanted in needed), None, None)
-
-
-Block = ValueBlock | PlanBlock | MatchedBlock
 
 
 @dataclass(frozen=True)
@@ -379,16 +270,6 @@ def batch_weights(
     for factor in (u, v):
         pairs = pairs if factor is None else pairs.to(factor) * factor
     return of_x, of_y, pairs.to(like)[:, None]
-
-
-def _valued(plan: Plan, costs: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Values of the problems, and the costs of the plans' entries (None of dense plans)."""
-    if not plan.is_sparse:
-        return plan.cost(costs) + plan.penalty, None
-    row, col, mass = plan.entries()
-    matched = costs.flatten(-2).gather(-1, row * costs.shape[-1] + col)
-    matched = torch.where(mass > 0, matched, 0)  # padding may sit at a forbidden pair
-    return (matched * mass).sum(-1) + plan.penalty, matched
 
 
 def _all_pairs(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -59,8 +59,8 @@ class MiniBatchLoss(nn.Module):
                 f"transport must be an mbot transport or a callable (x, y) -> value; got {type(transport).__name__}"
             )
         self.transport = transport
-        self.num_batches = _both_sides(num_batches, "num_batches")
-        self.batch_size = _both_sides(batch_size, "batch_size")
+        self.num_batches = checks.both_sides(num_batches, "num_batches")
+        self.batch_size = checks.both_sides(batch_size, "batch_size")
         self.replacement, self.disjoint = checks.flag(replacement, "replacement"), checks.flag(disjoint, "disjoint")
         if replacement and disjoint:
             raise ValueError("disjoint batches are drawn without replacement: set replacement or disjoint, not both")
@@ -395,11 +395,3 @@ class BoMbOT(MiniBatchLoss):
         weights = (None, None) if uniform else (grid.u / grid.u.sum(), grid.v / grid.v.sum())
         plan = outer.plan(grid.values, *weights)
         return plan.to_dense(), plan.penalty
-
-
-def _both_sides(value: int | tuple[int, int], name: str) -> tuple[int, int]:
-    if isinstance(value, tuple):
-        if len(value) != 2:
-            raise ValueError(f"{name} must be one number or a pair (source, target); got {value!r}")
-        return checks.count(value[0], f"{name}[0]"), checks.count(value[1], f"{name}[1]")
-    return (checks.count(value, name),) * 2

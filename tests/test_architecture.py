@@ -20,7 +20,7 @@ ORDER = (
     {"problem": ("problem", "certify")},
     {"solvers": ("solvers",)},
     {"transport": ("transport",)},
-    {"losses": ("grid", "losses", "low_memory"), "couplings": ("couplings",)},
+    {"losses": ("blocks", "grid", "losses", "low_memory"), "couplings": ("couplings",)},
     {"distributed": ("distributed",)},
     {"for others": ("compat", "testing")},
 )

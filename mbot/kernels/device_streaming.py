@@ -58,12 +58,12 @@ class Fused:
         """``log sum_j exp(potential_j - c_ij / eps)`` of each row, or of each column if ``of_cols``; float64."""
         x, y = (self.y, self.x) if of_cols else (self.x, self.y)
         known = self.squares[::-1] if of_cols else self.squares
-        return self.kernels.soft(x, y, potential[None], self.cost, eps, known)[0] - self.constant / eps
+        return self.kernels.log_sums(x, y, potential[None], self.cost, eps, known)[0] - self.constant / eps
 
     def transported(self, phi: Tensor, psi: Tensor, eps: float, of_cols: bool) -> tuple[Tensor, Tensor, Tensor]:
         """``P y`` and row sums of ``P = exp(phi + psi - c / eps)``, and the points x, all about one centre."""
         x, y, own, other = (self.y, self.x, psi, phi) if of_cols else (self.x, self.y, phi, psi)
         known = self.squares[::-1] if of_cols else self.squares
         own = (own - self.constant / eps)[None]
-        moved, mass = self.kernels.pull(x, y, own, other[None], self.cost, eps, known)
+        moved, mass = self.kernels.transported(x, y, own, other[None], self.cost, eps, known)
         return moved[0], mass[0], x[0]

@@ -8,6 +8,7 @@ stays in the cache, and no logarithm is taken. The steps of `mbot.solvers.margin
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from mbot.kernels.threads import run_slices
 BALANCED, KL_RELAXED, UPPER_BOUNDED = 0, 1, 2
 _IN_ORDER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
 _OPTIONS: dict[str, Any] = {**_IN_ORDER, "fastmath": {"reassoc", "nsz", "contract"}}
+_EXP = tuple(1 / math.factorial(k) for k in range(12, -1, -1))
+_LOG = tuple(1 / k for k in range(21, 2, -2))
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
 _LOOK = 6  # rounds between looks at the rate
 _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
@@ -37,6 +40,15 @@ def _range(cost):  # type: ignore[no-untyped-def]
 
 
 @compiled(**_IN_ORDER)
+def _series(x, coefficients):  # type: ignore[no-untyped-def]
+    """A polynomial from its coefficients, the highest first."""
+    value = 0.0
+    for c in coefficients:
+        value = value * x + c
+    return value
+
+
+@compiled(**_IN_ORDER)
 def _exp(x, bits):  # type: ignore[no-untyped-def]
     """``exp(x)`` in place, to rounding and 0 below -690: a series around multiples of log 2, which vectorises."""
     powers = bits.view(np.float64)
@@ -46,19 +58,7 @@ def _exp(x, bits):  # type: ignore[no-untyped-def]
         k = np.rint(y * 1.4426950408889634)
         r = y - k * 0.6931471803691238  # log 2 in two parts, of which the first has few digits
         r = r - k * 1.9082149292705877e-10
-        p = 1 / 479001600
-        p = p * r + 1 / 39916800
-        p = p * r + 1 / 3628800
-        p = p * r + 1 / 362880
-        p = p * r + 1 / 40320
-        p = p * r + 1 / 5040
-        p = p * r + 1 / 720
-        p = p * r + 1 / 120
-        p = p * r + 1 / 24
-        p = p * r + 1 / 6
-        p = p * r + 1 / 2
-        p = p * r + 1.0
-        x[t] = p * r + 1.0 if y > -690.0 else 0.0
+        x[t] = _series(r, _EXP) if y > -690.0 else 0.0
         bits[t] = (np.int64(np.int32(k)) + 1023) << 52
     for t in range(len(x)):
         x[t] *= powers[t]
@@ -75,17 +75,7 @@ def _log(x, out, bits):  # type: ignore[no-untyped-def]
     for t in range(len(x)):
         s = (rest[t] - 1.0) / (rest[t] + 1.0)
         q = s * s
-        p = 1 / 21
-        p = p * q + 1 / 19
-        p = p * q + 1 / 17
-        p = p * q + 1 / 15
-        p = p * q + 1 / 13
-        p = p * q + 1 / 11
-        p = p * q + 1 / 9
-        p = p * q + 1 / 7
-        p = p * q + 1 / 5
-        p = p * q + 1 / 3
-        out[t] = out[t] * 0.6931471805599453 + 2.0 * (s + s * q * p)
+        out[t] = out[t] * 0.6931471805599453 + 2.0 * (s + s * q * _series(q, _LOG))
 
 
 @compiled(**_OPTIONS)

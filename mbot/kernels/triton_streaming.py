@@ -46,7 +46,7 @@ def _products(
 
 
 @triton.jit
-def _soft_kernel(
+def _log_sums_kernel(
     x, y, bias, out, n, m, d, scale,
     DIRECT: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,8 +70,8 @@ def _soft_kernel(
 
 
 @triton.jit
-def _pull_kernel(
-    x, y, offset, bias, pulled, mass, n, m, d, scale,
+def _transported_kernel(
+    x, y, offset, bias, out, mass, n, m, d, scale,
     DIRECT: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
     OUT: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def _pull_kernel(
         )
         moved = tl.dot(plan, points.to(tl.float32), moved, input_precision=PRECISION)
     tl.store(
-        pulled + (problem * n + rows)[:, None] * d + features[None, :],
+        out + (problem * n + rows)[:, None] * d + features[None, :],
         moved,
         mask=(rows[:, None] < n) & (features[None, :] < d),
     )
@@ -126,7 +126,7 @@ def _terms(potential: Tensor, square: Tensor, eps: float) -> Tensor:
 def probe() -> None:
     """Launch a kernel on the current device; raises what Triton raises."""
     point = torch.zeros(1, 1, 1, device="cuda")
-    soft(point, point, point[0], "sqeuclidean", 1.0)
+    log_sums(point, point, point[0], "sqeuclidean", 1.0)
 
 
 def squares(points: Tensor, cost: str) -> Tensor:
@@ -144,7 +144,7 @@ def _on(points: Tensor) -> Any:
     return torch.cuda.device(points.device) if points.is_cuda else nullcontext()
 
 
-def soft(
+def log_sums(
     x: Tensor, y: Tensor, potential: Tensor, cost: str, eps: float, known: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """``log sum_j exp(potential_j - c(x_i, y_j) / eps)``.
@@ -169,26 +169,26 @@ def soft(
     if shape["DIRECT"]:
         shape |= _WIDE
     with _on(x):
-        _soft_kernel[(triton.cdiv(n, shape["M"]), count)](x, y, bias, out, n, m, d, _scale(d, cost, eps), **shape)
+        _log_sums_kernel[(triton.cdiv(n, shape["M"]), count)](x, y, bias, out, n, m, d, _scale(d, cost, eps), **shape)
     return out.double() * math.log(2) - own / eps
 
 
-def pull(
+def transported(
     x: Tensor, y: Tensor, phi: Tensor, psi: Tensor, cost: str, eps: float, known: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``P @ y`` ``(B, n, d)`` and row sums ``(B, n)`` of ``P = exp(phi + psi - c / eps)``; arguments as in `soft`."""
+    """``P @ y`` ``(B, n, d)`` and row sums ``(B, n)`` of ``P = exp(phi + psi - c / eps)``; see `log_sums`."""
     x, y = x.contiguous(), y.contiguous()
     (count, n, d), m = x.shape, y.shape[1]
     own, other = known or (squares(x, cost), squares(y, cost))
     offset, bias = _terms(phi, own, eps), _terms(psi, other, eps)
-    pulled = torch.empty(count, n, d, dtype=torch.float32, device=x.device)
+    moved = torch.empty(count, n, d, dtype=torch.float32, device=x.device)
     mass = torch.empty(count, n, dtype=torch.float32, device=x.device)
     width = min(64, max(16, triton.next_power_of_2(d)))
     shape = _shape(n, d, cost) | {"num_warps": 8}
     if shape["DIRECT"]:
         shape["num_stages"] = 1  # Triton before 3.3 cannot pipeline it
     with _on(x):
-        _pull_kernel[(triton.cdiv(n, shape["M"]), count, triton.cdiv(d, width))](
-            x, y, offset, bias, pulled, mass, n, m, d, _scale(d, cost, eps), OUT=width, **shape
+        _transported_kernel[(triton.cdiv(n, shape["M"]), count, triton.cdiv(d, width))](
+            x, y, offset, bias, moved, mass, n, m, d, _scale(d, cost, eps), OUT=width, **shape
         )
-    return pulled, mass
+    return moved, mass

@@ -86,8 +86,8 @@ def entropic_potentials(plan: Plan, cost: Tensor, a: Tensor, b: Tensor, reg: flo
     sides = []
     for own, other, weight, weights, matrix in ((f, g, a, b, cost), (g, f, b, a, cost.mT)):
         if bool((weight == 0).any()):
-            soft = ((other / reg + weights.log())[..., None, :] - matrix.double() / reg).logsumexp(-1)
-            own = torch.where(weight > 0, own, -rate * reg * soft)
+            log_sums = ((other / reg + weights.log())[..., None, :] - matrix.double() / reg).logsumexp(-1)
+            own = torch.where(weight > 0, own, -rate * reg * log_sums)
         sides.append(own)
     return sides
 

@@ -197,7 +197,7 @@ def test_products_are_never_tf32():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        found = mbot.kernels.device_streaming.triton_kernels().soft(x.cuda(), y.cuda(), psi.cuda(), "dot", 0.01)
+        found = mbot.kernels.device_streaming.triton_kernels().log_sums(x.cuda(), y.cuda(), psi.cuda(), "dot", 0.01)
     finally:
         torch.set_float32_matmul_precision(before)
     assert float((found.cpu() - expected).abs().max() / expected.abs().max()) < 1e-6

@@ -97,10 +97,10 @@ def unreached():
     """Targets of no mass, and rows that nothing reaches."""
     x, y = torch.zeros(1, 3, 2), torch.ones(1, 4, 2)
     nothing = torch.full((1, 4), -torch.inf)
-    assert bool((triton_streaming.soft(x, y, nothing, "sqeuclidean", 1.0) == -torch.inf).all())
+    assert bool((triton_streaming.log_sums(x, y, nothing, "sqeuclidean", 1.0) == -torch.inf).all())
     some = torch.tensor([[-torch.inf, 0.5, -torch.inf, -torch.inf]])
     torch.testing.assert_close(
-        triton_streaming.soft(x, y, some, "sqeuclidean", 1.0), torch.full((1, 3), -1.5, dtype=torch.float64)
+        triton_streaming.log_sums(x, y, some, "sqeuclidean", 1.0), torch.full((1, 3), -1.5, dtype=torch.float64)
     )
 
 
@@ -109,7 +109,7 @@ def batches():
     g = torch.Generator().manual_seed(2)
     x, y, psi = torch.randn(3, 5, 6, generator=g), torch.randn(3, 4, 6, generator=g), torch.randn(3, 4, generator=g)
     expected = torch.logsumexp(psi[:, None] - mbot.pairwise_cost(x, y) / 0.7, 2).double()
-    torch.testing.assert_close(triton_streaming.soft(x, y, psi, "sqeuclidean", 0.7), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(triton_streaming.log_sums(x, y, psi, "sqeuclidean", 0.7), expected, rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import mbot
 from mbot import BoMbOT, ExactOT, MiniBatchOT, PartialOT
-from mbot.grid import MatchedBlock, Side
+from mbot.blocks import MatchedBlock
+from mbot.grid import Side
 from mbot.solvers import grid
 from mbot.solvers.grid import match_grid
 from mbot.testing import without_fast_paths

@@ -26,11 +26,11 @@ CASES = [
     ("triton_matching", "_finish_kernel", {"DUMMIES": False, "BLOCK": 128}, 1, {}),
     ("triton_matching", "_finish_kernel", {"DUMMIES": True, "BLOCK": 1024}, 4, {"cost": "*fp64"}),
     ("triton_matching", "_finish_kernel", {"DUMMIES": False, "BLOCK": 16384}, 32, {}),
-    ("triton_streaming", "_soft_kernel", _PAIRS, 4, {}),
-    ("triton_streaming", "_soft_kernel", _PAIRS | _WIDE, 2, {}),
-    ("triton_streaming", "_soft_kernel", _PAIRS | {"PRECISION": "tf32x3"}, 4, {}),
-    ("triton_streaming", "_soft_kernel", _PAIRS | _WIDE, 2, {"x": "*bf16", "y": "*bf16"}),
-    ("triton_streaming", "_pull_kernel", _PAIRS | {"OUT": 64}, 8, {}),
+    ("triton_streaming", "_log_sums_kernel", _PAIRS, 4, {}),
+    ("triton_streaming", "_log_sums_kernel", _PAIRS | _WIDE, 2, {}),
+    ("triton_streaming", "_log_sums_kernel", _PAIRS | {"PRECISION": "tf32x3"}, 4, {}),
+    ("triton_streaming", "_log_sums_kernel", _PAIRS | _WIDE, 2, {"x": "*bf16", "y": "*bf16"}),
+    ("triton_streaming", "_transported_kernel", _PAIRS | {"OUT": 64}, 8, {}),
 ]
 
 

@@ -1,0 +1,146 @@
+"""Blocks of solved problems between mini-batches: their values, their share of a loss, and the entries of their plans.
+
+There is one kind for problems with values alone, one for plans, and one for matchings without a tensor of their costs.
+Weighted sums are differentiable in the points and in the weights, where these are positive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbot.cost import pairwise
+from mbot.envelope import first_order, matched_values
+from mbot.plan import Plan
+from mbot.solvers.grid import GridMatching
+
+
+@dataclass(frozen=True)
+class ValueBlock:
+    """Problems with values alone, which differentiate: ``(k, k')``, or ``(k, 1)`` of pairs."""
+
+    where: tuple[slice, slice]
+    values: Tensor
+
+    def total(self, weight: Tensor) -> Tensor:
+        """``sum_ij weight_ij values_ij`` over the problems of positive weight."""
+        return torch.where(weight > 0, weight * self.values, 0).sum()
+
+    def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """An error: there is no plan."""
+        raise TypeError("only mbot transports that have plans give one; SlicedOT and callables have values alone")
+
+
+@dataclass(frozen=True)
+class PlanBlock:
+    """Problems that were solved for plans, which are constants: gradients flow through the costs of their entries.
+
+    Attributes:
+        where: where its values are in the table of all.
+        values: ``(k, k')``, or ``(k, 1)`` of pairs; without gradient.
+        plan: of batch shape ``(k, k')``, or ``(k,)`` of pairs.
+        matched: costs of the plan's entries; None of dense plans.
+        x: ``(k, n, d)`` mini-batches.
+        y: ``(k', m, d)``, or ``(k, m, d)`` of pairs.
+        cost: name of the ground cost.
+        aligned: whether these are pairs of mini-batches.
+    """
+
+    where: tuple[slice, slice]
+    values: Tensor
+    plan: Plan
+    matched: Tensor | None
+    x: Tensor
+    y: Tensor
+    cost: str
+    aligned: bool
+
+    @staticmethod
+    def of(
+        where: tuple[slice, slice], plan: Plan, costs: Tensor, x: Tensor, y: Tensor, cost: str, aligned: bool
+    ) -> PlanBlock:
+        """The block of a plan and the costs that it is for, ``(k, k', n, m)``, or ``(k, n, m)`` of pairs."""
+        matched = None
+        if plan.is_sparse:
+            row, col, mass = plan.entries()
+            matched = costs.flatten(-2).gather(-1, row * costs.shape[-1] + col)
+            matched = torch.where(mass > 0, matched, 0)  # padding may sit at a forbidden pair
+        values = (plan.cost(costs) if matched is None else (matched * mass).sum(-1)) + plan.penalty
+        return PlanBlock(where, values[:, None] if aligned else values, plan, matched, x, y, cost, aligned)
+
+    def total(self, weight: Tensor) -> Tensor:
+        """``sum_ij weight_ij values_ij``, differentiable through the problems of positive weight."""
+        weight = weight.reshape(self.plan.batch_shape)
+        return self._transported(weight) + (weight * self.plan.penalty).sum()
+
+    def _transported(self, weight: Tensor) -> Tensor:
+        plan, x, y = self.plan, self.x.flatten(0, 1), self.y.flatten(0, 1)
+        n, m = plan.size
+        if self.matched is not None:
+            at = torch.nonzero(weight, as_tuple=True)
+            row, col, mass = (part[at] for part in plan.entries())
+            row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
+            mass, matched = (weight[at][:, None] * mass).flatten(), self.matched[at].flatten()
+            return matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
+        mass = plan.mass * weight[..., None, None]
+        if self.aligned:
+            return first_order((mass * pairwise(self.x, self.y, self.cost)).sum())
+        mass = mass.transpose(1, 2).reshape(len(x), -1)
+        return first_order(torch.where(mass > 0, mass * pairwise(x, y, self.cost), 0).sum())
+
+    def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""
+        row, col, mass = self.plan.entries()
+        return row, col, weight.reshape(*self.plan.batch_shape, 1) * mass
+
+
+@dataclass(frozen=True)
+class MatchedBlock:
+    """Problems ``(k, k')`` that were matched without a tensor of their costs; see `PlanBlock`."""
+
+    where: tuple[slice, slice]
+    values: Tensor
+    found: GridMatching
+    x: Tensor
+    y: Tensor
+
+    def total(self, weight: Tensor) -> Tensor:
+        """See `PlanBlock`."""
+        total: Tensor = _MatchedTotal.apply(self.x, self.y, weight, self.found)
+        return total
+
+    def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `PlanBlock`."""
+        return self.found.entries(weight)
+
+
+class _MatchedTotal(torch.autograd.Function):
+    """Forward: the weighted sum of the values. Backward: sums of displacements, by the compiled kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, found: GridMatching) -> Tensor:
+        ctx.save_for_backward(x, y, weight)
+        ctx.found = found
+        return (weight * found.values).sum().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight = ctx.saved_tensors
+        *needed, by_weight = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled():
+            of_weight = (grad * ctx.found.values * (weight > 0)).to(weight.dtype) if by_weight else None
+            return (*ctx.found.gradients(x, y, weight * grad, tuple(needed)), of_weight, None)
+        # For second derivatives: a sum that autograd knows. The incoming gradient depends on no point.
+        row, col, mass = ctx.found.entries(torch.where(weight > 0, weight, 0))
+        i, j = (torch.arange(size)[:, None] for size in weight.shape)
+        apart = x[i[:, None], row] - y[j, col]
+        total = (mass.to(x.dtype) * apart.square().sum(-1)).sum()
+        inputs = [part for part, wanted in zip((x, y, weight), (*needed, by_weight), strict=True) if wanted]
+        grads = iter(torch.autograd.grad(total, inputs, grad, create_graph=True))
+        return (*(next(grads) if wanted else None for wanted in (*needed, by_weight)), None)
+
+
+Block = ValueBlock | PlanBlock | MatchedBlock
