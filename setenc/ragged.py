@@ -67,8 +67,10 @@ class Ragged:
     @classmethod
     def from_mask(cls, x: Tensor, mask: Tensor) -> Ragged:
         """The real elements of a padded batch ``(B, n, …)``."""
-        x, mask, _ = checks.elements(x, mask, None)
-        return cls(x[mask], torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)))
+        x, real, _ = checks.elements(x, mask, None)
+        if real is None:
+            raise TypeError("mask must be a bool tensor (B, n), True at real elements; got None")
+        return cls(x[real], torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -51,6 +51,12 @@ def centred(x, y):  # type: ignore[no-untyped-def]
     return left, right, norms_x, norms_y
 
 
+@compiled(**_SUMS)
+def _usual(low, total):  # type: ignore[no-untyped-def]
+    """Whether costs of this least and sum can be matched; apart, as the matchings are compiled for no NaN."""
+    return abs(low) <= LARGEST_COST and total <= LARGEST_COST
+
+
 @compiled(**OPTIONS)
 def _make(product, first, x, y, norms_x, norms_y, row, col, zero, cost, least):  # type: ignore[no-untyped-def]
     """Costs of the ``(n, n)`` pairs from ``row`` and ``col`` on, and the least of each row."""
@@ -96,7 +102,7 @@ def complete(costs_of, wide, begin, stop, out):  # type: ignore[no-untyped-def]
         _make(product, first, x, y, norms_x, norms_y, p // wide * n, p % wide * n, room[7], cost, least[p])
         low, total = np.float64(least[p].min()), total_of(entries)
         error[p] = np.nan
-        if not (abs(low) <= LARGEST_COST and total <= LARGEST_COST):  # or NaN
+        if not _usual(low, total):
             continue
         match = column[p, 0]
         mean_prices(cost, total, price)
@@ -137,7 +143,7 @@ def partial(costs_of, wide, begin, stop, out, pairs, share):  # type: ignore[no-
         _make(product, first, x, y, norms_x, norms_y, p // wide * n, p % wide * n, room[10], cost, least[p])
         low, total = np.float64(least[p].min()), total_of(entries)
         error[p] = np.nan
-        if not (abs(low) <= LARGEST_COST and total <= LARGEST_COST):  # or NaN
+        if not _usual(low, total):
             continue
         match_one(cost, low, total / (n * n) - low, q, room, column[p], f, g)
         value = 0.0

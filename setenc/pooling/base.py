@@ -170,8 +170,8 @@ class Pooling(nn.Module):
             raise TypeError(f"state must be a setenc.SetState, from init_state; got {type(state).__name__}")
         # Every chunk comes by here.
         sizes, total = (self.num_heads, self.num_slots, self.value_dim), getattr(state, "total", None)
-        right = type(state) is self.state_class and total is not None and total.shape[1:] == sizes
-        if not (right and total.dtype == self._dtype and self._knows(state.slots)):
+        right = total is not None and total.shape[1:] == sizes and total.dtype == self._dtype
+        if not (right and type(state) is self.state_class and self._knows(state.slots)):
             found = "" if total is None else f" of {tuple(total.shape[1:])}, {total.dtype}"
             raise ValueError(
                 f"the state must be one that this {type(self).__name__} made: a {self.state_class.__name__} of heads, "
