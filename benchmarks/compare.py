@@ -165,8 +165,9 @@ def cells():
     """
     f32, f64 = torch.float32, torch.float64
     none, bomb, mean = (None, None), mbot.BoMbOT, mbot.MiniBatchOT
-    exact, soft = lambda _: mbot.ExactOT(), lambda c: mbot.EntropicOT(0.1 * c)
-    relaxed = lambda c: mbot.UnbalancedOT(0.1 * c, c)  # noqa: E731
+    exact, soft, relaxed = (
+        lambda _: mbot.ExactOT(), lambda c: mbot.EntropicOT(0.1 * c), lambda c: mbot.UnbalancedOT(0.1 * c, c)
+    )  # fmt: skip
     peers = {(2, 16): 30, (2, 64): 12, (64, 16): 40, (64, 64): 17, (64, 128): 18}
     gains = {16: 2.3, 64: 1.6, 128: 1.3}
     grids, others, parts = {}, {}, {}

@@ -20,7 +20,7 @@ from mbot.eager import outside_graphs
 from mbot.numerics import full_float32
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class GlobalPairs(Pairs):
     """Pairs of the batch of all ranks, the same on every rank; ``source`` and ``target`` index that batch.
 
@@ -31,10 +31,10 @@ class GlobalPairs(Pairs):
         counts: targets on each rank.
     """
 
-    ranks: Ranks = None  # type: ignore[assignment]  # always given; fields of the base have defaults
+    ranks: Ranks
     sizes: list[int] | None = None
-    place: Tensor = None  # type: ignore[assignment]  # likewise
-    counts: list[int] = field(default_factory=list)
+    place: Tensor
+    counts: list[int]
 
     def _owner_of_target(self) -> tuple[Tensor, Tensor]:
         row_of = torch.empty_like(self.place).scatter_(0, self.place, torch.arange(len(self.place)).to(self.place))

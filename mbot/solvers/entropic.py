@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,17 +22,17 @@ _REFINE = 50  # rounds on plans whose potentials have too few digits
 _BUDGET = 400  # rounds, and two a row, in the compiled kernel, and before forbidden pairs are looked at
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Plans(Solution):
     """Solutions with their plans ``(B, n, m)`` in the costs' dtype, and the plans' marginals in float64.
 
     ``error`` and ``converged`` are measured on the plan: its marginals against what the problem asks for.
     """
 
-    plan: Tensor = None  # type: ignore[assignment]
-    rows: Tensor = None  # type: ignore[assignment]
-    cols: Tensor = None  # type: ignore[assignment]
-    transport: Tensor = None  # type: ignore[assignment]  # ``<C, P>``
+    plan: Tensor = field()  # the base has none in places
+    rows: Tensor
+    cols: Tensor
+    transport: Tensor  # ``<C, P>``
 
     def relative_to(self, a: Tensor, b: Tensor) -> Plans:
         """The same with potentials of ``P = a b exp(phi + psi - C / reg)``; 0 at points of weight 0."""
@@ -237,7 +237,10 @@ def _by_rounds(
     assert plan is not None
     rows, cols = plan.sum(2, dtype=torch.float64), plan.sum(1, dtype=torch.float64)
     transport = torch.zeros_like(found.error)  # `_checked` fills it in
-    return Plans(found.phi, found.psi, found.error, found.iterations, found.converged, plan, rows, cols, transport)
+    return Plans(
+        found.phi, found.psi, found.error, found.iterations, found.converged, plan=plan, rows=rows, cols=cols,
+        transport=transport,
+    )  # fmt: skip
 
 
 def _compiled(cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, budget: int, tol: float) -> Plans:
@@ -248,4 +251,4 @@ def _compiled(cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, bu
     found = iterate(c, rows, cols, *step.compiled(), reg, budget, tol)
     plan, phi, psi, row_mass, col_mass, transport, error, iterations = (torch.from_numpy(part) for part in found)
     converged = (error >= 0) & (error <= tol)
-    return Plans(phi, psi, error, iterations, converged, plan, row_mass, col_mass, transport)
+    return Plans(phi, psi, error, iterations, converged, plan=plan, rows=row_mass, cols=col_mass, transport=transport)

@@ -22,7 +22,11 @@ class Marginal(ABC):
     """What a problem asks of its row (or column) masses; the defaults are those of fixed and bounded masses."""
 
     relaxes = False  # whether over-relaxed steps converge
-    negligible = 100.0  # difference of costs, in units of reg, that no plan with mass can overcome
+
+    @property
+    def negligible(self) -> float:
+        """Difference of costs, in units of reg, that no plan with mass can overcome."""
+        return 100.0
 
     @abstractmethod
     def compiled(self) -> tuple[int, float]:
@@ -115,7 +119,7 @@ class KLRelaxed(Marginal):
         return self.ratio / (1 + self.ratio)
 
     @property
-    def negligible(self) -> float:  # type: ignore[override]
+    def negligible(self) -> float:
         """See `Marginal`: an entry beyond it would pay less than the smallest number."""
         return 800.0 * (1 + 2 * self.ratio)
 
