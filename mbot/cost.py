@@ -109,6 +109,8 @@ def _near_the_origin(x: Tensor, y: Tensor) -> bool:
     """Whether the centre of two clouds lies well within their spread, by a few points: centring would be two copies."""
     if x.ndim > 2 or y.ndim > 2 or x.device.type != "cpu":  # copies of small problems are cheap; a device is waited for
         return False
+    if not len(x):  # a process may have none
+        return False
     with torch.no_grad():
         some = [points[:: -(-len(points) // _SAMPLE)] for points in (x, y)]
         centre = torch.lerp(some[0].mean(0), some[1].mean(0), 0.5)

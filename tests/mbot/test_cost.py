@@ -5,6 +5,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 import mbot
+from mbot.cost import pairwise
 
 SCIPY = {"sqeuclidean": "sqeuclidean", "euclidean": "euclidean", "cosine": "cosine"}
 
@@ -135,5 +136,15 @@ def test_batches_of_no_clouds_have_no_costs(cost, shape, d, dtype):
     x, y = torch.empty(*shape, 3, d, dtype=dtype, requires_grad=True), torch.empty(*shape, 4, d, dtype=dtype)
     found = mbot.pairwise_cost(x, y, cost)
     assert found.shape == (*shape, 3, 4)
+    found.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("d", [2, 6])
+def test_a_process_without_source_points_has_no_costs(cost, d):
+    x, y = torch.empty(0, d, requires_grad=True), torch.randn(4, d, generator=torch.Generator().manual_seed(0))
+    found = pairwise(x, y, cost)
+    assert found.shape == (0, 4)
     found.sum().backward()
     assert x.grad.shape == x.shape
