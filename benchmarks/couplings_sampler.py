@@ -14,8 +14,8 @@ import mbot
 HEAVY = 3.0  # seconds from which torchcfm's call is timed once
 
 
-def clouds(n, d):
-    generator = torch.Generator().manual_seed(n + d)
+def clouds(n, d, draw=0):
+    generator = torch.Generator().manual_seed(n + d + 10_000 * draw)
     return torch.randn(n, d, generator=generator), torch.randn(n, d, generator=generator) * 0.5 + 1
 
 

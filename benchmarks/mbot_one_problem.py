@@ -15,8 +15,8 @@ import mbot
 from mbot.kernels.assignment import assign
 
 
-def clouds(kind, n, d):
-    generator = torch.Generator().manual_seed(n + d)
+def clouds(kind, n, d, draw=0):
+    generator = torch.Generator().manual_seed(n + d + 10_000 * draw)
     x = torch.randn(n, d, generator=generator)
     if kind == "gaussian":
         return x, torch.randn(n, d, generator=generator)

@@ -19,6 +19,7 @@ from mbot import checks, conditions, convergence
 from mbot.cost import pairwise
 from mbot.couplings.drawing import sources_of, stratified
 from mbot.eager import outside_graphs
+from mbot.numerics import rows_of
 from mbot.plan import Plan
 from mbot.random import draw
 from mbot.transport import EntropicOT, ExactOT, Transport, UnbalancedOT
@@ -131,7 +132,7 @@ class OTPlanSampler:
             replace: see `sample_map`.
         """
         i, j = self._pairs(x0, x1, replace)
-        return x0[i], x1[j]
+        return rows_of(x0, i), rows_of(x1, j)
 
     @outside_graphs
     def sample_plan_with_labels(
@@ -145,7 +146,8 @@ class OTPlanSampler:
         conditions.check(y0, len(x0), "y0", "x0")
         conditions.check(y1, len(x1), "y1", "x1")
         i, j = self._pairs(x0, x1, replace)
-        return x0[i], x1[j], conditions.select(y0, i), conditions.select(y1, j)
+        pairs = rows_of(x0, i), rows_of(x1, j)
+        return *pairs, conditions.select(y0, i), conditions.select(y1, j)
 
     @outside_graphs
     def sample_plan_with_scipy(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +180,7 @@ class OTPlanSampler:
         for t in range(X.shape[1] - 1):
             plan = self._plan(X[:, t], X[:, t + 1])
             index = sources_of(_transposed(plan), index, generator)
-            steps.append(X[:, t + 1][index])
+            steps.append(rows_of(X[:, t + 1], index))
         return torch.stack(steps, 1).detach().cpu().numpy()
 
     def _cost(self, x0: Tensor, x1: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mbot.numerics import rows_of
+
 Labels = Tensor | Sequence[Any] | Mapping[str, Any] | Any
 """Conditions, one a sample: a tensor ``(n,)`` or ``(n, c…)``, a NumPy array, a sequence (strings included), a pandas
 Series or DataFrame, or a dict of several of these by name."""
@@ -57,7 +59,7 @@ def select(y: Labels | None, rows: Tensor | slice) -> Any:
     if isinstance(y, Mapping):
         return {key: select(value, rows) for key, value in y.items()}
     if isinstance(y, Tensor):
-        return y[rows if isinstance(rows, slice) else rows.to(y.device)]
+        return y[rows] if isinstance(rows, slice) else rows_of(y, rows.to(y.device))
     index: Any = rows if isinstance(rows, slice) else rows.cpu().numpy()
     if hasattr(y, "iloc"):
         return y.iloc[index]

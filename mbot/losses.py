@@ -27,6 +27,7 @@ from mbot.eager import outside_graphs
 from mbot.envelope import first_order
 from mbot.grid import Batches, Grid, Inner, Scheme, Side
 from mbot.minibatch import draw_batches
+from mbot.numerics import rows_of
 from mbot.plan import Plan
 from mbot.problem import Problems, tell
 from mbot.solvers.matching import match
@@ -125,11 +126,11 @@ class MiniBatchLoss(nn.Module):
             generator=self.generator, device=points.device, name=name,
         )  # fmt: skip
         if weight is None or self.replacement:
-            return Side(points[index], f"{name}s", index)
+            return Side(rows_of(points, index), f"{name}s", index)
         inside = weight[index]
         live = int(weight.count_nonzero())
         factor = inside.sum(1) * (live / index.shape[1])  # expectation 1 over uniform subsets
-        return Side(points[index], f"{name}s", index, inside / inside.sum(1, keepdim=True), factor)
+        return Side(rows_of(points, index), f"{name}s", index, inside / inside.sum(1, keepdim=True), factor)
 
     def _value(self, x: Side, y: Side) -> Tensor:
         return self._outer(self.solver(self.scheme, x, y))

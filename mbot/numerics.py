@@ -109,6 +109,16 @@ def _reduced() -> bool:
         return True
 
 
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` for an index of integers of any shape.
+
+    On the CPU rows are copied whole, in a fifth of the time of indexing, which copies number by number.
+    """
+    if x.device.type != "cpu":
+        return x[index]  # its gradients are sums in a fixed order there
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape) if index.ndim != 1 else x.index_select(0, index)
+
+
 def _must_repeat(x: Tensor) -> bool:
     return x.is_cuda and x.is_floating_point() and torch.are_deterministic_algorithms_enabled()
 

@@ -113,11 +113,13 @@ class _Sparse:
 
     def matching(self) -> Tensor | None:
         n, m = self.size
-        if n != m or self.mass.shape[-1] != n or not bool((self.mass > 0).all()):
+        if n != m or self.mass.shape[-1] != n or not self.mass.numel() or not float(self.mass.amin()) > 0:
             return None
         source = torch.full_like(self.col, -1).scatter_(-1, self.col, self.row)
-        used = torch.zeros_like(source, dtype=torch.bool).scatter_(-1, source.clamp_min(0), True)
-        return source if bool((source >= 0).all() & used.all()) else None
+        if int(source.amin()) < 0:  # n entries leave no column out: each is in one of its own
+            return None
+        used = torch.zeros_like(source, dtype=torch.bool).scatter_(-1, source, True)
+        return source if bool(used.all()) else None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -255,6 +255,9 @@ class Solution:
             tensor = tensor.to(cost.device, dtype)
             return tensor if len(batch) == 1 else tensor.reshape(*batch, tensor.shape[1])
 
+        def potential(tensor: Tensor) -> Tensor:
+            return shaped(tensor.clamp(-most, most) if cost.dtype != tensor.dtype else tensor, cost.dtype)
+
         tell(name, self.error)
         assert self.error is not None
         error = torch.from_numpy(self.error).to(cost.device).reshape(batch)
@@ -265,7 +268,7 @@ class Solution:
             shaped(self.col, torch.int64),
             converged=error <= TOLERANCE,
             error=error,
-            potentials=(shaped(self.f.clamp(-most, most), cost.dtype), shaped(self.g.clamp(-most, most), cost.dtype)),
+            potentials=(potential(self.f), potential(self.g)),
         )
 
 

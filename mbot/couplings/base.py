@@ -13,7 +13,7 @@ from mbot import checks
 from mbot.conditions import Labels, check
 from mbot.convergence import one_warning, warn
 from mbot.eager import outside_graphs
-from mbot.numerics import full_float32
+from mbot.numerics import full_float32, rows_of
 from mbot.random import draw
 
 
@@ -38,7 +38,7 @@ class Pairs:
 
     def apply(self, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
         """The paired samples ``x0[source], x1[target]``, differentiable in both."""
-        return x0[self.source.to(x0.device)], x1[self.target.to(x1.device)]
+        return rows_of(x0, self.source.to(x0.device)), rows_of(x1, self.target.to(x1.device))
 
 
 @dataclass(frozen=True)

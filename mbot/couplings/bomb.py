@@ -17,6 +17,7 @@ from mbot.cost import Cost, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.couplings.drawing import permutations
 from mbot.couplings.optimal import check_transport
+from mbot.numerics import rows_of
 from mbot.random import draw
 from mbot.transport import EntropicOT, ExactOT, Transport
 
@@ -85,14 +86,14 @@ class BoMbCoupling(Coupling):
             if batches:
                 left, right = even[rows[part]].reshape(batches, -1), cols[part].reshape(batches, -1)
                 matched, values, error = self._match(x0, x1, left, right, generator)
-                plan = self.transport.plan(pairwise(x0[left[matched]], x1[right], self.cost))
+                plan = self.transport.plan(pairwise(rows_of(x0, left[matched]), rows_of(x1, right), self.cost))
                 source[right] = left[matched].gather(1, permutations(plan, generator))
                 outer_cost += float(values.gather(0, matched[None]).sum()) / k
                 errors += [error, plan.error.max()]
         target = torch.arange(n, device=device)
         info: dict[str, Any] = {"num_batches": k, "outer_cost": outer_cost, "error": float(torch.stack(errors).max())}
         if isinstance(self.cost, str):
-            info["transport_cost"] = float(paired(x0[source], x1, self.cost).mean())
+            info["transport_cost"] = float(paired(rows_of(x0, source), x1, self.cost).mean())
         return Pairs(source, target, info=info)
 
     def _match(
@@ -104,7 +105,7 @@ class BoMbCoupling(Coupling):
         values, errors = [], []
         for begin in range(0, k, step):
             some = left[begin : begin + step]
-            cost = pairwise(x0[some.flatten()], x1[right.flatten()], self.cost)
+            cost = pairwise(rows_of(x0, some.flatten()), rows_of(x1, right.flatten()), self.cost)
             cost = cost.reshape(len(some), size, k, size).transpose(1, 2).contiguous()
             plan = self.transport.plan(cost)
             values.append(plan.cost(cost) + plan.penalty)

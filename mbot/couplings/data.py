@@ -22,6 +22,7 @@ from mbot.cost import at_least_float32
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.couplings.fitted import check_fitted, codes_of, fingerprint, state_of
 from mbot.eager import outside_graphs
+from mbot.numerics import rows_of
 from mbot.random import normals_at
 from mbot.solvers.clouds import match_clouds
 
@@ -259,7 +260,7 @@ class DataCoupling(Coupling):
         source, target = in_order(x0, x1, generator)
         if codes is not None:
             labels = (codes, codes) if y0 is None else (select(y0, source), y1)
-        found = match_clouds(x0[source], x1, labels=labels, tol=self.tol, generator=generator)
+        found = match_clouds(rows_of(x0, source), x1, labels=labels, tol=self.tol, generator=generator)
         checks.finite(torch.tensor(found.cost), "the mean squared distance of the pairs")
         return Pairs(source[found.source.to(source.device)], target, info={"transport_cost": found.cost})
 

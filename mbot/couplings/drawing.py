@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mbot.numerics import running_sum
 from mbot.plan import Plan
 from mbot.random import draw
+from mbot.solvers.drawing import first_beyond, rounded, rows_of_columns
 from mbot.transport import ExactOT
 
-_BLOCK = 32  # rows of a dense plan that are summed up before one of them is chosen
 _NOTHING = 1e-9  # share of a permutation that rounding may leave
 
 
 def _uniform(count: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
     return draw(torch.rand, count, generator=generator, device=like.device, dtype=torch.float64)
-
-
-def _search(cumulative: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
-    """Inverse of the cumulative mass ``(…, n)`` at values ``(…, k)``; never a cell without mass."""
-    cell = torch.searchsorted(cumulative, wanted, right=True)
-    last = mass.shape[-1] - 1 - (mass > 0).flip(-1).int().argmax(-1, keepdim=True)
-    return cell.minimum(last)
 
 
 def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -45,18 +37,7 @@ def sources_of(plan: Plan, target: Tensor, generator: torch.Generator | None) ->
         wanted = before[target] + uniform * (ends[last.clamp_min(0)] - before)[target]
         cell = torch.searchsorted(ends, wanted, right=True).clamp(first[target], last[target])
         return row[order][_to_mass(cell, mass)]
-    # First the block of rows, then the row in it: one pass in the order of memory, and no cumulative sums of the plan.
-    n = plan.size[0]
-    blocks = -(-n // _BLOCK)
-    mass = plan.mass if n == blocks * _BLOCK else F.pad(plan.mass, (0, 0, 0, blocks * _BLOCK - n))
-    sums = mass.reshape(blocks, _BLOCK, -1).sum(1, dtype=torch.float64).T[target]
-    ends = running_sum(sums, -1)
-    wanted = uniform[:, None] * ends[:, -1:]
-    block = _search(ends, sums, wanted)
-    rows = _BLOCK * block + torch.arange(_BLOCK, device=target.device)
-    inside = mass[rows, target[:, None]].double()
-    cell = _search(running_sum(inside, -1), inside, wanted - (ends - sums).gather(-1, block))
-    return rows.gather(-1, cell)[:, 0]
+    return rows_of_columns(plan.mass, target, uniform)
 
 
 def _to_mass(cell: Tensor, mass: Tensor) -> Tensor:
@@ -76,11 +57,7 @@ def every_target(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor,
 
 def systematic(share: Tensor, generator: torch.Generator | None) -> Tensor:
     """Indices by systematic sampling (one random number): i comes ``share_i`` times, rounded up or down; ``(k,)``."""
-    whole = share.round()
-    share = torch.where((share - whole).abs() < 1e-6, whole, share)  # rounding must not split a certain draw
-    position = running_sum(share, 0) + _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6)
-    times = position.floor().diff(prepend=position.new_zeros(1)).long()
-    return torch.arange(len(share), device=share.device).repeat_interleave(times)
+    return rounded(share, _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6))
 
 
 def kept_targets(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -105,7 +82,7 @@ def with_replacement(plan: Plan, count: int, generator: torch.Generator | None) 
     """Independent pairs with probability proportional to their mass: a target by its mass, a source of its column."""
     mass = plan.col_mass().double()
     ends = running_sum(mass, 0)
-    target = _search(ends, mass, _uniform(count, generator, mass) * ends[-1])
+    target = first_beyond(ends, mass, _uniform(count, generator, mass) * ends[-1])
     return sources_of(plan, target, generator), target
 
 

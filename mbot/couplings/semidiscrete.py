@@ -24,7 +24,7 @@ from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.cells import balanced_cells, cells, class_sizes, masses
 from mbot.couplings.fitted import check_fitted, codes_of, fingerprint, state_of
 from mbot.eager import outside_graphs
-from mbot.numerics import full_float32
+from mbot.numerics import full_float32, rows_of
 from mbot.random import draw
 
 Noise = Callable[..., Tensor]
@@ -241,7 +241,7 @@ class SemidiscreteCoupling(Coupling):
         else:
             target = cells(x, points, learned.values.to(points), codes, wanted)
         source = torch.arange(len(x), device=x.device)
-        cost = (x - points[target]).square().sum(1).double().mean()
+        cost = (x - rows_of(points, target)).square().sum(1).double().mean()
         checks.finite(cost, "the mean squared distance of the pairs")
         return Pairs(source, target, info=info | {"transport_cost": float(cost)})
 

@@ -14,6 +14,7 @@ from mbot.cost import Cost, check_cost, paired, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs, in_order
 from mbot.diagnostics import effective_sample_size, marginal_tilt
 from mbot.geometry import Dense
+from mbot.numerics import rows_of
 from mbot.solvers.marginals import Balanced
 from mbot.solvers.sinkhorn import solve
 
@@ -90,7 +91,7 @@ class WeightedCoupling(Coupling):
             info["tilt"] = _tilt(kernel + phi[:, None] + psi)
             log_weight = (kernel[source, target] + phi[source]) + psi[target]
         else:
-            x0, x1 = x0[source], x1[target]
+            x0, x1 = rows_of(x0, source), rows_of(x1, target)
             if isinstance(self.cost, str):
                 cost = paired(x0, x1, self.cost)
             else:

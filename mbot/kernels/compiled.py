@@ -3,6 +3,9 @@
 Numba writes the index of a function's cache before the code itself, under the name that older code may have had. A
 process that reads in between runs that older code: after an update, or with other dtypes. A lock on the cache's folder
 keeps processes and threads apart while one compiles, saves or loads.
+
+Numba also looks at a function's own file alone, while the code that it keeps holds all that the function calls. Here
+the code is as old as the oldest of its folder: a change in one of these files makes all of them compile again.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**{**options, "cache": True})(function)
+        kept = dispatcher._cache._cache_file
+        kept._source_stamp = kept._source_stamp, _stamps(str(Path(function.__code__.co_filename).parent))
         compile_or_load = dispatcher.compile
 
         def alone(signature: Any) -> Any:
@@ -34,6 +39,13 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return dispatcher
 
     return decorate
+
+
+@cache
+def _stamps(folder: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, times and sizes of the Python files in a folder."""
+    states = ((path.name, path.stat()) for path in sorted(Path(folder).glob("*.py")))
+    return tuple((name, state.st_mtime_ns, state.st_size) for name, state in states)
 
 
 @cache

@@ -24,6 +24,7 @@ _LOG = tuple(1 / k for k in range(21, 2, -2))
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
 _LOOK = 6  # rounds between looks at the rate
 _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
+_SLAB = 4096  # exponentials that are taken at a time
 _REACH = 12.0  # largest change of a potential in a Newton step
 _SPREAD = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 
@@ -279,7 +280,8 @@ def _solve(  # type: ignore[no-untyped-def]
     plan, phi, psi, rows, cols, transport, error, turns,
 ):  # fmt: skip
     n, m = cost.shape[1:]
-    kernel, bits = np.empty((n, m)), np.empty(max(n * m, n + m), np.int64)
+    kernel, bits = np.empty((n, m)), np.empty(max(min(n * m, _SLAB), n + m), np.int64)
+    entries = kernel.reshape(n * m)
     a, u, b, v = np.empty(n), np.empty(n), np.empty(m), np.empty(m)
     for p in range(begin, stop):
         error[p], turns[p] = -1.0, 0
@@ -293,7 +295,8 @@ def _solve(  # type: ignore[no-untyped-def]
         for i in range(n):
             for j in range(m):
                 kernel[i, j] = (low - np.float64(cost[p, i, j])) * inverse
-        _exp(kernel.reshape(-1), bits)
+        for first in range(0, n * m, _SLAB):
+            _exp(entries[first : first + _SLAB], bits)
         for i in range(n):
             a[i] = u[i] = a_all[p, i] * factor
         for j in range(m):

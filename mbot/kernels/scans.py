@@ -113,7 +113,9 @@ def _two_smallest_of(width):  # type: ignore[no-untyped-def]
 _scan_block, _scan_short = _two_smallest_of(BLOCK), _two_smallest_of(_SHORT)
 
 
-@compiled(**OPTIONS)
+# Inlined by force: left to itself, LLVM makes a call of it in the copies that its callers keep on disk, which then run
+# a third slower than in the process that compiled them.
+@compiled(**OPTIONS, forceinline=True)
 def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     """Smallest and second smallest of ``row - price``, and the first one's column. Free of unpredictable branches."""
     infinity = price.dtype.type(np.inf)

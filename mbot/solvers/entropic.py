@@ -74,7 +74,7 @@ def solve_matrices(
         ValueError: forbidden pairs leave no plan with the marginals.
     """
     tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
-    if not bool((a > 0).all() & (b > 0).all()):
+    if not (float(a.amin()) > 0 and float(b.amin()) > 0):
         cost = torch.where((a > 0)[:, :, None] & (b > 0)[:, None, :], cost, torch.inf)
     cost = step.with_mass(cost, a, b, reg)
     return _compiled_first(cost, a, b, step, reg, max_iter, tol, partial(_solved, step=step, reg=reg, tol=tol))

@@ -70,12 +70,14 @@ class EntropicOT(Transport):
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
+        uniform = a is None and b is None
         a, b = flat_weights(cost, a, b)
-        b = checks.equal_totals(a, b)
+        b = b if uniform else checks.equal_totals(a, b)
         found = solve_matrices(flat, a, b, Balanced(), reg=self.reg, max_iter=self.max_iter, tol=self.tol)
         found = found.relative_to(a, b)
         # The dual value: its error is of second order in the potentials'.
-        value = (a * found.phi).sum(-1) + (b * found.psi).sum(-1) - found.rows.sum(-1) + a.sum(-1) * b.sum(-1)
+        mass = 1.0 if uniform else a.sum(-1) * b.sum(-1)
+        value = torch.linalg.vecdot(a, found.phi) + torch.linalg.vecdot(b, found.psi) - found.rows.sum(-1) + mass
         return plan_of("EntropicOT", cost, found, self.reg * value, self.reg, self.max_iter)
 
 

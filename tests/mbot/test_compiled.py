@@ -67,6 +67,19 @@ def test_a_process_never_runs_the_code_of_an_older_version(tmp_path):
     assert writer.wait() == 0
 
 
+def test_code_is_compiled_again_when_what_it_calls_has_changed(tmp_path):
+    """The function's own file stays as it is; numba would run the sum of the old summand."""
+    called, caller = tmp_path / "called.py", tmp_path / "caller.py"
+    caller.write_text(
+        "from compiled import compiled\nfrom called import inner\n"
+        "@compiled(nogil=True)\ndef outer(x):\n    return inner(x) * 10\n"
+    )
+    for version in (1, 2):
+        called.write_text(MODULE.format(version=version).replace("one_more", "inner"))
+        os.utime(called, (time.time() + 10 * version,) * 2)
+        assert run("import caller; print(caller.outer(0))", tmp_path).communicate()[0] == f"{10 * version}\n"
+
+
 def test_a_folder_that_cannot_be_written_to(monkeypatch):
     """Nothing is saved there, so nothing needs a lock."""
     function = compiled(nogil=True)(lambda x: x * 2)

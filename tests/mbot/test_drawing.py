@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import mbot
 from mbot import BoMbCoupling, EntropicOT, ExactOT, IndependentCoupling, OTCoupling, PartialOT, UnbalancedOT
 from mbot.couplings.drawing import permutations, sources_of, with_replacement
+from mbot.solvers import drawing
 
 DRAWS = 2000
 
@@ -39,6 +40,23 @@ def test_sources_follow_their_column(sparse):
     torch.testing.assert_close(
         frequency(source, target, 3, 3) / (3 * DRAWS), dense / dense.sum(), atol=4 / DRAWS**0.5, rtol=0
     )
+
+
+@given(st.integers(1, 100), st.integers(1, 9), st.booleans(), st.integers(0, 2**31))
+def test_compiled_draws_are_those_of_a_device(n, m, double, seed):
+    """Columns with holes, whole blocks without mass, and random numbers at the ends of their range."""
+    g = torch.Generator().manual_seed(seed)
+    mass = torch.rand(n, m, generator=g, dtype=torch.float64 if double else torch.float32)
+    mass *= torch.rand(n, m, generator=g) < 0.3
+    mass[int(torch.randint(n, (), generator=g))] += 0.5
+    target = torch.randint(m, (50,), generator=g)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    uniform = torch.cat((ends, torch.rand(48, generator=g, dtype=torch.float64)))
+    source = drawing.rows_of_columns(mass, target, uniform)
+    assert source.equal(drawing._rows_of_columns(mass, target, uniform))
+    assert bool((mass[source, target] > 0).all())
+    share = mass.double().sum(0) * 3
+    assert drawing.rounded(share, uniform[-1:]).equal(drawing._rounded(share, uniform[-1:]))
 
 
 def test_permutations_have_the_plan_s_law_exactly():
