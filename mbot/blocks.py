@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbot.cost import pairwise
 from mbot.envelope import first_order, matched_values
 from mbot.plan import Plan
 from mbot.solvers.grid import GridMatching
@@ -42,7 +41,8 @@ class PlanBlock:
         where: where its values are in the table of all.
         values: ``(k, k')``, or ``(k, 1)`` of pairs; without gradient.
         plan: of batch shape ``(k, k')``, or ``(k,)`` of pairs.
-        matched: costs of the plan's entries; None of dense plans.
+        costs: of a dense plan those of all pairs, ``(k n, k' m)`` or ``(k, n, m)`` of pairs of mini-batches, which
+            differentiate; of a sparse one those of its entries, without gradient.
         x: ``(k, n, d)`` mini-batches.
         y: ``(k', m, d)``, or ``(k, m, d)`` of pairs.
         cost: name of the ground cost.
@@ -52,7 +52,7 @@ class PlanBlock:
     where: tuple[slice, slice]
     values: Tensor
     plan: Plan
-    matched: Tensor | None
+    costs: Tensor
     x: Tensor
     y: Tensor
     cost: str
@@ -60,16 +60,19 @@ class PlanBlock:
 
     @staticmethod
     def of(
-        where: tuple[slice, slice], plan: Plan, costs: Tensor, x: Tensor, y: Tensor, cost: str, aligned: bool
-    ) -> PlanBlock:
-        """The block of a plan and the costs that it is for, ``(k, k', n, m)``, or ``(k, n, m)`` of pairs."""
-        matched = None
+        where: tuple[slice, slice], plan: Plan, matrices: Tensor, costs: Tensor, x: Tensor, y: Tensor, cost: str,
+        aligned: bool,
+    ) -> PlanBlock:  # fmt: skip
+        """The block of a plan for ``matrices`` ``(k, k', n, m)``, or ``(k, n, m)`` of pairs, made of ``costs``."""
         if plan.is_sparse:
             row, col, mass = plan.entries()
-            matched = costs.flatten(-2).gather(-1, row * costs.shape[-1] + col)
-            matched = torch.where(mass > 0, matched, 0)  # padding may sit at a forbidden pair
-        values = (plan.cost(costs) if matched is None else (matched * mass).sum(-1)) + plan.penalty
-        return PlanBlock(where, values[:, None] if aligned else values, plan, matched, x, y, cost, aligned)
+            costs = matrices.flatten(-2).gather(-1, row * matrices.shape[-1] + col)
+            costs = torch.where(mass > 0, costs, 0)  # padding may sit at a forbidden pair
+            values = (costs * mass).sum(-1)
+        else:
+            values = (plan.mass * matrices).sum((-2, -1))
+        values = values + plan.penalty
+        return PlanBlock(where, values[:, None] if aligned else values, plan, costs, x, y, cost, aligned)
 
     def total(self, weight: Tensor) -> Tensor:
         """``sum_ij weight_ij values_ij``, differentiable through the problems of positive weight."""
@@ -77,19 +80,18 @@ class PlanBlock:
         return self._transported(weight) + (weight * self.plan.penalty).sum()
 
     def _transported(self, weight: Tensor) -> Tensor:
-        plan, x, y = self.plan, self.x.flatten(0, 1), self.y.flatten(0, 1)
-        n, m = plan.size
-        if self.matched is not None:
+        plan = self.plan
+        if plan.is_sparse:
+            x, y, (n, m) = self.x.flatten(0, 1), self.y.flatten(0, 1), plan.size
             at = torch.nonzero(weight, as_tuple=True)
             row, col, mass = (part[at] for part in plan.entries())
             row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
-            mass, matched = (weight[at][:, None] * mass).flatten(), self.matched[at].flatten()
-            return matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
+            mass, costs = (weight[at][:, None] * mass).flatten(), self.costs[at].flatten()
+            return matched_values(x, y, row, col, mass, costs, 1, self.cost)[0]
         mass = plan.mass * weight[..., None, None]
-        if self.aligned:
-            return first_order((mass * pairwise(self.x, self.y, self.cost)).sum())
-        mass = mass.transpose(1, 2).reshape(len(x), -1)
-        return first_order(torch.where(mass > 0, mass * pairwise(x, y, self.cost), 0).sum())
+        if not self.aligned:
+            mass = mass.transpose(1, 2).reshape(self.costs.shape)
+        return first_order((mass * self.costs).sum())
 
     def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""

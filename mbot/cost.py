@@ -38,7 +38,10 @@ _CELLS = 1 << 22  # entries of the largest float64 matrix (32 MB) that is made o
 
 
 class _Squared(torch.autograd.Function):
-    """The squared distances that are already known, with their derivatives of any order."""
+    """The squared distances that are already known, with their derivatives of any order.
+
+    Points of few features may lie closer together than float32 tells in their products, so these are in float64.
+    """
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, squared: Tensor) -> Tensor:
@@ -51,13 +54,16 @@ class _Squared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
+        if x.shape[-1] <= DIRECT_FEATURES:
+            centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
+            x, y, grad = (x - centre).double(), (y - centre).double(), grad.double()
         with no_autocast(x):
             sides = [
-                (2 * (part.sum(-1, keepdim=True) * own - product(part, other))).sum_to_size(own.shape)
+                (2 * (part.sum(-1, keepdim=True) * own - product(part, other))).sum_to_size(own.shape).to(given.dtype)
                 if needed
                 else None
-                for own, other, part, needed in zip(
-                    (x, y), (y, x), (grad, grad.mT), ctx.needs_input_grad[:2], strict=True
+                for own, other, part, needed, given in zip(
+                    (x, y), (y, x), (grad, grad.mT), ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True
                 )
             ]
         return (*sides, None)
@@ -122,7 +128,7 @@ def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tenso
     """Squared distances of the prepared points, None where they would not be precise."""
     x, y, rounded = prepare(given_x), prepare(given_y), prepare is unit
     if x.shape[-1] <= DIRECT_FEATURES and not rounded:
-        squared = _direct(x, y)
+        squared = _known(x, y, _direct(x.detach(), y.detach())) if x.dtype == torch.float32 else _direct(x, y)
         return squared if math.isfinite(squared.detach().sum()) else None
     if not _near_the_origin(x, y):
         centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)

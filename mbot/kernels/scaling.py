@@ -1,9 +1,11 @@
 """Sinkhorn's iterations for a batch of small problems, from costs to plans, one problem a thread, compiled with numba.
 
-For problems whose costs spread over few enough regularisations that ``P0 = exp((low - C) / reg)`` neither under- nor
-overflows in float64. Iterations then are two products of ``P0`` with positive scalings ``u`` and ``v``, the matrix
-stays in the cache, and no logarithm is taken. The steps of `mbot.solvers.marginals` are (``r = P0 v``): balanced
+Iterations are two products of ``P0 = exp((low - C) / reg)`` with positive scalings ``u`` and ``v``, the matrix stays in
+the cache, and no logarithm is taken. The steps of `mbot.solvers.marginals` are (``r = P0 v``): balanced
 ``u = a / r``, KL-relaxed ``u = a / r^rate``, and upper-bounded ``u = min(a / r, t)`` with one ``t`` for all rows.
+
+Where costs spread over so many regularisations that ``P0`` would under- or overflow in float64, the first rounds are
+for larger ones. Their potentials then go into the exponent, ``P0 = exp((low + f + g - C) / reg)``.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ _OPTIONS: dict[str, Any] = {**_IN_ORDER, "fastmath": {"reassoc", "nsz", "contrac
 _EXP = tuple(1 / math.factorial(k) for k in range(12, -1, -1))
 _LOG = tuple(1 / k for k in range(21, 2, -2))
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
-_LOOK = 6  # rounds between looks at the rate
+_SOON, _LOOK, _FEW = 4, 6, 8  # rounds between looks at the rate, at first and later, and that are left as they are
 _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
 _SLAB = 4096  # exponentials that are taken at a time
+_RELAX_MOST, _RELAX_BELOW = 1.9, 0.1  # largest factor, and the error from which rounds are over-relaxed
 _REACH = 12.0  # largest change of a potential in a Newton step
-_SPREAD = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
+_DIRECT = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
+_NEAR, _WIDEST = 100.0, 2000.0  # from the first up to the second, problems come from larger regularisations
+_ROUNDS, _ROUGHLY = 8, 0.1  # rounds at most at each of these, and the share of the mass that may still move there
 
 
 @compiled(**{**_OPTIONS, "fastmath": {"nnan", "nsz", "reassoc"}})
@@ -196,49 +201,108 @@ def _newton(system, a, sums, u, new):  # type: ignore[no-untyped-def]
 
 
 @compiled(**_OPTIONS)
+def _row_sums(kernel, v, out):  # type: ignore[no-untyped-def]
+    """``kernel v``, four rows at a time: their sums do not wait for each other."""
+    n, m = kernel.shape
+    for i in range(0, n - 3, 4):
+        p = q = r = s = 0.0
+        for j in range(m):
+            scale = v[j]
+            p += kernel[i, j] * scale
+            q += kernel[i + 1, j] * scale
+            r += kernel[i + 2, j] * scale
+            s += kernel[i + 3, j] * scale
+        out[i], out[i + 1], out[i + 2], out[i + 3] = p, q, r, s
+    for i in range(n - n % 4, n):
+        p = 0.0
+        for j in range(m):
+            p += kernel[i, j] * v[j]
+        out[i] = p
+
+
+@compiled(**_OPTIONS)
+def _col_sums(kernel, u, out):  # type: ignore[no-untyped-def]
+    """``u kernel``, four rows at a time: a quarter of the reads and writes of the sums."""
+    n, m = kernel.shape
+    out[:] = 0.0
+    for i in range(0, n - 3, 4):
+        p, q, r, s = u[i], u[i + 1], u[i + 2], u[i + 3]
+        for j in range(m):
+            out[j] += (p * kernel[i, j] + q * kernel[i + 1, j]) + (r * kernel[i + 2, j] + s * kernel[i + 3, j])
+    for i in range(n - n % 4, n):
+        p = u[i]
+        for j in range(m):
+            out[j] += p * kernel[i, j]
+
+
+@compiled(**_OPTIONS)
+def _beyond(new, scale, relax, ratio, bits):  # type: ignore[no-untyped-def]
+    """Over-relaxed scalings ``scale (new / scale)^relax``, written to ``new``."""
+    for i in range(len(new)):
+        ratio[i] = new[i] / scale[i] if scale[i] > 0.0 else 1.0
+    _log(ratio, new, bits)
+    for i in range(len(new)):
+        new[i] *= relax
+    _exp(new, bits)
+    for i in range(len(new)):
+        new[i] *= scale[i]
+
+
+@compiled(**_OPTIONS)
 def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ignore[no-untyped-def]
     """Rounds until one would move less than ``tol`` of the mass; returns the scalings, that share, and the rounds.
 
-    Every few rounds balanced problems take a Newton step where the rate just seen would need more rounds than its
-    price, and then further ones, with the same system as long as each halves the error. One that raises it is undone.
+    Every few rounds balanced problems look at the rate just seen. They go on with over-relaxed rounds by the factor
+    that is the best for it (Young's formula for successive over-relaxation), or, where these would be many, too, take
+    a Newton step, and then further ones, with the same system as long as each halves the error. One that raises it is
+    undone. The last round is a plain one, which leaves the columns exact.
     """
     n, newton = len(u), kind == BALANCED and len(u) <= _NEWTON_SIZE
     new_u, new_v, rows, cols = np.empty(n), np.empty(len(v)), np.empty(n), np.empty(len(v))
     plain, system = np.empty(n), np.empty((n, n) if newton else (0, 0))
+    ratio_u, ratio_v = np.empty(n), np.empty(len(v))
+    relax, most = 1.0, _RELAX_MOST if kind == BALANCED else 1.0
     row_cap = col_cap = 1.0
-    before, rate, look, stepped = np.inf, -np.inf, _LOOK if newton else budget, False
+    before, since, rate, look, stepped = np.inf, 0, -np.inf, 2 if kind == BALANCED else budget, False
     price = 5.0 + 0.75 * n
     for turn in range(budget + 1):
-        for i in range(n):
-            total = 0.0
-            for j in range(len(v)):
-                total += kernel[i, j] * v[j]
-            rows[i] = total
+        _row_sums(kernel, v, rows)
         row_cap, error, row_mass = _update(rows, a, u, new_u, bits, kind, parameter, row_cap)
         # The first turn starts from columns that no step has been made for.
-        if not error >= 0.0 or (turn > 0 and error <= tol) or turn == budget:
+        if not error >= 0.0 or (turn > 0 and error <= tol and relax == 1.0) or turn == budget:
             return u, v, error, turn
+        if error <= tol or turn == budget - 1:
+            relax = 1.0
         if stepped and not error < before:
             new_u, plain = plain, new_u
-            before, look, stepped = np.inf, turn + _LOOK, False
+            before, since, look, stepped = np.inf, turn, turn + _LOOK, False
         elif stepped or turn >= look:
             if not stepped:
-                rate = min(np.log(error / before) / _LOOK, -1e-9)
+                rate = min(np.log(error / before) / (turn - since), -1e-9)
+                if relax > 1.0 and error > 0.5 * before:  # it was too much, or does not pay
+                    relax, most, before = 1.0, 1.0, np.inf
+                elif most > 1.0 and error < _RELAX_BELOW:
+                    seen = np.exp(rate)
+                    seen = min((seen + relax - 1.0) ** 2 / (seen * relax * relax), 0.9999)  # of plain rounds
+                    best, left = min(2.0 / (1.0 + np.sqrt(1.0 - seen)), most), np.log(tol / error)
+                    if left / np.log(seen) > _FEW and left / np.log(best - 1.0) < 2.0 * price:
+                        relax, rate = best, -np.inf
             if not (stepped and error <= 0.5 * before):
-                stepped = np.log(tol / error) / rate > price and _factorise(kernel, a, b, rows, u, v, system)
+                slow = newton and relax == 1.0 and np.log(tol / error) / rate > price
+                stepped = slow and _factorise(kernel, a, b, rows, u, v, system)
             if stepped:
                 plain, new_u = new_u, plain  # the round instead of the step
                 _newton(system, a, rows, u, new_u)
-            before, look = error, turn + _LOOK
+            before, since, look = error, turn, turn + (_LOOK if relax > 1.0 or turn > _LOOK else _SOON)
+        if relax > 1.0:
+            _beyond(new_u, u, relax, ratio_u, bits)
         u, new_u = new_u, u
-        cols[:] = 0.0
-        for i in range(n):
-            scale = u[i]
-            for j in range(len(v)):
-                cols[j] += scale * kernel[i, j]
+        _col_sums(kernel, u, cols)
         col_cap, moved, col_mass = _update(cols, b, v, new_v, bits, kind, parameter, col_cap)
         if not moved >= 0.0:
             return u, v, -1.0, turn
+        if relax > 1.0:
+            _beyond(new_v, v, relax, ratio_v, bits)
         v, new_v = new_v, v
         if kind == KL_RELAXED:
             # Where the dual is largest along (u t, v / t): after exact updates its terms are the masses themselves.
@@ -275,42 +339,81 @@ def _plan(cost, kernel, u, v, plan, rows, cols):  # type: ignore[no-untyped-def]
 
 
 @compiled(**_OPTIONS)
+def _begin(given, potential, half, relaxed, first, weight, scale):  # type: ignore[no-untyped-def]
+    """Write weights and first scalings for potentials that are in the kernel; returns whether both are in range.
+
+    KL-relaxed weights change with them: ``relaxed`` is ``reg + reg_marginal``, infinite for the other kinds.
+    """
+    most = 0.0
+    for i in range(len(weight)):
+        lost = (potential[i] + half) / relaxed
+        most = max(most, abs(lost))
+        weight[i] = given[i] * np.exp(-lost)
+        scale[i] = weight[i] if first else (1.0 if given[i] > 0.0 else 0.0)
+    return most < np.log(_HUGE)
+
+
+@compiled(**_OPTIONS)
+def _absorb(scale, weight, potential, room, reg, bits):  # type: ignore[no-untyped-def]
+    """Add ``reg log scale`` to potentials in units of the cost; points of weight 0 keep theirs."""
+    for i in range(len(scale)):
+        scale[i] = scale[i] if weight[i] > 0.0 else 1.0
+    _log(scale, room[: len(scale)], bits)
+    for i in range(len(scale)):
+        potential[i] += reg * room[i]
+
+
+@compiled(**_OPTIONS)
 def _solve(  # type: ignore[no-untyped-def]
     cost, a_all, b_all, kind, parameter, reg, budget, tol, begin, stop,
     plan, phi, psi, rows, cols, transport, error, turns,
 ):  # fmt: skip
     n, m = cost.shape[1:]
     kernel, bits = np.empty((n, m)), np.empty(max(min(n * m, _SLAB), n + m), np.int64)
-    entries = kernel.reshape(n * m)
-    a, u, b, v = np.empty(n), np.empty(n), np.empty(m), np.empty(m)
+    entries, room = kernel.reshape(n * m), np.empty(max(n, m))
+    a, u, f, b, v, g = np.empty(n), np.empty(n), np.empty(n), np.empty(m), np.empty(m), np.empty(m)
     for p in range(begin, stop):
         error[p], turns[p] = -1.0, 0
         low, high = _range(cost[p].reshape(-1))
-        half, factor = low / (2.0 * reg), 1.0
-        if kind == KL_RELAXED:  # costs are lowered by ``low``, and potentials on each side by half of it
-            factor = np.exp(-half / (1.0 + parameter))
-        if not (high - low <= _SPREAD * reg and abs(half) < np.inf and 1 / _HUGE < factor < _HUGE):
+        half, level = low / 2.0, reg  # costs are lowered by ``low``, and potentials on each side by half of it
+        if not (high - low <= (_DIRECT if kind == UPPER_BOUNDED else _WIDEST) * reg and abs(half / reg) < np.inf):
             continue
-        inverse = 1.0 / reg
-        for i in range(n):
-            for j in range(m):
-                kernel[i, j] = (low - np.float64(cost[p, i, j])) * inverse
-        for first in range(0, n * m, _SLAB):
-            _exp(entries[first : first + _SLAB], bits)
-        for i in range(n):
-            a[i] = u[i] = a_all[p, i] * factor
-        for j in range(m):
-            b[j] = v[j] = b_all[p, j] * factor
-        found_u, found_v, share, rounds = _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits)
-        if not share >= 0.0:
+        while kind != UPPER_BOUNDED and high - low > _NEAR * level:
+            level *= 4.0
+        f[:] = 0.0
+        g[:] = 0.0
+        first, rounds = True, 0
+        while True:
+            for i in range(n):
+                for j in range(m):
+                    kernel[i, j] = ((low - np.float64(cost[p, i, j])) + (f[i] + g[j])) / level
+            for t in range(0, n * m, _SLAB):
+                _exp(entries[t : t + _SLAB], bits)
+            relaxed = level + parameter * reg if kind == KL_RELAXED else np.inf
+            fits = _begin(a_all[p], f, half, relaxed, first, a, u) & _begin(b_all[p], g, half, relaxed, first, b, v)
+            least, enough = (budget, tol) if level == reg else (_ROUNDS, _ROUGHLY)
+            ratio = parameter * (reg / level) if kind == KL_RELAXED else parameter
+            found_u, found_v, share, more = _rounds(kernel, a, b, kind, ratio, least, enough, u, v, bits)
+            first, rounds = False, rounds + more
+            if level == reg or not (fits and share >= 0.0):
+                break
+            _absorb(found_u, a, f, room, level, bits)
+            _absorb(found_v, b, g, room, level, bits)
+            if kind == BALANCED:  # potentials are free up to a constant, and large ones lose digits
+                apart = (f.max() - g.max()) / 2.0
+                f -= apart
+                g += apart
+            level = max(level / 4.0, reg)
+        if not (fits and share >= 0.0):
             continue
         error[p], turns[p] = share, rounds
         transport[p] = _plan(cost[p], kernel, found_u, found_v, plan[p], rows[p], cols[p])
-        for found, weight, potential in ((found_u, a, phi[p]), (found_v, b, psi[p])):
-            for i in range(len(found)):
-                found[i] = found[i] if weight[i] > 0.0 else 1.0
-            _log(found, potential, bits)
-            potential += half
+        _absorb(found_u, a, f, room, reg, bits)
+        _absorb(found_v, b, g, room, reg, bits)
+        for i in range(n):
+            phi[p, i] = (f[i] + half) / reg
+        for j in range(m):
+            psi[p, j] = (g[j] + half) / reg
 
 
 def iterate(
