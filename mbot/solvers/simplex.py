@@ -1,4 +1,4 @@
-"""The network simplex, for problems of any weights: POT's solver, run to optimality."""
+"""The network simplex, for problems of any weights."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ def simplex(problems: Problems) -> Solution:
 
 
 def _simplex(problems: Problems) -> Solution:
-    import ot
-
     from mbot.kernels.assignment import unusual
+    from mbot.kernels.network import network
 
     count, (n, m) = problems.count, problems.size
     assert problems.a is not None
@@ -40,17 +39,21 @@ def _simplex(problems: Problems) -> Solution:
             if not problems.capped and unusual(c.ravel(), c.min(), total):
                 f[p], g[p] = np.nan, np.nan
                 continue
-            # POT's tolerances are absolute: give it costs in [0, 1] and a total mass of 1. The iteration limit is far
-            # above what the simplex needs; POT's default of 1e5 stops early at n >= 2048.
+            # Tolerances of both solvers are absolute: costs in [0, 1] and a total mass of 1.
             low, span, total = c.min(), np.ptp(c) or 1.0, a[p].sum()
-            plan, log = ot.lp.emd(
-                a[p, :rows] / total, b[p, :cols] / total, (c - low) / span, numItermax=1_000_000_000, log=True
-            )
-            at = np.nonzero(plan)
-            entries = len(at[0])
-            row[p, :entries], col[p, :entries] = at
-            mass[p, :entries] = total * plan[at]
-            g[p, :cols] = span * log["v"]
+            scaled, left, right = (c - low) / span, a[p, :rows] / total, b[p, :cols] / total
+            i, j, moved, price, optimal = network(scaled, left, right)
+            if not optimal:
+                import ot
+
+                # The iteration limit is far above what it needs; the default of 1e5 stops early at n >= 2048.
+                plan, log = ot.lp.emd(left, right, scaled, numItermax=1_000_000_000, log=True)
+                (i, j), price = np.nonzero(plan), log["v"]
+                moved = plan[i, j]
+            used = moved > 0
+            entries = np.count_nonzero(used)
+            row[p, :entries], col[p, :entries], mass[p, :entries] = i[used], j[used], total * moved[used]
+            g[p, :cols] = span * price
             f[p, :rows] = (c - g[p, :cols]).min(1)
 
     run_slices(solve, (problems.rows * problems.cols).astype(float))

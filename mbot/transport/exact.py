@@ -25,7 +25,7 @@ class ExactOT(Transport):
 
     Args:
         solver: ``"assignment"`` (uniform weights, n = m, after dropping points of weight zero; a permutation),
-            ``"network_simplex"`` (any weights; POT's solver, run to optimality), or ``"auto"``: the assignment
+            ``"network_simplex"`` (any weights; POT's where ours takes too many pivots), or ``"auto"``: the assignment
             wherever it applies. There is no crossover to pick by: in every cell measured (n = 256 … 4096, d = 2 and
             3072, Gaussian and clustered clouds) its kernel was faster than the best of scipy, POT's network simplex
             and lapx; the table is ``benchmarks/results/mbot_one_problem.md``.
