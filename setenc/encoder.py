@@ -226,24 +226,25 @@ class UMBC(nn.Module):
         return self.pooling.attention(state, self._features(chunk, mask), mask, weights)
 
     def _features(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        checks.no_batch_norm(self.extractor)
+        extractor, pooling = self.extractor, self.pooling
+        checks.no_batch_norm(extractor)
         if mask is not None:
             x = _filled(x, mask)
-        if x.dtype != self.pooling.like.dtype:
-            parameter = next(self.extractor.parameters(), None)
+        if x.dtype != pooling.like.dtype:
+            parameter = next(extractor.parameters(), None)
             x = x if parameter is None else checks.precision(x, parameter.dtype, "x")
         try:
-            mode = self.extractor.training
-            if mode in self._to_probe and not torch.compiler.is_compiling() and probe(self.extractor, x):
+            mode = extractor.training
+            if mode in self._to_probe and not torch.compiler.is_compiling() and probe(extractor, x):
                 self._to_probe.discard(mode)
-            features = self.extractor(x)
+            features = extractor(x)
         except Exception as error:
             error.add_note(
                 f"setenc: the extractor was given a chunk of sets (B, n, …) = {tuple(x.shape)}. A module that takes a "
                 "batch (N, …) of single elements, such as an image network, goes into setenc.PerElement."
             )
             raise
-        return checks.features(features, self.pooling.in_dim, x.shape[:2])
+        return checks.features(features, pooling.in_dim, x.shape[:2])
 
     def _decode(self, pooled: Tensor, size: Tensor) -> Any:
         if self.size_vector is not None:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 
 from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
-from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
+from minibatch_transport import compiled
 
 # First epsilon of an auction that starts from the columns' mean costs, or from no prices; in units of the mean minus
 # the least cost.

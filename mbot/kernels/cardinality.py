@@ -17,9 +17,9 @@ from __future__ import annotations
 import numpy as np
 
 from mbot.kernels.assignment import COLD_EPSILON, auction, relax, unusual
-from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from mbot.kernels.threads import run_slices
+from minibatch_transport import compiled
 
 _COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mbot.kernels.compiled import compiled
+from minibatch_transport import compiled
 
 _EPS, _TINY, _LARGEST = (float(getattr(np.finfo(np.float64), name)) for name in ("eps", "tiny", "max"))
 

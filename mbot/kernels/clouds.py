@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbot.kernels.assignment import match_from, room_for
-from mbot.kernels.compiled import compiled
+from minibatch_transport import compiled
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 _SUMS: dict[str, Any] = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nnan", "nsz"}}

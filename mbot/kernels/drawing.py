@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mbot.kernels.compiled import compiled
+from minibatch_transport import compiled
 
 
 @compiled(nogil=True, error_model="numpy")

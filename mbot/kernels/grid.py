@@ -13,8 +13,8 @@ from mbot.kernels.assignment import FIRST_EPSILON, both_stages, mean_prices, roo
 from mbot.kernels.cardinality import match_one
 from mbot.kernels.cardinality import room_for as partial_room_for
 from mbot.kernels.certificate import error_of
-from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import OPTIONS, least_of, total_of, two_smallest
+from minibatch_transport import compiled
 
 _SUMS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
 

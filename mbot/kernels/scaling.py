@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mbot.kernels.compiled import compiled
 from mbot.kernels.threads import run_slices
+from minibatch_transport import compiled
 
 BALANCED, KL_RELAXED, UPPER_BOUNDED = 0, 1, 2
 _IN_ORDER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}

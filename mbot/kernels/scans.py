@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mbot.kernels.compiled import compiled
+from minibatch_transport import compiled
 
 # No "ninf": infinity marks settled columns below.
 OPTIONS: dict[str, Any] = {

@@ -83,6 +83,14 @@ class Pooling(nn.Module):
         with full_precision(features.device):
             return _accumulate(log_weights, values, offset, peak, onto)
 
+    def _checked_part(
+        self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None
+    ) -> Parts:
+        """`_part` of features that are found to be finite."""
+        parts = self._part(features, slots, offset, peak, onto)
+        checks.finite_features(features, parts[0] if self.has_masses else parts[2])
+        return parts
+
     def attention(
         self, state: SetState, features: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
@@ -250,8 +258,7 @@ class Pooling(nn.Module):
                 logs = [None] * -(-size // block) if offset is None else offset.split(block, -1)
                 pieces = zip(features.split(block, 1), logs, strict=True)
         for some, log_weights in pieces:
-            parts = self._part(some, state.slots, log_weights, peak, parts)
-            checks.finite_features(some, parts[0] if self.has_masses else parts[2])
+            parts = self._checked_part(some, state.slots, log_weights, peak, parts)
         if alone or mask is not None or weights is not None:
             count = set_sizes(features, mask, weights)
             count = count if alone else state.count + count

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from setenc import checks
-from setenc.pooling.base import Pooling, full_precision, log_of_weights, normalised
+from setenc.pooling.base import Parts, Pooling, full_precision, log_of_weights, normalised
 from setenc.pooling.init import farthest, sample
 from setenc.state import SetState
 
@@ -31,6 +31,9 @@ _FOLD = 1.0
 
 # Elements whose weights are in memory at a time where attention is not fused.
 _BLOCK = 4096
+
+# Weights (elements times slots times heads) up to which numba's one call takes less time than those of torch.
+_FEW = 4096
 
 
 class SlotPooling(Pooling):
@@ -202,8 +205,33 @@ class SlotPooling(Pooling):
 
     def _map(self, which: int) -> tuple[Tensor, Tensor]:
         """Weight ``(H, dim / H, in_dim)`` and bias ``(H, dim / H)`` of the keys (0) or values (1)."""
-        weight, bias = (t.view(2, self.num_heads, self.head_dim, -1)[which] for t in self.key_value.parameters())
+        layer = self.key_value
+        weight, bias = (t.view(2, self.num_heads, self.head_dim, -1)[which] for t in (layer.weight, layer.bias))
         return weight.to(self._dtype), bias[..., 0].to(self._dtype)
+
+    def _checked_part(
+        self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None
+    ) -> Parts:
+        if onto is not None and peak is None and self._compiles(features):
+            from setenc.kernels import absorb
+
+            weight, query_at = (None, self.head_dim + 1) if self.folded else (self.key_value.weight, 0)
+            parts = absorb(slots, query_at, weight, features, offset, onto, self.head_dim**-0.5)
+            if parts is not None:
+                return parts
+        return super()._checked_part(features, slots, offset, peak, onto)
+
+    def _compiles(self, features: Tensor) -> bool:
+        """Whether these are few elements that only numbers are wanted of, by the attention of this very class."""
+        return (
+            features.shape[0] * features.shape[1] * self.num_heads * self.num_slots <= _FEW
+            and self.activation == "softmax"
+            and checks.may_look(features)
+            and type(self) is SlotPooling
+            and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing())
+            # Who records operations, or counts them, is told of each.
+            and torch._C._len_torch_dispatch_stack() == 0
+        )
 
     def _scores(self, features: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         if self.folded:

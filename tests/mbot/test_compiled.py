@@ -10,11 +10,11 @@ import numba
 import numpy as np
 from numba.core import caching
 
-from mbot.kernels.compiled import _lock, compiled
+from minibatch_transport import _lock, compiled
 
 ROOT = Path(__file__).parents[2]
 MODULE = """
-from compiled import compiled
+from minibatch_transport import compiled
 @compiled(nogil=True)
 def one_more(x):
     return x + {version}
@@ -43,8 +43,8 @@ print(kept.one_more(0))
 
 
 def run(code, folder):
-    """A process that knows the module `mbot.kernels.compiled` by itself, as torch takes seconds to load."""
-    path = os.pathsep.join([str(ROOT / "mbot" / "kernels"), str(folder)])
+    """A process with the module `minibatch_transport` alone, as torch takes seconds to load."""
+    path = os.pathsep.join([str(ROOT), str(folder)])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("NUMBA_CACHE_DIR", None)
     return subprocess.Popen(
@@ -71,7 +71,7 @@ def test_code_is_compiled_again_when_what_it_calls_has_changed(tmp_path):
     """The function's own file stays as it is; numba would run the sum of the old summand."""
     called, caller = tmp_path / "called.py", tmp_path / "caller.py"
     caller.write_text(
-        "from compiled import compiled\nfrom called import inner\n"
+        "from minibatch_transport import compiled\nfrom called import inner\n"
         "@compiled(nogil=True)\ndef outer(x):\n    return inner(x) * 10\n"
     )
     for version in (1, 2):
