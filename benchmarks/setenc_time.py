@@ -207,7 +207,6 @@ Where it is less work (few slots, or one head) setenc lets slots meet elements b
 with {K} slots of 4 heads it is not, and both do the same matrix products, about 98,000 operations an element: of the
 time of setenc's update of 512 elements (1.1 µs an element on one thread at 160 GFLOP/s) the projection to keys and
 values is .43 µs, logits and weighted values .24, maximum, exponentials and sums .13, so that little remains to be won.
-In chunks of a few elements the time is that of the calls themselves, about 35 of torch in setenc, 12 of them
-arithmetic: the running maximum and the rescaling, which the official pooler does without, are five of these, and the
-checks of the input are a tenth of the time.""",
+In chunks of a few elements the time is that of the calls themselves: setenc's update is one call of a kernel compiled
+with numba there, for projections, logits, weights and the running state, and the checks around it take longer.""",
     )

@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from minibatch_transport import compiled
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
+_INLINE: dict[str, Any] = {**_OPTIONS, "inline": "always"}
 _SCALARS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 _TYPES = (Tensor, torch.nn.Parameter)
+_SERIES = tuple(1 / math.factorial(k) for k in range(13, -1, -1))
 _END = 2**60  # arrays at an address do not know theirs
 
 
@@ -50,6 +53,8 @@ def absorb(
         return None
     if weight is not None and weight.shape != (2 * shape[1] * shape[3], dim):
         return None
+    if forward_ad._current_level >= 0:  # forward-mode derivatives are kept without grad mode too
+        return None
     addresses = []
     for x in (features, weight, slots, offset, total, mass, peak):
         if x is not None and not (
@@ -61,9 +66,6 @@ def absorb(
             addresses.append(0 if x is None else x.data_ptr())
         except RuntimeError:  # a tensor in a transform of torch.func
             return None
-    # Forward-mode derivatives are kept without grad mode too.
-    if any(x is not None and unpack_dual(x).tangent is not None for x in (features, weight, slots, total)):
-        return None
     addresses[2] += query_at * slots.element_size()
     new = torch.empty_like(total), torch.empty_like(mass), torch.empty_like(peak)
     finite = _absorb(
@@ -92,68 +94,129 @@ def _at(address, like):  # type: ignore[no-untyped-def]
     return carray(_pointer(address, like), (_END,))
 
 
-@compiled(**_OPTIONS)
-def _dot(x, y):  # type: ignore[no-untyped-def]
-    total = x.dtype.type(0)
-    for d in range(len(x)):
-        total += x[d] * y[d]
+@intrinsic
+def _power_of_two(typing: Any, exponent: Any) -> Any:
+    """``2^k`` of a whole number given as a float, where it is a normal number."""
+    bits, digits = (32, 23) if exponent == types.float32 else (64, 52)
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        whole = builder.fptosi(values[0], ir.IntType(bits))
+        biased = builder.add(whole, ir.Constant(whole.type, 2 ** (bits - digits - 2) - 1))
+        return builder.bitcast(builder.shl(biased, ir.Constant(whole.type, digits)), values[0].type)
+
+    return exponent(exponent), code
+
+
+@compiled(**{**_OPTIONS, "fastmath": {"nsz", "contract"}})
+def _exp(x, lowest):  # type: ignore[no-untyped-def]
+    """``exp(x)`` of numbers <= 0 in place, 0 below ``lowest``: a series around multiples of log 2, which vectorises."""
+    real = x.dtype.type
+    for t in range(len(x)):
+        y = x[t] if x[t] > lowest else lowest
+        k = np.rint(y * real(1.4426950408889634))
+        rest = y - k * real(0.693145751953125)  # log 2 in two parts, of which the first has few digits
+        rest = rest - k * real(1.4286068203094172e-06)
+        value = real(0)
+        for c in _SERIES:
+            value = value * rest + real(c)
+        x[t] = value * _power_of_two(k) if x[t] >= lowest else real(0)
+
+
+@compiled(**_INLINE)
+def _products(x, elements, step, out, to):  # type: ignore[no-untyped-def]
+    """``out[i to] = <x, elements[i step :]>``, four elements at a time."""
+    width, size = len(x), -(-len(out) // to)
+    zero = x.dtype.type(0)
+    done = size - size % 4
+    for i in range(0, done, 4):
+        a, b, c, d = zero, zero, zero, zero
+        y = elements[i * step : i * step + width]
+        z = elements[(i + 1) * step : (i + 1) * step + width]
+        u = elements[(i + 2) * step : (i + 2) * step + width]
+        v = elements[(i + 3) * step : (i + 3) * step + width]
+        for t in range(width):
+            a += x[t] * y[t]
+            b += x[t] * z[t]
+            c += x[t] * u[t]
+            d += x[t] * v[t]
+        out[i * to], out[(i + 1) * to], out[(i + 2) * to], out[(i + 3) * to] = a, b, c, d
+    for i in range(done, size):
+        a = zero
+        y = elements[i * step : i * step + width]
+        for t in range(width):
+            a += x[t] * y[t]
+        out[i * to] = a
+
+
+@compiled(**_INLINE)
+def _mix(shares, elements, step, out):  # type: ignore[no-untyped-def]
+    """Add ``sum_i shares[i] elements[i step :]``, four elements at a time, and return the sum of the shares."""
+    width, size, total = len(out), len(shares), out.dtype.type(0)
+    done = size - size % 4
+    for i in range(0, done, 4):
+        y = elements[i * step : i * step + width]
+        z = elements[(i + 1) * step : (i + 1) * step + width]
+        u = elements[(i + 2) * step : (i + 2) * step + width]
+        v = elements[(i + 3) * step : (i + 3) * step + width]
+        a, b, c, d = shares[i], shares[i + 1], shares[i + 2], shares[i + 3]
+        for t in range(width):
+            out[t] += (a * y[t] + b * z[t]) + (c * u[t] + d * v[t])
+        total += (a + b) + (c + d)
+    for i in range(done, size):
+        y = elements[i * step : i * step + width]
+        for t in range(width):
+            out[t] += shares[i] * y[t]
+        total += shares[i]
     return total
 
 
 @compiled(**_OPTIONS)
-def _add(x, share, y):  # type: ignore[no-untyped-def]
-    for d in range(len(x)):
-        x[d] += share * y[d]
-
-
-@compiled(**_OPTIONS)
 def _absorb(scale, sizes, steps, given, after):  # type: ignore[no-untyped-def]
-    """`absorb` by addresses, 0 for None: features, weight, queries, offsets, total, mass, peak, and the three new ones."""
+    """`absorb` by addresses, 0 for None: features, weight, queries, offsets, total, mass, peak, and the new three."""
     sets, heads, slots, width, size, dim = sizes
     features, weight, queries = _at(given[0], scale), _at(given[1], scale), _at(given[2], scale)
     offsets = _at(given[3], scale)
     old_total, old_mass, old_peak = _at(given[4], scale), _at(given[5], scale), _at(given[6], scale)
     total, mass, peak = _at(after[0], scale), _at(after[1], scale), _at(after[2], scale)
-    logits = np.empty(size, old_total.dtype)
-    lowest = np.finfo(logits.dtype).min
+    # Of each slot the state's share and those of the elements, first as logits.
+    shares = np.empty((slots, 1 + size), old_total.dtype)
+    lowest, tiny = np.finfo(shares.dtype).min, np.log(np.finfo(shares.dtype).tiny)
     # Numbers of an element after the map, of a head among them, and from a key to its value.
     mapped, head_step, value_at = (2 * heads * width, width, heads * width) if given[1] != 0 else (0, 0, 0)
-    elements = np.empty(size * mapped, logits.dtype)
+    elements = np.empty(size * mapped, shares.dtype)
     finite = True
-    cell = 0
     for b in range(sets):
         keys, step = features[b * steps[0] : _END], steps[1]
         if mapped:
             for r in range(mapped):
-                row = weight[r * dim : (r + 1) * dim]
-                for i in range(size):
-                    elements[i * mapped + r] = _dot(row, keys[i * step : i * step + dim])
+                _products(weight[r * dim : (r + 1) * dim], keys, step, elements[r:], mapped)
             keys, step = elements, mapped
         for h in range(heads):
+            first = (b * heads + h) * slots
             for k in range(slots):
-                query = queries[(h * slots + k) * steps[2] : (h * slots + k) * steps[2] + width]
-                top = old_peak[cell]
+                logits = shares[k, 1:]
+                at = (h * slots + k) * steps[2]
+                _products(queries[at : at + width], keys[h * head_step :], step, logits, 1)
+                old = top = old_peak[first + k]
                 for i in range(size):
-                    key = i * step + h * head_step
-                    logit = scale * _dot(query, keys[key : key + width])
+                    logit = scale * logits[i]
                     finite &= abs(logit) < np.inf
                     if given[3] != 0:
                         logit += offsets[b * size + i]
                     logits[i] = logit
                     top = logit if logit > top else top
-                peak[cell] = top
+                peak[first + k] = top
                 # Of sets without elements so far it is -inf, and nothing is subtracted from itself at infinity.
                 top = top if top > lowest else lowest
-                rate = math.exp(old_peak[cell] - top)
-                new, old = total[cell * width : (cell + 1) * width], old_total[cell * width : (cell + 1) * width]
-                for d in range(width):
-                    new[d] = rate * old[d]
-                weights = rate * old_mass[cell]
                 for i in range(size):
-                    share = math.exp(logits[i] - top)
-                    weights += share
-                    value = i * step + h * head_step + value_at
-                    _add(new, share, keys[value : value + width])
-                mass[cell] = weights
-                cell += 1
+                    logits[i] -= top
+                shares[k, 0] = old - top
+            _exp(shares.reshape(-1), tiny)
+            for k in range(slots):
+                at = (first + k) * width
+                new, old = total[at : at + width], old_total[at : at + width]
+                for d in range(width):
+                    new[d] = shares[k, 0] * old[d]
+                seen = _mix(shares[k, 1:], keys[h * head_step + value_at :], step, new)
+                mass[first + k] = shares[k, 0] * old_mass[first + k] + seen
     return finite

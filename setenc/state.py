@@ -77,7 +77,7 @@ class SetState:
 
     def replace(self, **changes: Tensor) -> SetState:
         """A state with other tensors."""
-        return replace(self, **changes)
+        return type(self)(**{**vars(self), **changes})
 
     def reference(self) -> Any:
         """The argument ``peak`` of `Pooling.contribution` with which its results add up to this state."""

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mbot.kernels.compiled import compiled
 from mbot.kernels.scans import OPTIONS, two_smallest
+from minibatch_transport import compiled
 
 _STEP, _FEW = 3, 100  # of the coarse problem; below so many rows or columns there is none
 _POOL, _OF_A_ROW, _SHARE = 3, 10, 0.5  # pairs in the pool, times n + m; of a row, within a share of its least one

@@ -32,8 +32,8 @@ _FOLD = 1.0
 # Elements whose weights are in memory at a time where attention is not fused.
 _BLOCK = 4096
 
-# Weights (elements times slots times heads) up to which numba's one call takes less time than those of torch.
-_FEW = 4096
+# Multiplications up to which numba's one call takes less time than torch's several, on one thread.
+_FEW = 2**22
 
 
 class SlotPooling(Pooling):
@@ -108,8 +108,8 @@ class SlotPooling(Pooling):
 
     @property
     def like(self) -> Tensor:
-        """A parameter, found without a search: every chunk needs it."""
-        weight: Tensor = self.key_value.weight
+        """A parameter, found without a search: every chunk needs it, several times."""
+        weight: Any = self._modules["key_value"].weight  # type: ignore[union-attr]
         return weight
 
     def _slots(self, generator: torch.Generator | None, group: dist.ProcessGroup | None) -> Tensor:
@@ -215,7 +215,7 @@ class SlotPooling(Pooling):
         if onto is not None and peak is None and self._compiles(features):
             from setenc.kernels import absorb
 
-            weight, query_at = (None, self.head_dim + 1) if self.folded else (self.key_value.weight, 0)
+            weight, query_at = (None, self.head_dim + 1) if self.folded else (self.like, 0)
             parts = absorb(slots, query_at, weight, features, offset, onto, self.head_dim**-0.5)
             if parts is not None:
                 return parts
@@ -223,8 +223,9 @@ class SlotPooling(Pooling):
 
     def _compiles(self, features: Tensor) -> bool:
         """Whether these are few elements that only numbers are wanted of, by the attention of this very class."""
+        each = self.num_heads * self.num_slots * self.value_dim + (0 if self.folded else self.out_dim * self.in_dim)
         return (
-            features.shape[0] * features.shape[1] * self.num_heads * self.num_slots <= _FEW
+            2 * each * features.shape[0] * features.shape[1] * min(torch.get_num_threads(), 4) <= _FEW
             and self.activation == "softmax"
             and checks.may_look(features)
             and type(self) is SlotPooling
