@@ -21,8 +21,8 @@ from mbot.numerics import rows_of
 from mbot.random import draw
 from mbot.transport import EntropicOT, ExactOT, Transport
 
-# Inner costs are held at most this many entries at a time (256 MB in float32).
-_CHUNK = 1 << 26
+# Inner costs that are held at a time (256 MB in float32); of more than these, a processor would wait for memory.
+_CHUNK = {"cuda": 1 << 26, "cpu": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class BoMbCoupling(Coupling):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The source mini-batch of each target mini-batch, all values ``(k, k)``, and the largest error of a plan."""
         k, size = left.shape
-        step = max(1, _CHUNK // (k * size * size))
+        step = max(1, _CHUNK["cuda" if x0.is_cuda else "cpu"] // (k * size * size))
         values, errors = [], []
         for begin in range(0, k, step):
             some = left[begin : begin + step]

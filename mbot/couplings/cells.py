@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mbot.cost import pairwise
+from mbot.numerics import rows_of
 from mbot.random import draw
 from mbot.transport import ExactOT
 
-_CELLS = 1 << 24  # scores made at a time
+_CELLS = {"cuda": 1 << 24, "cpu": 1 << 20}  # scores made at a time; of more, a processor would wait for memory
 _EXACT = 4096  # noises that are assigned at once, by exact transport
 
 
@@ -35,7 +36,7 @@ def cells(x: Tensor, points: Tensor, values: Tensor, codes: Tensor | None, wante
     target = torch.empty(len(x), dtype=torch.int64, device=x.device)
     for askers, members, y, offset in _classes(x, points, values, codes, wanted):
         for part in askers.split(_rows(members)):
-            target[part] = members[torch.addmm(offset, x[part], y.T).argmax(1)]
+            target[part] = members[torch.addmm(offset, rows_of(x, part), y.T).argmax(1)]
     return target
 
 
@@ -49,7 +50,7 @@ def masses(
     total = torch.zeros_like(values)
     for askers, members, y, offset in _classes(x, points, values, codes, wanted):
         for part in askers.split(_rows(members)):
-            total[members] += torch.addmm(offset, x[part], y.T).div_(reg).softmax(1).sum(0)
+            total[members] += torch.addmm(offset, rows_of(x, part), y.T).div_(reg).softmax(1).sum(0)
     return total
 
 
@@ -108,7 +109,7 @@ def _between(index: Tensor, ends: list[int]) -> list[Tensor]:
 
 def _rows(members: Tensor) -> int:
     """Noises that are scored at a time."""
-    return max(1, _CELLS // len(members))
+    return max(1, _CELLS["cuda" if members.is_cuda else "cpu"] // len(members))
 
 
 def _position_in_cell(own: Tensor, count: int) -> Tensor:

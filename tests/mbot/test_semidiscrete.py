@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import flows
 import mbot
 from mbot import OTCoupling, SemidiscreteCoupling
-from mbot.couplings.cells import balanced_cells, cells, masses
+from mbot.couplings.cells import _CELLS, balanced_cells, cells, masses
 from mbot.couplings.fitted import fingerprint
 
 
@@ -86,7 +86,7 @@ def test_regularisation_falls_to_a_thousandth_in_half_of_the_steps():
 
 @pytest.mark.parametrize("codes", [None, torch.arange(20) % 3])
 def test_regularised_masses_are_those_of_softmax(codes, monkeypatch):
-    monkeypatch.setattr("mbot.couplings.cells._CELLS", 70)
+    monkeypatch.setitem(_CELLS, "cpu", 70)
     points, x, values = data(20), torch.randn(33, 2, generator=generator(1)), torch.randn(20, generator=generator(2))
     wanted = None if codes is None else torch.randint(0, 3, (33,), generator=generator(3))
     y = points - points.mean(0)
@@ -259,7 +259,7 @@ def test_scores_do_not_depend_on_the_tiles(monkeypatch):
     coupling = SemidiscreteCoupling(steps=20, tol=100.0).fit(points, generator=generator())
     x = torch.randn(300, 2)
     whole = coupling(x, points).target
-    monkeypatch.setattr("mbot.couplings.cells._CELLS", 120)
+    monkeypatch.setitem(_CELLS, "cpu", 120)
     assert torch.equal(coupling(x, points).target, whole)
 
 
