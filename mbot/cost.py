@@ -115,7 +115,7 @@ def _near_the_origin(x: Tensor, y: Tensor) -> bool:
     """Whether the centre of two clouds lies well within their spread, by a few points: centring would be two copies."""
     if x.ndim > 2 or y.ndim > 2 or x.device.type != "cpu":  # copies of small problems are cheap; a device is waited for
         return False
-    if not len(x):  # a process may have none
+    if len(x) + len(y) <= 2 * _SAMPLE:  # asking costs as much; and a process may have no points
         return False
     with torch.no_grad():
         some = [points[:: -(-len(points) // _SAMPLE)] for points in (x, y)]
@@ -144,9 +144,12 @@ def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tenso
         return None
     # Points among themselves, as conditions are, have only their distances from themselves to be computed otherwise.
     share = torch.finfo(squared.dtype).eps / _TOLERANCE[squared.dtype]
-    where = squared < share * (norms_x[..., :, None] + norms_y[..., None, :])
-    if int(where.sum()) > _FEW * math.prod(squared.shape[:-2]) * sum(squared.shape[-2:]):
-        return None
+    few = _FEW * math.prod(squared.shape[:-2]) * sum(squared.shape[-2:])
+    where = squared < share * (norms_x.amax(-1) + norms_y.amax(-1))[..., None, None]  # no third matrix, and some more
+    if int(where.sum()) > few:
+        where = squared < share * (norms_x[..., :, None] + norms_y[..., None, :])
+        if int(where.sum()) > few:
+            return None
     _difference(squared, where, given_x, given_y, lambda points: prepare(points.double()))
     return squared
 
