@@ -55,8 +55,9 @@ class _Squared(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         if x.shape[-1] <= DIRECT_FEATURES:
+            x, y, grad = x.double(), y.double(), grad.double()
             centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
-            x, y, grad = (x - centre).double(), (y - centre).double(), grad.double()
+            x, y = x - centre, y - centre
         with no_autocast(x):
             sides = [
                 (2 * (part.sum(-1, keepdim=True) * own - product(part, other))).sum_to_size(own.shape).to(given.dtype)
