@@ -2,6 +2,8 @@
 
 Each side runs in a process of its own on one thread, with its own checkout on PYTHONPATH and the same inputs, those of
 the other benchmarks. Their runs alternate, and CPU seconds are compared. ``--only WORD`` keeps cells with that word.
+
+``--threads N`` compares this checkout on one thread with itself on N, by the clock: a quiet machine is needed.
 """
 
 import argparse
@@ -236,19 +238,18 @@ def cells():
     }  # fmt: skip
 
 
-def worker():
+def worker(clock):
     """Build a cell or run its turn, as asked on stdin; seconds go to stdout."""
     found, peer, repeats, repeats_of_peer = None, None, 1, 1
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 
     def seconds(call, times):
         with contextlib.redirect_stdout(io.StringIO()):
-            start = time.process_time()
+            start = clock()
             for _ in range(times):
                 call()
-            return (time.process_time() - start) / times
+            return (clock() - start) / times
 
     everything = cells()
     for line in sys.stdin:
@@ -273,12 +274,12 @@ def worker():
 class Side:
     """A process with a checkout on its path."""
 
-    def __init__(self, checkout):
+    def __init__(self, checkout, threads, clock):
         rest = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in ("", ".")]
         path = os.pathsep.join([str(checkout), *rest])
-        environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
+        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, "--worker", clock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | environment, cwd=checkout,
         )  # fmt: skip
 
@@ -314,21 +315,43 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--before", type=Path, help="a checkout of the older code")
     parser.add_argument("--only", default="", help="cells whose heading or name contains this")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1, help="compare this checkout with itself on so many threads")
+    parser.add_argument("--worker", choices=("process_time", "perf_counter"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker()
+        worker(getattr(time, arguments.worker))
         return
-    checkouts = [arguments.before.resolve(), HERE.parent.resolve()]
-    commits = [commit(checkout) for checkout in checkouts]
-    before, after = (Side(checkout) for checkout in checkouts)
-    tables = {"Commits": [dict(zip(("before", "after"), commits, strict=True))]}
+    here, threads = HERE.parent.resolve(), arguments.threads
+    if threads > 1:
+        before, after = (Side(here, some, "perf_counter") for some in (1, threads))
+        tables = {}
+    else:
+        checkouts = [arguments.before.resolve(), here]
+        tables = {"Commits": [dict(zip(("before", "after"), map(commit, checkouts), strict=True))]}
+        before, after = (Side(checkout, 1, "process_time") for checkout in checkouts)
     for heading, several in cells().items():
         for name, (_, wanted) in several.items():
             if arguments.only in f"{heading}: {name}":
-                tables.setdefault(heading, []).append(row(before, after, heading, name, wanted))
-                print(tables[heading][-1], file=sys.stderr, flush=True)
+                found = row(before, after, heading, name, wanted)
+                print(found, file=sys.stderr, flush=True)
+                if threads > 1:
+                    found = {
+                        "cell": name, "1 thread, s": found["before, s"], f"{threads} threads, s": found["after, s"],
+                        "times faster": found["times faster"],
+                    }  # fmt: skip
+                tables.setdefault(heading, []).append(found)
     if arguments.only:
+        return
+    if threads > 1:
+        write(
+            "threads",
+            f"One thread and {threads}",
+            tables,
+            f"Seconds by the clock, medians of {LEAST} to {MOST} alternating turns; ratios are medians of their ratios. "
+            "The cells are those of [compare.md](compare.md); threads sleep while they wait "
+            f"(`OMP_WAIT_POLICY=passive`); the load of one minute at the end was {os.getloadavg()[0]:.1f} on "
+            f"{os.cpu_count()} cores.",
+        )
         return
     write(
         "compare",
