@@ -347,7 +347,7 @@ def main():
             "threads",
             f"One thread and {threads}",
             tables,
-            f"Seconds by the clock, medians of {LEAST} to {MOST} alternating turns; ratios are medians of their ratios. "
+            f"Seconds by the clock, medians of {LEAST} to {MOST} alternating turns, and of their ratios. "
             "The cells are those of [compare.md](compare.md); threads sleep while they wait "
             f"(`OMP_WAIT_POLICY=passive`); the load of one minute at the end was {os.getloadavg()[0]:.1f} on "
             f"{os.cpu_count()} cores.",
