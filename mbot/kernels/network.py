@@ -59,13 +59,14 @@ def _solved(cost, a, b, price):  # type: ignore[no-untyped-def]
     root = _greedy(cost, a, b, price, tree)
     room = max(_POOL * nodes, 2 * _OF_A_ROW)
     row, col, costs = np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room)
-    size, turn, shift, pivots = 0, 0, 0, 0
+    size, turn, shift, pivots, idle = 0, 0, 0, 0, 0
     price = potential[n:]
-    while pivots <= _MOST * nodes:
+    # Until all rows were scanned without a pivot: rounding may find pairs there that the pool has no use for.
+    while idle < n and pivots <= _MOST * nodes:
         tolerance = max(_TOLERANCE * _settle(cost, root, tree), _ROUNDING)
         if size > room // 2:
             size = _thinned(row, col, costs, size, potential, n)
-        before, scanned = size, 0
+        scanned = 0
         while scanned < n and size + _OF_A_ROW <= room:
             i = turn
             turn = (turn + 1) % n
@@ -81,9 +82,9 @@ def _solved(cost, a, b, price):  # type: ignore[no-untyped-def]
                         if size == last:
                             break
                 shift = (shift + m // 3 + 1) % m  # not always the first columns
-        if size == before:
-            break
-        pivots += _improve(row, col, costs, size, tolerance, n, tree)
+        more = _improve(row, col, costs, size, tolerance, n, tree, _MOST * nodes + 1 - pivots)
+        idle = idle + scanned if more == 0 else 0
+        pivots += more
     rows, cols = np.empty(nodes - 1, np.int64), np.empty(nodes - 1, np.int64)
     mass, k = np.empty(nodes - 1), 0
     for x in range(nodes):
@@ -168,15 +169,15 @@ def _thinned(row, col, costs, size, potential, n):  # type: ignore[no-untyped-de
         if costs[e] + potential[row[e]] - potential[n + col[e]] <= mean:
             row[kept], col[kept], costs[kept] = row[e], col[e], costs[e]
             kept += 1
-    return kept if kept <= 0.9 * size else 0
+    return kept if kept <= min(0.9 * size, len(row) - _OF_A_ROW) else 0  # a row's pairs have room
 
 
 @compiled(**OPTIONS)
-def _improve(row, col, costs, size, tolerance, n, tree):  # type: ignore[no-untyped-def]
-    """Pivot until no pair of the pool has a negative reduced cost; returns how many pivots that took."""
+def _improve(row, col, costs, size, tolerance, n, tree, most):  # type: ignore[no-untyped-def]
+    """Pivot until no pair of the pool has a negative reduced cost, ``most`` times at most; returns how many times."""
     potential = tree[6]
     block, at, since, pivots = max(int(4 * np.sqrt(size)), 20), 0, 0, 0
-    while since < size:
+    while since < size and pivots < most:
         least, which = -tolerance, -1
         while since < size and which < 0:
             stop = min(at + block, size)

@@ -48,3 +48,14 @@ def test_pots_solver_takes_over_after_too_many_pivots(monkeypatch):
     plan = ExactOT().plan(cost, a, b)
     assert bool(plan.converged)
     torch.testing.assert_close(plan.to_dense(), expected.to_dense(), rtol=0, atol=1e-12)
+
+
+def test_reduced_costs_as_large_as_their_tolerance():
+    """Computed in another order they are on its other side: a scan finds a pair that no pivot wants. It must end."""
+    g = torch.Generator().manual_seed(17)
+    f, h = (torch.rand(size, generator=g, dtype=torch.float64) for size in (12, 9))
+    f[0] = h[0] = 0
+    cost = f[:, None] + h + 1e-15 * torch.randint(0, 4, (12, 9), generator=g)
+    a, b = (1e-7 * torch.rand(size, generator=g, dtype=torch.float64) for size in (12, 9))
+    a[0], b[0] = 1 - a[1:].sum(), 1 - b[1:].sum()
+    assert bool(ExactOT().plan(cost, a, b).converged)
