@@ -28,6 +28,7 @@ _SOON, _LOOK, _FEW = 4, 6, 8  # rounds between looks at the rate, at first and l
 _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
 _SLAB = 4096  # exponentials that are taken at a time
 _RELAX_MOST, _RELAX_BELOW = 1.9, 0.1  # largest factor, and the error from which rounds are over-relaxed
+_STEEP = 600.0  # logarithm of the largest entry of a kernel with potentials in it, which free masses may exceed
 _REACH = 12.0  # largest change of a potential in a Newton step
 _DIRECT = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 _NEAR, _WIDEST = 100.0, 2000.0  # from the first up to the second, problems come from larger regularisations
@@ -382,20 +383,23 @@ def _solve(  # type: ignore[no-untyped-def]
             level *= 4.0
         f[:] = 0.0
         g[:] = 0.0
-        first, rounds = True, 0
+        first, rounds, share = True, 0, -1.0
         while True:
             for i in range(n):
                 for j in range(m):
                     kernel[i, j] = ((low - np.float64(cost[p, i, j])) + (f[i] + g[j])) / level
+            fits = first or _range(entries)[1] < _STEEP
             for t in range(0, n * m, _SLAB):
                 _exp(entries[t : t + _SLAB], bits)
             relaxed = level + parameter * reg if kind == KL_RELAXED else np.inf
-            fits = _begin(a_all[p], f, half, relaxed, first, a, u) & _begin(b_all[p], g, half, relaxed, first, b, v)
+            fits &= _begin(a_all[p], f, half, relaxed, first, a, u) & _begin(b_all[p], g, half, relaxed, first, b, v)
+            if not fits:
+                break
             least, enough = (budget, tol) if level == reg else (_ROUNDS, _ROUGHLY)
             ratio = parameter * (reg / level) if kind == KL_RELAXED else parameter
             found_u, found_v, share, more = _rounds(kernel, a, b, kind, ratio, least, enough, u, v, bits)
             first, rounds = False, rounds + more
-            if level == reg or not (fits and share >= 0.0):
+            if level == reg or not share >= 0.0:
                 break
             _absorb(found_u, a, f, room, level, bits)
             _absorb(found_v, b, g, room, level, bits)

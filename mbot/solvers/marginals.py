@@ -240,4 +240,5 @@ class UpperBounded(Marginal):
         """``min(weight, exp(level + S))`` with ``exp(S) = mass / exp(phi)``."""
         relative = (phi - phi.masked_fill(mass <= 0, -torch.inf).amax(-1, keepdim=True)).nan_to_num(0)
         sums = torch.where(mass > 0, mass.log() - relative, -torch.inf)
-        return torch.minimum(log_weight, self._level(sums, log_weight) + sums).exp()
+        # A point that nothing reaches is full, as all are, where the level is infinite.
+        return torch.minimum(log_weight, (self._level(sums, log_weight) + sums).nan_to_num(torch.inf)).exp()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mbot import EntropicOT, MiniBatchOT, PartialOT, UnbalancedOT, pairwise_cost
 from mbot.kernels import scaling
 from mbot.solvers import entropic
+from mbot.solvers.marginals import UpperBounded
 from mbot.testing import without_fast_paths
 
 TRANSPORTS = [
@@ -297,3 +298,23 @@ def test_a_newton_step_is_one():
     step, h = np.log(new / u), 1e-6
     change = (rows(np.log(u) + h * step) - rows(np.log(u) - h * step)) / (2 * h)
     np.testing.assert_allclose(change, a - sums * u, atol=1e-8)
+
+
+@pytest.mark.parametrize("spread", [200.0, 700.0, 1900.0])
+def test_free_masses_beyond_what_an_exponential_holds(spread):
+    """Their potentials in the exponent would be cut off there, and the plan be that of a cut kernel."""
+    g = torch.Generator().manual_seed(1)
+    cost = spread * torch.rand(12, 9, generator=g, dtype=torch.float64) - min(2 * spread, 1450)
+    transport = UnbalancedOT(reg=1.0, reg_marginal=1.0, tol=1e-9)
+    found = transport.plan(cost)
+    with without_fast_paths():
+        expected = transport.plan(cost)
+    assert bool(found.converged & expected.converged)
+    torch.testing.assert_close(found.mass, expected.mass, rtol=1e-6, atol=0)
+
+
+def test_full_columns_that_a_plan_does_not_reach_have_an_error():
+    step = UpperBounded(1.0)
+    weight = torch.tensor([[1 - 1e-12, 1e-12]], dtype=torch.float64)
+    mass = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(step.masses(torch.zeros_like(mass), mass, weight.log()), weight)
