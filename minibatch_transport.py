@@ -61,6 +61,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         dispatcher = njit(**{**options, "cache": True})(function)
+        if dispatcher is function:  # with NUMBA_DISABLE_JIT=1
+            return function
         kept = dispatcher._cache._cache_file
         kept._source_stamp = kept._source_stamp, _stamps(str(Path(function.__code__.co_filename).parent))
         compile_or_load = dispatcher.compile

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import carray, config, types
 from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -52,6 +52,8 @@ def absorb(
     if not (len(shape) == 4 and shape[0] == sets and mass.shape == peak.shape == shape[:3] and dtype in _SCALARS):
         return None
     if weight is not None and weight.shape != (2 * shape[1] * shape[3], dim):
+        return None
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]  # addresses are of use to compiled code alone
         return None
     if forward_ad._current_level >= 0:  # forward-mode derivatives are kept without grad mode too
         return None

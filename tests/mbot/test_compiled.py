@@ -87,6 +87,12 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch):
     assert function(np.float32(3)) == 6
 
 
+def test_without_compilation(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    (tmp_path / "kept.py").write_text(MODULE.format(version=1))
+    assert run("import kept; print(kept.one_more(0))", tmp_path).communicate()[0] == "1\n"
+
+
 def test_the_lock_is_held_while_numba_reads_and_writes(monkeypatch, tmp_path):
     """Of functions that others call, too."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))

@@ -137,6 +137,12 @@ def test_weights_that_change_within_a_stream(kind, change, calls):
     torch.testing.assert_close(found[1], expected[1])
 
 
+def test_without_compilation(calls, monkeypatch):
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    stream(build("mapped"), [torch.randn(2, 4, 12)])
+    assert calls == [False]
+
+
 class Doubled(torch.nn.Module):
     def forward(self, weight):
         return -2 * weight
