@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mbot
-from mbot.numerics import _doubling, full_float32, kth_largest, product, running_sum
+from mbot.numerics import _doubling, full_float32, kth_largest, product, rows_of, running_sum
 
 
 @pytest.fixture(params=["high", "medium", "backend", "all backends"])
@@ -161,3 +161,12 @@ def test_running_sum_and_kth_largest_on_any_device(device):
     assert total.dtype == torch.float64
     torch.testing.assert_close(total.cpu(), x.cpu().double().cumsum(0))
     assert float(third) == sorted(x.tolist())[-3]
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (7, 2, 3, 4)])
+@pytest.mark.parametrize("index", [torch.tensor([3, 3, 0]), torch.tensor([[1, 6], [2, 1]]), torch.tensor(4)])
+def test_rows_are_those_of_indexing(shape, index):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for part in (x, x.flip(0)[::1], x.movedim(0, -1).contiguous().movedim(-1, 0), x > 0, x[:, ...].int()):
+        assert rows_of(part, index).equal(part[index])
+    assert torch.autograd.gradcheck(lambda x: rows_of(x, index), x.requires_grad_())
