@@ -455,5 +455,5 @@ def iterate(
     def solve(begin: int, stop: int) -> None:
         _solve(cost, a, b, kind, parameter, reg, budget, tol, begin, stop, *out)
 
-    run_slices(solve, np.ones(problems))
+    run_slices(solve, np.ones(problems), 10.0 * n * m)
     return out

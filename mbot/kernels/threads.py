@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 _HOME = os.getpid()
+_WORTH = 1 << 20  # numbers that one thread goes through in about half a millisecond
 
 
 @lru_cache(maxsize=4)
@@ -31,14 +32,22 @@ def _openmp() -> Callable[..., None] | None:
         return None
 
 
-def run_slices(solve: Callable[[int, int], None], work: Sequence[float] | np.ndarray) -> None:
+def run_slices(
+    solve: Callable[[int, int], None], work: Sequence[float] | np.ndarray, each: float = np.inf
+) -> None:  # fmt: skip
     """Call ``solve(start, stop)`` on slices of ``range(len(work))`` of about equal total ``work``, in parallel.
 
     Uses at most ``torch.get_num_threads()`` threads, the calling one among them. The result must not depend on the
     slicing.
+
+    Args:
+        solve: see above.
+        work: relative to each other.
+        each: numbers that a unit of work goes through, about: of few in all the calling thread is done before others
+            are awake.
     """
     threads = min(torch.get_num_threads(), len(work))
-    if threads <= 1:
+    if threads <= 1 or (each < np.inf and float(np.sum(work)) * each < _WORTH):
         solve(0, len(work))
         return
     # More slices than threads, so that one hard problem does not leave the other threads idle.

@@ -63,7 +63,7 @@ class GridMatching:
             def some(begin: int, stop: int, by_target: bool = bool(side), array: np.ndarray = array) -> None:
                 moved(left, right, self.column, self.shares, weights, by_target, begin, stop, array)
 
-            run_slices(some, np.ones(len(points)))
+            run_slices(some, np.ones(len(points)), self.column.size / len(points) * points.shape[2])
             found.append(out)
         return found
 
@@ -110,7 +110,7 @@ def match_grid(x: Tensor, y: Tensor, pairs: float) -> GridMatching | None:
             costs_of = product, first * n, left, others, *norms
             solve(costs_of, wide, first * wide + begin, first * wide + stop, out, *extra)
 
-        run_slices(part, np.ones(min(batches, k - first) * wide))
+        run_slices(part, np.ones(min(batches, k - first) * wide), n**2.5)
     if not (error <= TOLERANCE).all():
         return None
     if not direct and not kernel.unsure(norms[0], least, wide) <= certain_share(x.dtype):

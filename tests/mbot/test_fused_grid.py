@@ -12,6 +12,7 @@ import mbot
 from mbot import BoMbOT, ExactOT, MiniBatchOT, PartialOT
 from mbot.blocks import MatchedBlock
 from mbot.grid import Side
+from mbot.kernels.threads import run_slices
 from mbot.solvers import grid
 from mbot.solvers.grid import match_grid
 from mbot.testing import without_fast_paths
@@ -157,6 +158,7 @@ def test_costs_beyond_float32():
 
 
 def test_the_grid_in_pieces_and_on_several_threads(monkeypatch):
+    monkeypatch.setattr("mbot.kernels.threads._WORTH", 0)
     x, y = torch.randn(5, 24, 8), torch.randn(4, 24, 8)
     for pairs in (24, 17.5):
         whole, weight = match_grid(x, y, pairs), torch.rand(5, 4)
@@ -174,6 +176,21 @@ def test_the_grid_in_pieces_and_on_several_threads(monkeypatch):
             torch.set_num_threads(threads)
         np.testing.assert_array_equal(found.column, whole.column)
         torch.testing.assert_close(others, grads, rtol=0, atol=0)
+
+
+def test_few_numbers_stay_on_the_calling_thread(monkeypatch):
+    seen, threads = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for each in (10.0, 1e6, np.inf):
+            slices = []
+            run_slices(lambda begin, stop, slices=slices: slices.append((begin, stop)), [1.0] * 8, each)
+            seen.append(sorted(slices))
+    finally:
+        torch.set_num_threads(threads)
+    assert seen[0] == [(0, 8)]
+    assert seen[1] == seen[2]
+    assert len(seen[1]) > 1
 
 
 def test_plans_of_the_full_problem():
