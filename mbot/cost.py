@@ -56,7 +56,7 @@ class _Squared(torch.autograd.Function):
         x, y = ctx.saved_tensors
         if x.shape[-1] <= DIRECT_FEATURES:
             x, y, grad = x.double(), y.double(), grad.double()
-            centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
+            centre = _centre(x, y)
             x, y = x - centre, y - centre
         with no_autocast(x):
             sides = [
@@ -70,10 +70,19 @@ class _Squared(torch.autograd.Function):
         return (*sides, None)
 
 
+def _centre(x: Tensor, y: Tensor) -> Tensor:
+    """The middle of the means of two clouds, ``(…, 1, d)``; the mean of y where a process has no x."""
+    x, y = (x if x.shape[-2] else y).detach(), y.detach()
+    return torch.lerp(x.mean(-2, keepdim=True), y.mean(-2, keepdim=True), 0.5)
+
+
+def _asked(x: Tensor, y: Tensor) -> bool:
+    """Whether backward will ask for derivatives."""
+    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+
+
 def _known(x: Tensor, y: Tensor, squared: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _Squared.apply(x, y, squared)
-    return squared
+    return _Squared.apply(x, y, squared) if _asked(x, y) else squared
 
 
 def _norms(points: Tensor) -> Tensor:
@@ -116,7 +125,7 @@ def _near_the_origin(x: Tensor, y: Tensor) -> bool:
     """Whether the centre of two clouds lies well within their spread, by a few points: centring would be two copies."""
     if x.ndim > 2 or y.ndim > 2 or x.device.type != "cpu":  # copies of small problems are cheap; a device is waited for
         return False
-    if len(x) + len(y) <= 2 * _SAMPLE:  # asking costs as much; and a process may have no points
+    if not len(x) or len(x) + len(y) <= 2 * _SAMPLE:  # a process may have none; of few points asking costs as much
         return False
     with torch.no_grad():
         some = [points[:: -(-len(points) // _SAMPLE)] for points in (x, y)]
@@ -129,10 +138,11 @@ def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tenso
     """Squared distances of the prepared points, None where they would not be precise."""
     x, y, rounded = prepare(given_x), prepare(given_y), prepare is unit
     if x.shape[-1] <= DIRECT_FEATURES and not rounded:
-        squared = _known(x, y, _direct(x.detach(), y.detach())) if x.dtype == torch.float32 else _direct(x, y)
+        closed = x.dtype == torch.float32 and _asked(x, y)
+        squared = _Squared.apply(x, y, _direct(x.detach(), y.detach())) if closed else _direct(x, y)
         return squared if math.isfinite(squared.detach().sum()) else None
     if not _near_the_origin(x, y):
-        centre = torch.lerp(x.detach().mean(-2, keepdim=True), y.detach().mean(-2, keepdim=True), 0.5)
+        centre = _centre(x, y)
         x, y = x - centre, y - centre
     with torch.no_grad():
         norms_x, norms_y = _norms(x), _norms(y)
@@ -141,7 +151,7 @@ def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tenso
             norms_x, norms_y = torch.ones_like(norms_x), torch.ones_like(norms_y)
     if _certain(squared, norms_x):
         return _known(x, y, squared)
-    if (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)) or not math.isfinite(squared.sum()):
+    if _asked(x, y) or not math.isfinite(squared.sum()):
         return None
     # Points among themselves, as conditions are, have only their distances from themselves to be computed otherwise.
     share = torch.finfo(squared.dtype).eps / _TOLERANCE[squared.dtype]

@@ -21,7 +21,7 @@ from minibatch_transport import compiled
 
 _STEP, _FEW = 3, 100  # of the coarse problem; below so many rows or columns there is none
 _POOL, _OF_A_ROW, _SHARE = 3, 10, 0.5  # pairs in the pool, times n + m; of a row, within a share of its least one
-_MOST = 200  # pivots, times n + m; random problems of up to 2304 points took fewer than 20
+_MOST = 200  # pivots, times n + m: many times what random problems take
 _TOLERANCE, _ROUNDING = 1e-11, 1e-15  # of reduced costs, in units of the plan's cost and of the largest cost
 
 

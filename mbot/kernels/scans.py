@@ -114,7 +114,7 @@ _scan_block, _scan_short = _two_smallest_of(BLOCK), _two_smallest_of(_SHORT)
 
 
 # Inlined by force: left to itself, LLVM makes a call of it in the copies that its callers keep on disk, which then run
-# a third slower than in the process that compiled them.
+# slower than in the process that compiled them.
 @compiled(**OPTIONS, forceinline=True)
 def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     """Smallest and second smallest of ``row - price``, and the first one's column. Free of unpredictable branches."""

@@ -142,9 +142,25 @@ def test_batches_of_no_clouds_have_no_costs(cost, shape, d, dtype):
 
 @pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine", "dot"])
 @pytest.mark.parametrize("d", [2, 6])
-def test_a_process_without_source_points_has_no_costs(cost, d):
-    x, y = torch.empty(0, d, requires_grad=True), torch.randn(4, d, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("m", [4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_process_without_source_points_has_no_costs(cost, d, m, dtype):
+    x = torch.empty(0, d, dtype=dtype, requires_grad=True)
+    y = torch.randn(m, d, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
     found = pairwise(x, y, cost)
-    assert found.shape == (0, 4)
+    assert found.shape == (0, m)
     found.sum().backward()
     assert x.grad.shape == x.shape
+    assert y.grad.equal(torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("d", [2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_forward_mode_derivatives(cost, d, dtype):
+    g = torch.Generator().manual_seed(d)
+    x, y, step = (torch.randn(n, d, generator=g, dtype=dtype) for n in (5, 4, 5))
+    _, found = torch.func.jvp(lambda x: mbot.pairwise_cost(x, y, cost), (x,), (step,))
+    x.requires_grad_()
+    wanted = torch.autograd.functional.jacobian(lambda x: mbot.pairwise_cost(x, y, cost), x)
+    torch.testing.assert_close(found, (wanted * step).sum((-2, -1)), rtol=1e-4, atol=1e-4)
