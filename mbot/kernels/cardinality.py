@@ -148,14 +148,16 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
             dist[j] = h
             open_dist[j] = h
             taker[j] = start
-        sink, sink_open, sink_taker = np.inf, False, -1  # distance of D, and the row that would enter it
+        # Distance of D, the row that would enter it, and whether the way through D has been taken: once it has, rounding
+        # must not find a shorter way to D, which would be a circle.
+        sink, sink_taker, passed = np.inf, -1, False
         if start < n:
-            sink, sink_open, sink_taker = theta, True, start
+            sink, sink_taker = theta, start
         source_at = -2 if start == n else -1  # the column through which R was reached
         while True:
             least, _, end = two_smallest(open_dist, zero, n)
-            if sink_open and sink < least:
-                sink_open = False
+            if not passed and sink < least:
+                passed = True
                 shift = theta - sink
                 for j in range(n):
                     h = group_cost[j] - price[j] - shift
@@ -178,8 +180,8 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
             row = cost[i]
             shift = row[end] - price[end] - least
             relax(row, price, shift, dist, open_dist, taker, i)
-            if theta - shift < sink:
-                sink, sink_open, sink_taker = theta - shift, True, i
+            if not passed and theta - shift < sink:
+                sink, sink_taker = theta - shift, i
         level = least
         for j in range(n):
             if dist[j] < level:

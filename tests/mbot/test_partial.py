@@ -1,5 +1,6 @@
 """Exact and entropic partial transport: the papers' toys, linear programming, POT where POT is right."""
 
+import threading
 from itertools import combinations, permutations
 
 import numpy as np
@@ -243,3 +244,24 @@ def test_entropic_plans_in_float32_with_columns_out_of_reach():
     plan = PartialOT(0.7, reg=0.05).plan(cost)
     assert bool(plan.converged.all())
     torch.testing.assert_close(plan.total_mass(), torch.full((4,), 0.7), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e5])
+def test_ties_that_rounding_breaks_do_not_keep_the_kernel_from_ending(scale):
+    """A path through the rows that stay unmatched once came round to them again, shorter by a last digit."""
+
+    def solve():
+        for seed in range(400):
+            g = torch.Generator().manual_seed(seed)
+            x, y = (torch.randn(1, 16, 5, generator=g, dtype=torch.float64).round() * scale for _ in range(2))
+            cost = x.square().sum(-1)[..., None] + y.square().sum(-1)[:, None] - 2 * x @ y.mT
+            for pairs in (4.0, 12.8):
+                plan = PartialOT(pairs / 16).plan(cost)
+                assert bool(plan.converged)
+        ended.append(True)
+
+    ended = []
+    thread = threading.Thread(target=solve, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert ended
