@@ -41,8 +41,8 @@ class PlanBlock:
         where: where its values are in the table of all.
         values: ``(k, k')``, or ``(k, 1)`` of pairs; without gradient.
         plan: of batch shape ``(k, k')``, or ``(k,)`` of pairs.
-        costs: of a dense plan those of all pairs, ``(k n, k' m)`` or ``(k, n, m)`` of pairs of mini-batches, which
-            differentiate; of a sparse one those of its entries, without gradient.
+        costs: of a dense plan those of all pairs, ``(k n, k' m)`` or ``(k, n, m)`` of pairs of mini-batches, None where
+            they do not differentiate; of a sparse one those of its entries, without gradient.
         x: ``(k, n, d)`` mini-batches.
         y: ``(k', m, d)``, or ``(k, m, d)`` of pairs.
         cost: name of the ground cost.
@@ -52,7 +52,7 @@ class PlanBlock:
     where: tuple[slice, slice]
     values: Tensor
     plan: Plan
-    costs: Tensor
+    costs: Tensor | None
     x: Tensor
     y: Tensor
     cost: str
@@ -66,32 +66,36 @@ class PlanBlock:
         """The block of a plan for ``matrices`` ``(k, k', n, m)``, or ``(k, n, m)`` of pairs, made of ``costs``."""
         if plan.is_sparse:
             row, col, mass = plan.entries()
-            costs = matrices.flatten(-2).gather(-1, row * matrices.shape[-1] + col)
-            costs = torch.where(mass > 0, costs, 0)  # padding may sit at a forbidden pair
-            values = (costs * mass).sum(-1)
+            matched = matrices.flatten(-2).gather(-1, row * matrices.shape[-1] + col)
+            matched = torch.where(mass > 0, matched, 0)  # padding may sit at a forbidden pair
+            kept: Tensor | None = matched
+            values = (matched * mass).sum(-1)
         else:
+            kept = costs if costs.requires_grad else None
             values = (plan.mass * matrices).sum((-2, -1))
         values = values + plan.penalty
-        return PlanBlock(where, values[:, None] if aligned else values, plan, costs, x, y, cost, aligned)
+        return PlanBlock(where, values[:, None] if aligned else values, plan, kept, x, y, cost, aligned)
 
     def total(self, weight: Tensor) -> Tensor:
         """``sum_ij weight_ij values_ij``, differentiable through the problems of positive weight."""
         weight = weight.reshape(self.plan.batch_shape)
-        return self._transported(weight) + (weight * self.plan.penalty).sum()
+        if self.costs is None:
+            return (weight * self.values.reshape(weight.shape)).sum()
+        return self._transported(weight, self.costs) + (weight * self.plan.penalty).sum()
 
-    def _transported(self, weight: Tensor) -> Tensor:
+    def _transported(self, weight: Tensor, costs: Tensor) -> Tensor:
         plan = self.plan
         if plan.is_sparse:
             x, y, (n, m) = self.x.flatten(0, 1), self.y.flatten(0, 1), plan.size
             at = torch.nonzero(weight, as_tuple=True)
             row, col, mass = (part[at] for part in plan.entries())
             row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
-            mass, costs = (weight[at][:, None] * mass).flatten(), self.costs[at].flatten()
-            return matched_values(x, y, row, col, mass, costs, 1, self.cost)[0]
+            mass, matched = (weight[at][:, None] * mass).flatten(), costs[at].flatten()
+            return matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
         mass = plan.mass * weight[..., None, None]
         if not self.aligned:
-            mass = mass.transpose(1, 2).reshape(self.costs.shape)
-        return first_order((mass * self.costs).sum())
+            mass = mass.transpose(1, 2).reshape(costs.shape)
+        return first_order((mass * costs).sum())
 
     def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""
