@@ -3,8 +3,9 @@
 A matching with k pairs of n rows and columns is an assignment in which q = n - k rows go to a sink D at no cost and q
 columns are filled from a source R at no cost. Two stages a problem, as for the full assignment:
 
-1. for large problems, the epsilon-scaled auction on the matrix with q copies of D and of R, in float32, for prices
-   that are nearly optimal;
+1. for all but small problems, the epsilon-scaled auction in float32, for prices that are nearly optimal. The places
+   of D are bid for as one object and R bids as one person (Bertsekas and Castanon 1989): copies of them that compete
+   with each other would make most bids;
 2. an exact finish in float64 in which D and R are single nodes with capacity q: their copies are identical, and a
    shortest-path search would visit every one of them at the same distance. One more such path, from D to R, gives
    the matching with one pair more.
@@ -14,91 +15,152 @@ Dual variables certify the result, like the assignments of `mbot.kernels.assignm
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from mbot.kernels.assignment import COLD_EPSILON, auction, relax, unusual
-from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
+from mbot.kernels.assignment import unusual
+from mbot.kernels.scans import BLOCK, OPTIONS, least_of, relaxed, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
 
-_COLD = 80  # up to this many rows the finish is faster from zero prices than the auction and the finish together
+_FIRST_EPSILON, _FACTOR, _LAST = 0.05, 0.15, 0.15  # of the auction: first step, ratio of steps, last one times n
+_CHUNK = 1 << 15  # costs
+_COLD = 16  # up to this many pairs the finish is as fast from zero prices as the auction and the finish together
 
 
 @compiled(**OPTIONS)
-def _start(cost, low, scale, q, work):  # type: ignore[no-untyped-def]
-    """Column prices and the price of D from an auction on the augmented matrix; in units of the cost."""
-    n = cost.shape[0]
-    size = n + q
-    scaled = work[: size * size].reshape(size, size)
-    # The cost of going to D is free to choose; near the cost of a marginal pair few rows fight over it.
-    smallest = np.empty(n)
-    top = 0.0
+def _smallest(values, k):  # type: ignore[no-untyped-def]
+    """The k-th smallest of values, counted from 0; they are reordered."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        pivot, i, j = values[(low + high) // 2], low, high
+        while i <= j:
+            while values[i] < pivot:
+                i += 1
+            while pivot < values[j]:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if k <= j:
+            high = j
+        elif k >= i:
+            low = i
+        else:
+            break
+    return values[k]
+
+
+@compiled(**OPTIONS)
+def _auction(cost, price, open_price, level, zero, best, row_of, queue, taken):  # type: ignore[no-untyped-def]
+    """Epsilon-scaled auction in which q rows go to D and q columns are filled from R. ``cost`` has least 0, mean 1.
+
+    Each place of D has a level, at which a row enters it. Before each step the places are made equally dear, and the
+    columns that R fills: as no price ever rises, what one of them was overbid by would be lost on all others.
+    """
+    n, q, epsilon = cost.shape[0], len(level), _FIRST_EPSILON
     for i in range(n):
-        least = np.inf
+        best[i], _, _ = two_smallest(cost[i], price, n)
+        row_of[i] = n
+    level[:] = _smallest(best, n - q)
+    while True:
+        tau = np.float32(np.inf)
         for j in range(n):
-            s = (cost[i, j] - low) * scale
-            scaled[i, j] = s
-            least = min(least, s)
-            top = max(top, s)
-        smallest[i] = least
-    smallest.sort()
-    outside = 1.5 * smallest[n - q - 1] if n > q else 0.0
-    scaled[:n, n:] = outside
-    scaled[n:, :n] = outside
-    scaled[n:, n:] = 2 * top + 1
-    price = np.zeros(size, np.float32)
-    auction(scaled, price, COLD_EPSILON, np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64))
-    return price
+            tau = min(tau, price[j]) if row_of[j] == n else tau
+        for j in range(n):
+            price[j] = min(price[j], tau)
+            open_price[j] = -price[j]
+            row_of[j], queue[j] = -1, j
+        cheapest, place = level.min(), 0
+        level[:] = cheapest
+        taken[:q] = -1
+        head, waiting, supply, bids = 0, n, q, 0
+        while waiting + supply > 0 and bids < 64 * n:  # the bound only guards against price wars; the finish is exact
+            if waiting == 0:  # R fills the column of the highest price
+                first, second, j = two_smallest(open_price, zero, n)
+                price[j] -= (second - first) + epsilon
+                open_price[j] = np.inf
+                if row_of[j] >= 0:
+                    queue[head] = row_of[j]
+                    waiting = 1
+                row_of[j] = n
+                supply -= 1
+                bids += 1
+                continue
+            # Two rows bid on the same prices, as in a complete assignment's auction.
+            i = queue[head]
+            first, second, j = two_smallest(cost[i], price, n)
+            rival, other_j = -1, -1
+            other_first, other_second = first, second
+            if waiting > 1:
+                rival = queue[head + 1 if head + 1 < n else 0]
+                other_first, other_second, other_j = two_smallest(cost[rival], price, n)
+            for turn in range(2):
+                if turn == 1:
+                    if rival < 0 or other_j == j:
+                        break
+                    i, first, second, j = rival, other_first, other_second, other_j
+                head = head + 1 if head + 1 < n else 0
+                waiting -= 1
+                bids += 1
+                if cheapest < first:
+                    loser = taken[place]
+                    taken[place], level[place] = i, first + epsilon
+                    cheapest, _, place = two_smallest(level, zero, q)
+                else:
+                    price[j] -= (min(second, cheapest) - first) + epsilon
+                    open_price[j] = -price[j]
+                    loser = row_of[j]
+                    row_of[j] = i
+                    if loser == n:
+                        supply += 1
+                        loser = -1
+                if loser >= 0:
+                    tail = head + waiting
+                    queue[tail - n if tail >= n else tail] = loser
+                    waiting += 1
+        if epsilon * n <= _LAST:
+            return
+        epsilon *= _FACTOR
 
 
 @compiled(**OPTIONS)
-def _group_minimum(cost, col_of, group_cost, group_row, only):  # type: ignore[no-untyped-def]
-    """Cheapest member of D for every column (``only`` < 0), or for the columns whose cheapest member was ``only``."""
-    n = cost.shape[0]
-    if only < 0:
-        group_cost[:] = np.inf
-        group_row[:] = -1
-    else:
-        for j in range(n):
-            if group_row[j] == only:
-                group_cost[j] = np.inf
-                group_row[j] = -2
-    for i in range(n):
-        if col_of[i] == n:
-            for j in range(n):
-                if (only < 0 or group_row[j] == -2 or group_row[j] >= 0) and cost[i, j] < group_cost[j]:
-                    group_cost[j] = cost[i, j]
-                    group_row[j] = i
-
-
-@compiled(**OPTIONS)
-def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
+def _finish(cost, q, price, col_of, row_of, dist, reach, closed, taker, free, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
     """Exact matching with n - q pairs from any prices. Returns the levels of D and R: ``theta`` and ``tau``."""
     n = cost.shape[0]
     # R fills columns of the highest price: give the q highest one common price.
-    tau = np.sort(price)[n - q]
+    for j in range(n):
+        dist[j] = price[j]
+    tau = _smallest(dist, n - q)
     for j in range(n):
         price[j] = min(price[j], tau)
         row_of[j] = -1
-    best, want = dist, taker
+    best, want = reach, taker
     for i in range(n):
-        first, _, j = two_smallest(cost[i], price, n)
-        best[i] = first
-        want[i] = j
+        best[i], _, want[i] = two_smallest(cost[i], price, n)
+        dist[i] = best[i]
     # D takes the q rows whose best pair is the most expensive.
-    order = np.argsort(best[:n])
-    theta = best[order[n - q]]
-    for t in range(n - q, n):
-        col_of[order[t]] = n
+    theta = _smallest(dist, n - q)
+    room = q
+    for i in range(n):
+        room -= best[i] > theta
     unmatched = 0
-    for t in range(n - q):
-        i = order[t]
-        if row_of[want[i]] < 0:
+    for i in range(n):
+        if best[i] > theta or (best[i] == theta and room > 0):
+            room -= best[i] == theta
+            col_of[i] = n
+        elif row_of[want[i]] < 0:
             row_of[want[i]] = i
             col_of[i] = want[i]
-        else:
-            col_of[i] = -1
-            free[unmatched] = i
+        else:  # the cheaper pair stays
+            other = row_of[want[i]]
+            if best[i] < best[other]:
+                row_of[want[i]], col_of[i] = i, want[i]
+                col_of[other], free[unmatched] = -1, other
+            else:
+                col_of[i], free[unmatched] = -1, i
             unmatched += 1
     supply = q
     for j in range(n):
@@ -140,60 +202,55 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
                     free[unmatched] = loser
                     unmatched += 1
 
-    _group_minimum(cost, col_of, group_cost, group_row, -1)
+    group_cost[:] = np.inf  # of each column, the cheapest row in D
+    for i in range(n):
+        if col_of[i] == n:
+            relaxed(cost[i], zero, 0.0, group_cost, group_row, i, zero)
     for f in range(unmatched + supply):  # shortest augmenting paths from the free rows, then from R
         start = free[f] if f < unmatched else n
         for j in range(n):
-            h = cost[start, j] - price[j] if start < n else -price[j]
-            dist[j] = h
-            open_dist[j] = h
-            taker[j] = start
-        # Distance of D, the row that would enter it, and whether the way through D has been taken: once it has, rounding
-        # must not find a shorter way to D, which would be a circle.
+            closed[j] = price[j]
+            reach[j] = np.inf
+        # Distance of D, the row that would enter it, and whether the way through D has been taken. After that
+        # rounding must find no shorter way to D, which would be a circle.
         sink, sink_taker, passed = np.inf, -1, False
+        row = zero
         if start < n:
-            sink, sink_taker = theta, start
+            row, sink, sink_taker = cost[start], theta, start
         source_at = -2 if start == n else -1  # the column through which R was reached
+        shift, via = 0.0, start
         while True:
-            least, _, end = two_smallest(open_dist, zero, n)
+            least, end = relaxed(row, closed, shift, reach, taker, via, zero)
             if not passed and sink < least:
-                passed = True
-                shift = theta - sink
-                for j in range(n):
-                    h = group_cost[j] - price[j] - shift
-                    better = (h < dist[j]) & (open_dist[j] < np.inf)
-                    dist[j] = h if better else dist[j]
-                    open_dist[j] = h if better else open_dist[j]
-                    taker[j] = group_row[j] if better else taker[j]
+                row, shift, via, passed = group_cost, theta - sink, n + 1, True
                 continue
-            i = row_of[end]
-            if i < 0:
+            via = row_of[end]
+            if via < 0:
                 break
-            open_dist[end] = np.inf  # settled
-            if i == n:
-                if source_at != -1:
-                    continue
+            dist[end], reach[end], closed[end] = least, np.inf, -np.inf  # settled
+            row, shift = zero, -price[end] - least
+            if via < n:
+                row = cost[via]
+                shift += row[end]
+                if not passed and theta - shift < sink:
+                    sink, sink_taker = theta - shift, via
+            elif source_at == -1:
                 source_at = end
-                shift = -price[end] - least
-                relax(zero, price, shift, dist, open_dist, taker, n)
-                continue
-            row = cost[i]
-            shift = row[end] - price[end] - least
-            relax(row, price, shift, dist, open_dist, taker, i)
-            if not passed and theta - shift < sink:
-                sink, sink_taker = theta - shift, i
-        level = least
+            else:
+                shift = -np.inf  # nothing gets nearer through R again
         for j in range(n):
-            if dist[j] < level:
-                price[j] += dist[j] - level
-        if sink < level:
-            theta += level - sink
+            if closed[j] == -np.inf and dist[j] < least:
+                price[j] += dist[j] - least
+        if sink < least:
+            theta += least - sink
         if source_at >= 0:
-            tau += min(dist[source_at] - level, 0.0)
+            tau += min(dist[source_at] - least, 0.0)
         elif source_at == -2:
-            tau = -level
+            tau = -least
         while True:  # trace back
             i = taker[end]
+            if i == n + 1:
+                i = group_row[end]
             row_of[end] = i
             if i == n:
                 if start == n:
@@ -206,11 +263,7 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
                 entering = sink_taker
                 previous = col_of[entering]
                 col_of[entering] = n
-                _group_minimum(cost, col_of, group_cost, group_row, i)
-                for j in range(n):
-                    if cost[entering, j] < group_cost[j]:
-                        group_cost[j] = cost[entering, j]
-                        group_row[j] = entering
+                _exchange(cost, col_of, group_cost, group_row, i, entering)
                 i = entering
             if i == start:
                 break
@@ -219,27 +272,40 @@ def _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, 
 
 
 @compiled(**OPTIONS)
-def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
+def _exchange(cost, col_of, group_cost, group_row, left, entered):  # type: ignore[no-untyped-def]
+    """The cheapest rows in D once ``left`` has left it and ``entered`` has entered it."""
+    n = cost.shape[0]
+    for j in range(n):
+        if group_row[j] == left:
+            group_cost[j] = np.inf
+            for i in range(n):
+                if col_of[i] == n and cost[i, j] < group_cost[j]:
+                    group_cost[j], group_row[j] = cost[i, j], i
+        elif cost[entered, j] < group_cost[j]:
+            group_cost[j], group_row[j] = cost[entered, j], entered
+
+
+@compiled(**OPTIONS)
+def _one_more(cost, price, col_of, row_of, dist, reach, closed, taker, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
     """Turn an optimal matching into one with one pair more, along the shortest path from D to R. Returns D's level."""
     n = cost.shape[0]
     for j in range(n):
-        dist[j] = group_cost[j] - price[j]
-        open_dist[j] = dist[j]
-        taker[j] = group_row[j]
+        closed[j] = price[j]
+        reach[j] = np.inf
+    row, shift, via = group_cost, 0.0, n + 1
     while True:
-        least, _, end = two_smallest(open_dist, zero, n)
-        i = row_of[end]
-        if i == n:
+        least, end = relaxed(row, closed, shift, reach, taker, via, zero)
+        via = row_of[end]
+        if via == n:
             break
-        open_dist[end] = np.inf  # settled
-        row = cost[i]
+        dist[end], reach[end], closed[end] = least, np.inf, -np.inf  # settled
+        row = cost[via]
         shift = row[end] - price[end] - least
-        relax(row, price, shift, dist, open_dist, taker, i)
     for j in range(n):
-        if dist[j] < least:
+        if closed[j] == -np.inf and dist[j] < least:
             price[j] += dist[j] - least
     while True:  # trace back to the row that leaves D
-        i = taker[end]
+        i = taker[end] if taker[end] <= n else group_row[end]
         row_of[end] = i
         previous = col_of[i]
         col_of[i] = end
@@ -249,7 +315,7 @@ def _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_c
 
 
 @compiled(**OPTIONS)
-def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-untyped-def]
+def _write(cost, theta, tau, price, col_of, column, u):  # type: ignore[no-untyped-def]
     """Write the matching and its dual variables.
 
     Row duals are at most theta, those of unmatched rows equal it; prices and tau likewise.
@@ -257,61 +323,83 @@ def _write(cost, theta, tau, price, col_of, column, u, v):  # type: ignore[no-un
     n = cost.shape[0]
     for j in range(n):
         price[j] = min(price[j], tau)
-        v[j] = price[j]
     for i in range(n):
         least, _, _ = two_smallest(cost[i], price, n)
         u[i] = min(least, theta)
         column[i] = -1 if col_of[i] == n else col_of[i]
 
 
-@compiled(**OPTIONS)
-def room_for(n, q):  # type: ignore[no-untyped-def]
-    """Arrays that solving problems of n rows, q of them unmatched, works in."""
-    work, real, whole = np.empty((n + q) ** 2, np.float32), np.empty((4, n)), np.empty((5, n), np.int64)
-    zero = np.zeros(max(n, BLOCK))
-    return work, real[0], real[1], real[2], real[3], whole[0], whole[1], whole[2], whole[3], whole[4], zero
+@compiled(nogil=True, error_model="numpy")
+def _measured(flat, capped, least, excess):  # type: ignore[no-untyped-def]
+    """Least cost of each problem, and how far the mean is above it: -1 where costs are infinite or huge."""
+    cells, zero = len(flat) // len(least), np.zeros(BLOCK)
+    for p in range(len(least)):
+        entries = flat[p * cells : (p + 1) * cells]
+        low, total = least_of(entries, zero), total_of(entries)
+        least[p] = low
+        excess[p] = -1.0 if not capped and unusual(entries, low, total) else max(total / cells - low, 0.0)
 
 
 @compiled(**OPTIONS)
-def match_one(cost, low, excess, q, room, column, u, v):  # type: ignore[no-untyped-def]
-    """A problem of ordinary costs, given their least and how far their mean is above it; see `match`.
-
-    Args:
-        cost: ``(n, n)``.
-        low: least cost.
-        excess: mean cost minus ``low``.
-        q: rows that stay unmatched.
-        room: from `room_for`.
-        column: ``(E, n)`` int64, written.
-        u: ``(n,)`` row duals, written.
-        v: ``(n,)`` column duals, written.
-    """
-    n = cost.shape[0]
-    work, dist, open_dist, group_cost, price, row_of, taker, free, group_row, col_of, zero = room
-    price[:] = 0.0
-    if excess > 0 and n > _COLD:
-        start = _start(cost, low, 1.0 / excess, q, work)
-        for j in range(n):
-            price[j] = start[j] * excess
-    theta, tau = _finish(cost, q, price, col_of, row_of, dist, open_dist, taker, free, zero, group_cost, group_row)
-    _write(cost, theta, tau, price, col_of, column[0], u, v)
-    if len(column) > 1:
-        theta = _one_more(cost, price, col_of, row_of, dist, open_dist, taker, zero, group_cost, group_row)
-        _write(cost, theta, tau, price, col_of, column[1], u, v)
+def _start(flat, least, excess, q, prices):  # type: ignore[no-untyped-def]
+    """Prices near the optimal ones, by auctions."""
+    n = prices.shape[1]
+    scaled, zero, best = np.empty((n, n), np.float32), np.zeros(max(n, BLOCK), np.float32), np.empty(n)
+    price, open_price, level = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(q, np.float32)
+    row_of, queue, taken = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(q, np.int64)
+    for p in range(len(prices)):
+        if excess[p] > 0:
+            scale, low, at = 1.0 / excess[p], least[p], p * n * n
+            for i in range(n):
+                for j in range(n):
+                    scaled[i, j] = (flat[at + i * n + j] - low) * scale
+            price[:] = 0.0
+            _auction(scaled, price, open_price, level, zero, best, row_of, queue, taken)
+            for j in range(n):
+                prices[p, j] = price[j] * excess[p]
 
 
 @compiled(**OPTIONS)
-def _solve(flat, size, q, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
-    n, room = size, room_for(size, q)
-    for p in range(begin, stop):
-        entries = flat[p * n * n : (p + 1) * n * n]
-        low, total = least_of(entries, room[-1]), total_of(entries)
-        if not capped and unusual(entries, low, total):
-            column[:, p] = -1
+def _end(flat, excess, q, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
+    """The matchings, from prices of the columns in ``col_dual``."""
+    more, n = column.shape[1] > 1, column.shape[2]
+    zero, dist, reach, closed, group_cost = np.zeros(max(n, BLOCK)), np.empty(n), np.empty(n), np.empty(n), np.empty(n)
+    row_of, taker, free = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    group_row, col_of = np.empty(n, np.int64), np.empty(n, np.int64)
+    for p in range(len(column)):
+        if excess[p] < 0:
+            column[p] = -1
             row_dual[p], col_dual[p] = np.nan, np.nan
             continue
-        cost, excess = entries.reshape(n, n), total / (n * n) - low
-        match_one(cost, low, excess, q, room, column[:, p], row_dual[p], col_dual[p])
+        cost, price = flat[p * n * n : (p + 1) * n * n].reshape(n, n), col_dual[p]
+        theta, tau = _finish(
+            cost, q, price, col_of, row_of, dist, reach, closed, taker, free, zero, group_cost, group_row
+        )
+        for e in range(1 + more):
+            if e == 1:
+                theta = _one_more(cost, price, col_of, row_of, dist, reach, closed, taker, zero, group_cost, group_row)
+            _write(cost, theta, tau, price, col_of, column[p, e], row_dual[p])
+
+
+def solve(
+    flat: np.ndarray, q: int, capped: bool, column: np.ndarray, row_dual: np.ndarray, col_dual: np.ndarray
+) -> None:
+    """Solve problems one after another; see `match`.
+
+    Args:
+        flat: ``(B n n,)`` float64 costs.
+        q: rows that stay unmatched.
+        capped: see `mbot.kernels.assignment.assign`; else problems with infinite or huge costs get NaN duals.
+        column: ``(B, E, n)`` int64, written.
+        row_dual: ``(B, n)``, written.
+        col_dual: ``(B, n)``, written.
+    """
+    least, excess = np.empty((2, len(column)))
+    _measured(flat, capped, least, excess)
+    col_dual[:] = 0
+    if column.shape[2] - q > _COLD:  # a function of its own: small problems need not compile it
+        _start(flat, least, excess, q, col_dual)
+    _end(flat, excess, q, column, row_dual, col_dual)
 
 
 def match(
@@ -330,12 +418,21 @@ def match(
         ``column`` ``(E, B, n)`` with E = 1 or, with ``more``, 2 cardinalities, -1 for unmatched rows; and dual
         variables ``f, g`` ``(B, n)`` with ``f + g <= cost``, optimal for both.
     """
-    problems = len(flat) // (size * size)
-    column = np.empty((1 + more, problems, size), np.int64)
+    problems, cells = len(flat) // (size * size), size * size
+    column = np.empty((problems, 1 + more, size), np.int64)
     f, g = np.empty((2, problems, size))
 
-    def solve(begin: int, stop: int) -> None:
-        _solve(flat, size, size - cardinality, capped, begin, stop, column, f, g)
+    def some(begin: int, stop: int) -> None:
+        for first, last in chunks(begin, stop, size):  # one type, as compiling takes seconds, and little memory
+            costs = flat[first * cells : last * cells].astype(np.float64, copy=False)
+            solve(costs, size - cardinality, capped, column[first:last], f[first:last], g[first:last])
 
-    run_slices(solve, [1.0] * problems)
-    return column, f, g
+    run_slices(some, [1.0] * problems)
+    return column.swapaxes(0, 1), f, g
+
+
+def chunks(begin: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of problems of so many rows whose costs stay in the processor's cache."""
+    step = max(1, _CHUNK // size**2)
+    for first in range(begin, stop, step):
+        yield first, min(first + step, stop)

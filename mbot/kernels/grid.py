@@ -6,14 +6,15 @@ are never in memory together.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from mbot.kernels import LARGEST_COST
 from mbot.kernels.assignment import FIRST_EPSILON, both_stages, mean_prices, room_for
-from mbot.kernels.cardinality import match_one
-from mbot.kernels.cardinality import room_for as partial_room_for
+from mbot.kernels.cardinality import chunks, solve
 from mbot.kernels.certificate import error_of
-from mbot.kernels.scans import OPTIONS, least_of, total_of, two_smallest
+from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
 from minibatch_transport import compiled
 
 _SUMS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
@@ -57,7 +58,7 @@ def _usual(low, total):  # type: ignore[no-untyped-def]
     return abs(low) <= LARGEST_COST and total <= LARGEST_COST
 
 
-@compiled(**OPTIONS)
+@compiled(**OPTIONS, inline="always")
 def _make(product, first, x, y, norms_x, norms_y, row, col, zero, cost, least):  # type: ignore[no-untyped-def]
     """Costs of the ``(n, n)`` pairs from ``row`` and ``col`` on, and the least of each row."""
     n = cost.shape[0]
@@ -118,8 +119,9 @@ def complete(costs_of, wide, begin, stop, out):  # type: ignore[no-untyped-def]
         error[p] = error_of(costs, ordered, match, ones, f, price, left_a, left_b, -1.0, 0.0)
 
 
-@compiled(**OPTIONS)
-def partial(costs_of, wide, begin, stop, out, pairs, share):  # type: ignore[no-untyped-def]
+def partial(
+    costs_of: tuple[Any, ...], wide: int, begin: int, stop: int, out: tuple[np.ndarray, ...], pairs: int, share: float
+) -> None:
     """As `complete`, with so many pairs, or a share of the mass in matchings with a pair more.
 
     Args:
@@ -131,32 +133,44 @@ def partial(costs_of, wide, begin, stop, out, pairs, share):  # type: ignore[no-
         pairs: of the first matching.
         share: of the mass that the second one has.
     """
+    n = out[0].shape[2]
+    for first, last in chunks(begin, stop, n):
+        flat, (f, g) = np.empty((last - first) * n * n), np.empty((2, last - first, n))
+        column, values, error, least = (part[first:last] for part in out)
+        _make_all(costs_of, wide, first, flat, least)
+        solve(flat, n - pairs, False, column, f, g)
+        _judge(flat, pairs, share, f, g, column, values, error)
+
+
+@compiled(**OPTIONS)
+def _make_all(costs_of, wide, begin, flat, least):  # type: ignore[no-untyped-def]
+    """Costs of the problems from ``begin`` on."""
     product, first, x, y, norms_x, norms_y = costs_of
-    column, values, error, least = out
+    n = least.shape[1]
+    costs, zero = flat.reshape(len(least), n, n), np.zeros(max(n, BLOCK))
+    for e in range(len(least)):
+        p = begin + e
+        _make(product, first, x, y, norms_x, norms_y, p // wide * n, p % wide * n, zero, costs[e], least[e])
+
+
+@compiled(nogil=True, error_model="numpy")
+def _judge(flat, pairs, share, f, g, column, values, error):  # type: ignore[no-untyped-def]
+    """Costs and errors of plans made of one matching, or of two."""
     count, n = column.shape[1:]
-    q = n - pairs
-    room = partial_room_for(n, q)
-    cost, (f, g, left_a, left_b) = np.empty((n, n), x.dtype), np.empty((4, n))
-    entries, rows, cols = cost.reshape(n * n), np.arange(count * n) % n, np.empty(count * n, np.int64)
-    mass, costs = np.empty((2, count * n))
-    for p in range(begin, stop):
-        _make(product, first, x, y, norms_x, norms_y, p // wide * n, p % wide * n, room[10], cost, least[p])
-        low, total = np.float64(least[p].min()), total_of(entries)
-        error[p] = np.nan
-        if not _usual(low, total):
-            continue
-        match_one(cost, low, total / (n * n) - low, q, room, column[p], f, g)
+    rows, cols = np.arange(count * n) % n, np.empty(count * n, np.int64)
+    mass, costs, left_a, left_b = np.empty(count * n), np.empty(count * n), np.empty(n), np.empty(n)
+    for p in range(len(column)):
         value = 0.0
         for e in range(count * n):
             j = column[p, e // n, e % n]
             mass[e] = 0.0 if j < 0 else share if e >= n else 1.0 - share
             cols[e] = max(j, 0)
-            costs[e] = cost[e % n, cols[e]]
+            costs[e] = flat[(p * n + e % n) * n + cols[e]]
             value += mass[e] * costs[e]
         values[p] = value
         left_a[:] = 1.0
         left_b[:] = 1.0
-        error[p] = error_of(costs, rows, cols, mass, f, g, left_a, left_b, pairs + share, 0.0)
+        error[p] = error_of(costs, rows, cols, mass, f[p], g[p], left_a, left_b, pairs + share, 0.0)
 
 
 @compiled(**_SUMS)

@@ -30,23 +30,33 @@ def _reduced(context, builder, signature, args, width):  # type: ignore[no-untyp
     Written in LLVM's vector instructions, which exist on every target: numba leaves a minimum loop scalar, and these
     scans are nine tenths of the run time.
     """
-    row_type, price_type, _ = signature.args
+    row_type, price_type = signature.args[:2]
     narrow, wide = context.get_value_type(row_type.dtype), context.get_value_type(price_type.dtype)
     lanes = 32 // (price_type.dtype.bitwidth // 8)
 
-    def load(array_type, value, element, k):  # type: ignore[no-untyped-def]
-        data = context.make_array(array_type)(context, builder, value).data
-        at = builder.gep(data, [builder.add(args[2], ir.Constant(args[2].type, k * lanes))])
-        vector = ir.VectorType(element, lanes)
-        return builder.load(builder.bitcast(at, vector.as_pointer()), align=array_type.dtype.bitwidth // 8)
-
     vectors = []
     for k in range(width // lanes):
-        entries = load(row_type, args[0], narrow, k)
+        entries = builder.load(*_vector(context, builder, row_type, args[0], args[2], k, lanes))
         if narrow != wide:
             entries = builder.fpext(entries, ir.VectorType(wide, lanes))
-        vectors.append(builder.fsub(entries, load(price_type, args[1], wide, k)))
+        prices = builder.load(*_vector(context, builder, price_type, args[1], args[2], k, lanes))
+        vectors.append(builder.fsub(entries, prices))
     return vectors, wide, lanes
+
+
+def _vector(context, builder, array_type, value, offset, k, lanes):  # type: ignore[no-untyped-def]
+    """Pointer to the k-th vector of an array from ``offset`` on, a name for what is loaded, and the alignment."""
+    data = context.make_array(array_type)(context, builder, value).data
+    at = builder.gep(data, [builder.add(offset, ir.Constant(offset.type, k * lanes))])
+    vector = ir.VectorType(context.get_value_type(array_type.dtype), lanes)
+    return builder.bitcast(at, vector.as_pointer()), "", array_type.dtype.bitwidth // 8
+
+
+def _splat(builder, value, lanes):  # type: ignore[no-untyped-def]
+    vector = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    for lane in range(lanes):
+        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
+    return vector
 
 
 def _pick(builder, comparison, left, right):  # type: ignore[no-untyped-def]
@@ -87,9 +97,7 @@ def _two_smallest_of(width):  # type: ignore[no-untyped-def]
                 second = _pick(builder, "<", second, _pick(builder, ">", least, vector))
                 least = _pick(builder, "<", least, vector)
             first = _least_lane(builder, least, wide, lanes)
-            splat = ir.Constant(ir.VectorType(wide, lanes), ir.Undefined)
-            for lane in range(lanes):
-                splat = builder.insert_element(splat, first, ir.Constant(ir.IntType(32), lane))
+            splat = _splat(builder, first, lanes)
             bits = ir.IntType(width)
             mask = ir.Constant(bits, 0)
             for k, vector in enumerate(vectors):
@@ -152,6 +160,72 @@ def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
         first = h if better else first
         column = k if better else column
     return first, second, column
+
+
+def _relax_of(width):  # type: ignore[no-untyped-def]
+    """Intrinsic: relax ``width`` distances, as `relaxed` does; their least."""
+
+    @intrinsic
+    def relax(typing_context, row, price, offset, shift, dist, parent, via):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            vectors, wide, lanes = _reduced(context, builder, signature, args, width)
+            dist_type, parent_type = signature.args[4:6]
+            shifts, vias, nearest = _splat(builder, args[3], lanes), _splat(builder, args[6], lanes), []
+            for k, vector in enumerate(vectors):
+                at, name, align = _vector(context, builder, dist_type, args[4], args[2], k, lanes)
+                before, through = builder.load(at, name, align), builder.fsub(vector, shifts)
+                better = builder.fcmp_ordered("<", through, before)
+                nearest.append(builder.select(better, through, before))
+                builder.store(nearest[-1], at, align)
+                at, name, align = _vector(context, builder, parent_type, args[5], args[2], k, lanes)
+                builder.store(builder.select(better, vias, builder.load(at, name, align)), at, align)
+            least = reduce(lambda left, right: _pick(builder, "<", left, right), nearest)
+            return _least_lane(builder, least, wide, lanes)
+
+        return price.dtype(row, price, offset, shift, dist, parent, via), codegen
+
+    return relax
+
+
+_relax_block, _relax_short = _relax_of(BLOCK), _relax_of(_SHORT)
+
+
+@compiled(**OPTIONS)
+def relaxed(row, price, shift, dist, parent, via, zero):  # type: ignore[no-untyped-def]
+    """Shorten distances to ``row - price - shift``, setting their ``parent`` to ``via``; the least and its column.
+
+    Args:
+        row: ``(n,)`` or more.
+        price: ``(n,)`` float64; ``-inf`` at columns to leave alone.
+        shift: a number.
+        dist: ``(n,)`` float64, written.
+        parent: ``(n,)`` int64, written.
+        via: a whole number.
+        zero: at least as many zeros.
+    """
+    n, least, start, column, j = len(dist), np.inf, 0, -1, 0
+    while j + BLOCK <= n:
+        low = _relax_block(row, price, j, shift, dist, parent, via)
+        start = j if low < least else start
+        least = min(low, least)
+        j += BLOCK
+    blocks = j
+    while j + _SHORT <= n:
+        low = _relax_short(row, price, j, shift, dist, parent, via)
+        start = j if low < least else start
+        least = min(low, least)
+        j += _SHORT
+    for k in range(j, n):
+        h = row[k] - price[k] - shift
+        if h < dist[k]:
+            dist[k], parent[k] = h, via
+        if dist[k] < least:
+            least, column = dist[k], k
+    if column < 0 and start < blocks:
+        _, _, column = _scan_block(dist, zero, start)
+    elif column < 0:
+        _, _, column = _scan_short(dist, zero, start)
+    return least, column
 
 
 @compiled(nogil=True, fastmath={"reassoc", "nsz"})

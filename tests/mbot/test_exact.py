@@ -179,6 +179,25 @@ def test_the_kernel_scans_rows_of_any_length(dtypes, levels):
         assert reduced[column] == first
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("levels", [2, 1000])
+def test_the_kernel_relaxes_rows_of_any_length(dtype, levels):
+    from mbot.kernels.scans import relaxed
+
+    random, zero = np.random.default_rng(levels), np.zeros(140)
+    for n in range(1, 140):
+        row, price = random.integers(0, levels, n).astype(dtype), random.integers(0, levels, n).astype(np.float64)
+        price[1:][random.random(n - 1) < 0.3] = -np.inf  # settled
+        dist, parent = random.integers(0, levels, n).astype(np.float64), np.full(n, 7)
+        dist[price == -np.inf] = np.inf
+        through = row - price - 0.5
+        shorter, nearest = through < dist, np.minimum(dist, through)
+        least, column = relaxed(row, price, 0.5, dist, parent, 3, zero)
+        np.testing.assert_array_equal(dist, nearest)
+        np.testing.assert_array_equal(parent, np.where(shorter, 3, 7))
+        assert least == nearest.min() == nearest[column]
+
+
 def test_threads_do_not_change_the_result():
     cost = pairwise_cost(torch.randn(37, 24, 3), torch.randn(37, 24, 3))
     threads = torch.get_num_threads()

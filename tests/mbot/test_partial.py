@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
+from scipy.optimize import linear_sum_assignment, linprog
 
 import mbot
 from mbot import ExactOT, PartialOT, pairwise_cost
@@ -137,6 +137,35 @@ def test_against_pot_at_size(n, mass, d):
     for p in range(3):
         expected = ot.partial.partial_wasserstein2(uniform, uniform, cost[p].numpy(), m=mass)
         assert float(value[p]) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("n", [2, 16, 20, 21, 33, 71])
+@pytest.mark.parametrize("kind", ["uniform", "ties", "plane", "line", "outliers"])
+def test_matchings_of_any_number_of_pairs(n, kind):
+    """With and without an auction; rows of blocks and rests; few pairs and nearly all."""
+    from mbot.kernels.cardinality import match
+
+    random = np.random.default_rng(n)
+    x, y = random.normal(size=(3, n, 1, 2)), random.normal(size=(3, 1, n, 2))
+    cost = {
+        "uniform": random.random((3, n, n)) - 7, "ties": random.integers(0, 4, (3, n, n)).astype(np.float32),
+        "plane": ((x - y) ** 2).sum(-1), "line": np.abs(x - y)[..., 0],
+        "outliers": np.where(random.random((3, n, n)) < 0.1, 1e6, random.random((3, n, n))),
+    }[kind]  # fmt: skip
+    for pairs in {1, n // 3 or 1, n * 4 // 5, n - 1}:
+        columns, f, g = match(cost.ravel(), n, pairs, more=True, capped=True)
+        assert (f[:, :, None] + g[:, None] <= cost + 1e-12 * np.abs(cost).max()).all()
+        for extra, column in enumerate(columns):
+            q = n - pairs - extra
+            for p in range(3):
+                padded = np.pad(cost[p].astype(np.float64), (0, q))
+                padded[n:, n:] = 1e8
+                rows = (column[p] >= 0).nonzero()[0]
+                assert len(set(column[p, rows])) == len(rows) == pairs + extra
+                value = cost[p, rows, column[p, rows]].sum(dtype=np.float64)
+                assert value == pytest.approx(padded[linear_sum_assignment(padded)].sum(), rel=1e-12, abs=1e-12)
+                dual = f[p].sum() + g[p].sum() - q * (f[p].max() + g[p].max())
+                assert value == pytest.approx(dual, rel=1e-12, abs=1e-14 * n * float(np.abs(cost).max()))
 
 
 def test_the_value_is_convex_and_piecewise_linear_in_the_mass():
