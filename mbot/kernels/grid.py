@@ -201,7 +201,7 @@ def moved(x, y, column, shares, weight, by_target, begin, stop, out):  # type: i
         y: ``(k' n, d)``.
         column: ``(k, k', E, n)`` int64, the column of each row in each matching; -1 for none.
         shares: ``(E,)`` float64 weights of the matchings.
-        weight: ``(k, k')`` float64 weights of the problems.
+        weight: ``(k, k')`` float64 weights of the problems, of any sign.
         by_target: whether for the points of y.
         begin: first mini-batch.
         stop: end of the mini-batches.
@@ -211,7 +211,7 @@ def moved(x, y, column, shares, weight, by_target, begin, stop, out):  # type: i
     for one in range(begin, stop):
         for other in range(column.shape[0] if by_target else column.shape[1]):
             i, j = (other, one) if by_target else (one, other)
-            if weight[i, j] > 0:
+            if weight[i, j] != 0:  # negative where the loss is subtracted
                 for e in range(len(shares)):
                     factor = x.dtype.type((-2 if by_target else 2) * weight[i, j] * shares[e])
                     for r in range(n):
