@@ -26,9 +26,15 @@ class Transport(ABC):
 
     Attributes:
         leaves_mass: whether its settings say how much mass moves, which may be less than all.
+        entropic_reg: the regularisation, if its plans are the entropic ones of given marginals; else None.
     """
 
     leaves_mass: ClassVar[bool] = False
+
+    @property
+    def entropic_reg(self) -> float | None:
+        """See the class."""
+        return None
 
     @outside_graphs
     def plan(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
