@@ -116,7 +116,7 @@ class Transport(ABC):
             return value
         given = [weight if weight is not None and weight.requires_grad else None for weight in (a, b)]
         if given == [None, None]:
-            return value if plan.is_sparse or not value.requires_grad else first_order(value)
+            return value if plan.piecewise_constant or not value.requires_grad else first_order(value)
         with torch.no_grad():
             checked = (checks.weights(weight, size, cost, "") for weight, size in zip((a, b), plan.size, strict=True))
             full = [
