@@ -10,26 +10,23 @@ for larger ones. Their potentials then go into the exponent, ``P0 = exp((low + f
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from mbot.kernels.exponentials import exp, log
+from mbot.kernels.newton import factorise, newton_step
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
 
 BALANCED, KL_RELAXED, UPPER_BOUNDED = 0, 1, 2
-_IN_ORDER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
-_OPTIONS: dict[str, Any] = {**_IN_ORDER, "fastmath": {"reassoc", "nsz", "contract"}}
-_EXP = tuple(1 / math.factorial(k) for k in range(12, -1, -1))
-_LOG = tuple(1 / k for k in range(21, 2, -2))
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
 _SOON, _LOOK, _FEW = 4, 6, 8  # rounds between looks at the rate, at first and later, and that are left as they are
 _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
 _SLAB = 4096  # exponentials that are taken at a time
 _RELAX_MOST, _RELAX_BELOW = 1.9, 0.1  # largest factor, and the error from which rounds are over-relaxed
 _STEEP = 600.0  # logarithm of the largest entry of a kernel with potentials in it, which free masses may exceed
-_REACH = 12.0  # largest change of a potential in a Newton step
 _DIRECT = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 _NEAR, _WIDEST = 100.0, 2000.0  # from the first up to the second, problems come from larger regularisations
 _ROUNDS, _ROUGHLY = 8, 0.1  # rounds at most at each of these, and the share of the mass that may still move there
@@ -44,45 +41,6 @@ def _range(cost):  # type: ignore[no-untyped-def]
         low = c if c < low else low
         high = finite if finite > high else high
     return low, high
-
-
-@compiled(**_IN_ORDER)
-def _series(x, coefficients):  # type: ignore[no-untyped-def]
-    """A polynomial from its coefficients, the highest first."""
-    value = 0.0
-    for c in coefficients:
-        value = value * x + c
-    return value
-
-
-@compiled(**_IN_ORDER)
-def _exp(x, bits):  # type: ignore[no-untyped-def]
-    """``exp(x)`` in place, to rounding and 0 below -690: a series around multiples of log 2, which vectorises."""
-    powers = bits.view(np.float64)
-    for t in range(len(x)):
-        y = x[t] if x[t] > -700.0 else -700.0
-        y = y if y < 700.0 else 700.0
-        k = np.rint(y * 1.4426950408889634)
-        r = y - k * 0.6931471803691238  # log 2 in two parts, of which the first has few digits
-        r = r - k * 1.9082149292705877e-10
-        x[t] = _series(r, _EXP) if y > -690.0 else 0.0
-        bits[t] = (np.int64(np.int32(k)) + 1023) << 52
-    for t in range(len(x)):
-        x[t] *= powers[t]
-
-
-@compiled(**_IN_ORDER)
-def _log(x, out, bits):  # type: ignore[no-untyped-def]
-    """``log(x)`` of normal positive numbers, to rounding: exponents, and ``2 artanh`` of what is left."""
-    given, rest = x.view(np.int64), bits.view(np.float64)
-    for t in range(len(x)):
-        exponent = (given[t] - 4604544271217802240) >> 52  # of x in units of sqrt(1/2)
-        bits[t] = given[t] - (exponent << 52)
-        out[t] = np.float64(np.int32(exponent))
-    for t in range(len(x)):
-        s = (rest[t] - 1.0) / (rest[t] + 1.0)
-        q = s * s
-        out[t] = out[t] * 0.6931471805599453 + 2.0 * (s + s * q * _series(q, _LOG))
 
 
 @compiled(**_OPTIONS)
@@ -120,10 +78,10 @@ def _update(sums, weight, scale, new, bits, kind, parameter, cap):  # type: igno
     Points of weight 0 are scaled by 0.
     """
     if kind == KL_RELAXED:
-        _log(sums, new, bits)
+        log(sums, new, bits)
         for i in range(len(new)):
             new[i] *= -parameter / (1.0 + parameter)
-        _exp(new, bits)
+        exp(new, bits)
     elif kind == UPPER_BOUNDED:
         cap = _cap(weight, sums, parameter, cap)
         if not 1 / _HUGE < cap < _HUGE:
@@ -142,63 +100,6 @@ def _update(sums, weight, scale, new, bits, kind, parameter, cap):  # type: igno
         mass += sums[i] * value
         new[i] = value
     return cap, (moved / total if lost == 0 else -1.0), mass
-
-
-@compiled(**_OPTIONS)
-def _factorise(kernel, a, b, sums, u, v, system):  # type: ignore[no-untyped-def]
-    """The Newton system of a balanced problem with exact columns, as Cholesky's upper factor; returns success.
-
-    With ``P = u P0 v`` a step solves ``(diag(P 1) - P diag(1 / b) P^T) d log u = a - P 1``; a constant added to the
-    matrix chooses among potentials, which are free up to one.
-    """
-    n, m = kernel.shape
-    total = a.sum()
-    parts = np.zeros((4, n))  # four columns of the plan
-    system[:] = total / (n * n)
-    for first in range(0, m, 4):
-        for j in range(first, first + 4):
-            scale = v[j] / np.sqrt(b[j]) if j < m and b[j] > 0.0 else 0.0
-            for i in range(n):
-                parts[j - first, i] = kernel[i, j] * u[i] * scale if scale > 0.0 else 0.0
-        for i in range(n):
-            p, q, r, s = parts[0, i], parts[1, i], parts[2, i], parts[3, i]
-            for k in range(i, n):
-                system[i, k] -= (p * parts[0, k] + q * parts[1, k]) + (r * parts[2, k] + s * parts[3, k])
-    for i in range(n):
-        mass = sums[i] * u[i]
-        system[i, i] += mass * (1.0 + 1e-10) if mass > 0.0 else total
-    for k in range(n):
-        if not system[k, k] > 0.0:
-            return False
-        scale = 1.0 / np.sqrt(system[k, k])
-        for i in range(k, n):
-            system[k, i] *= scale
-        for i in range(k + 1, n):
-            factor = system[k, i]
-            for j in range(i, n):
-                system[i, j] -= factor * system[k, j]
-    return True
-
-
-@compiled(**_OPTIONS)
-def _newton(system, a, sums, u, new):  # type: ignore[no-untyped-def]
-    """Row scalings after a step with a factorised system."""
-    n, most = len(a), 0.0
-    for i in range(n):
-        new[i] = a[i] - sums[i] * u[i]
-    for k in range(n):
-        new[k] /= system[k, k]
-        for i in range(k + 1, n):
-            new[i] -= system[k, i] * new[k]
-    for i in range(n - 1, -1, -1):
-        entry = new[i]
-        for k in range(i + 1, n):
-            entry -= system[i, k] * new[k]
-        new[i] = entry / system[i, i]
-        most = max(most, abs(new[i]))
-    length = min(1.0, _REACH / most)
-    for i in range(n):
-        new[i] = u[i] * np.exp(length * new[i])
 
 
 @compiled(**_OPTIONS)
@@ -241,10 +142,10 @@ def _beyond(new, scale, relax, ratio, bits):  # type: ignore[no-untyped-def]
     """Over-relaxed scalings ``scale (new / scale)^relax``, written to ``new``."""
     for i in range(len(new)):
         ratio[i] = new[i] / scale[i] if scale[i] > 0.0 else 1.0
-    _log(ratio, new, bits)
+    log(ratio, new, bits)
     for i in range(len(new)):
         new[i] *= relax
-    _exp(new, bits)
+    exp(new, bits)
     for i in range(len(new)):
         new[i] *= scale[i]
 
@@ -290,10 +191,10 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
                         relax, rate = best, -np.inf
             if not (stepped and error <= 0.5 * before):
                 slow = newton and relax == 1.0 and np.log(tol / error) / rate > price
-                stepped = slow and _factorise(kernel, a, b, rows, u, v, system)
+                stepped = slow and factorise(kernel, a, b, rows, u, v, system)
             if stepped:
                 plain, new_u = new_u, plain  # the round instead of the step
-                _newton(system, a, rows, u, new_u)
+                newton_step(system, a, rows, u, new_u)
             before, since, look = error, turn, turn + (_LOOK if relax > 1.0 or turn > _LOOK else _SOON)
         if relax > 1.0:
             _beyond(new_u, u, relax, ratio_u, bits)
@@ -359,7 +260,7 @@ def _absorb(scale, weight, potential, room, reg, bits):  # type: ignore[no-untyp
     """Add ``reg log scale`` to potentials in units of the cost; points of weight 0 keep theirs."""
     for i in range(len(scale)):
         scale[i] = scale[i] if weight[i] > 0.0 else 1.0
-    _log(scale, room[: len(scale)], bits)
+    log(scale, room[: len(scale)], bits)
     for i in range(len(scale)):
         potential[i] += reg * room[i]
 
@@ -390,7 +291,7 @@ def _solve(  # type: ignore[no-untyped-def]
                     kernel[i, j] = ((low - np.float64(cost[p, i, j])) + (f[i] + g[j])) / level
             fits = first or _range(entries)[1] < _STEEP
             for t in range(0, n * m, _SLAB):
-                _exp(entries[t : t + _SLAB], bits)
+                exp(entries[t : t + _SLAB], bits)
             relaxed = level + parameter * reg if kind == KL_RELAXED else np.inf
             fits &= _begin(a_all[p], f, half, relaxed, first, a, u) & _begin(b_all[p], g, half, relaxed, first, b, v)
             if not fits:
