@@ -143,7 +143,7 @@ def _col_sums(kernel, u, out):  # type: ignore[no-untyped-def]
             out[j] += u[i] * kernel[i, j]
 
 
-@compiled(**_OPTIONS)
+@compiled(**{**_OPTIONS, "fastmath": {"nsz", "contract"}})  # in order: large scalings are divided before they grow
 def _beyond(new, scale, relax):  # type: ignore[no-untyped-def]
     """Over-relaxed scalings, ``scale (new / scale)^relax`` to third order in small changes; large ones stay plain."""
     ahead, back = (relax + 1.0) / 2.0, (1.0 - relax) / 2.0
