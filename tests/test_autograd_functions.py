@@ -108,7 +108,7 @@ def test_inputs_that_may_require_gradients_get_them(name):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_gradients_are_linear_in_the_one_that_comes_in(name):
-    """A loss may be subtracted, or be a part of a sum whose other parts cancel it: signs and zeros are no special case."""
+    """A loss may be subtracted, or cancelled by others: signs and zeros are no special case."""
     torch.manual_seed(0)
     make, constants = KNOWN[name]
     inputs = make()
