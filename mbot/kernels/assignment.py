@@ -24,7 +24,8 @@ from minibatch_transport import compiled
 # the least cost.
 FIRST_EPSILON, COLD_EPSILON = 0.025, 0.25
 PART = 0.8  # of the mean prices, the best over clouds in 2 to 3072 features
-_FEW = 48  # up to this many rows the finish is as fast without the auction if it begins with half the rows matched
+# Up to so many rows the finish is as fast without the auction if it begins with no more than this share to match.
+_FEW, _LEFT = 24, 7 / 16
 TOGETHER = 4  # rows that bid at a time
 _FACTOR, _LAST, _LEAST = 0.13, 0.015, 1e-5  # of the steps: about their ratio, the last one times n, and its bound
 
@@ -187,7 +188,7 @@ def both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignor
     n = cost.shape[0]
     scaled_flat, price32, dist, reach, closed, row_of, parent, free, _ = room
     left = _greedy(cost, price, col_of, row_of, free) if n <= _FEW else n
-    if excess > 0 and left > n // 2:
+    if excess > 0 and left > _LEFT * n:
         scale = 1.0 / excess
         entries, scaled = cost.reshape(n * n), scaled_flat[: n * n]
         for e in range(n * n):
