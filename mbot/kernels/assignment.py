@@ -50,7 +50,8 @@ def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-unt
     last = max(_LAST / n, _LEAST)
     steps = max(0, int(np.ceil(np.log(last / epsilon) / np.log(_FACTOR) - 0.3)))
     factor = (last / epsilon) ** (1.0 / max(steps, 1))
-    (first, second), wanted = np.empty((2, TOGETHER), np.float32), np.empty(TOGETHER, np.int64)
+    first, second = np.empty(TOGETHER, np.float32), np.empty(TOGETHER, np.float32)
+    wanted = np.empty(TOGETHER, np.int64)
     for _ in range(steps + 1):
         for i in range(n):
             col_of[i] = -1
@@ -230,7 +231,7 @@ def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-d
 @compiled(**OPTIONS)
 def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
-    largest = 1
+    largest = sizes[begin]
     for p in range(begin, stop):
         largest = max(largest, sizes[p])
     room = room_for(largest)
