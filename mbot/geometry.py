@@ -1,4 +1,4 @@
-"""Where costs come from, for solvers that look at all pairs: a matrix, points, or rows of either on several ranks.
+"""Sources of costs, for solvers that look at all pairs: a matrix, points, or rows of either on several ranks.
 
 A solver sees the costs ``C`` of a batch of problems only through sums over the exponentials of scaled potentials:
 

@@ -24,7 +24,7 @@ _PROBE = 1024  # samples a side that the spread of the costs is measured on
 
 @dataclass(frozen=True, eq=False)
 class SinkhornPotentials:
-    """What a call of `SinkhornCoupling` found: enough to evaluate its source potential at new samples.
+    """The result of a call of `SinkhornCoupling`, from which its source potential is evaluated at new samples.
 
     Attributes:
         points: ``(m, d)`` target samples, as the cost saw them.

@@ -35,7 +35,7 @@ class Plans(Solution):
     transport: Tensor  # ``<C, P>``
 
     def relative_to(self, a: Tensor, b: Tensor) -> Plans:
-        """The same with potentials of ``P = a b exp(phi + psi - C / reg)``; 0 at points of weight 0."""
+        """The plans with potentials such that ``P = a b exp(phi + psi - C / reg)``; 0 at points of weight 0."""
         self.phi = torch.where(a > 0, self.phi - a.log(), 0)
         self.psi = torch.where(b > 0, self.psi - b.log(), 0)
         return self
@@ -84,7 +84,7 @@ def _compiled_first(
     cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
     others: Callable[..., Plans], forbidden: bool = False,
 ) -> Plans:  # fmt: skip
-    """Plans by the compiled kernel as far as it goes; the ``others`` are solved by a function like `_solved`."""
+    """Plans by the compiled kernel, and by ``others``, a function like `_solved`, where it does not finish."""
     problems, n, m = cost.shape
     most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
     if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
@@ -108,7 +108,7 @@ def _solved(
     cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
     start: Tensor | None = None,
 ) -> Plans:  # fmt: skip
-    """By the driver, from potentials ``start`` unless pairs are forbidden."""
+    """The driver's plans; it begins at the potentials ``start`` if no pairs are forbidden."""
     low, high = cost.amin((1, 2)).double(), cost.amax((1, 2)).double()
     if bool((high - low <= _WIDE * reg).all()):
         return _checked(cost, a, b, step, reg, max_iter, tol, start)

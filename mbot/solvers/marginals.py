@@ -19,7 +19,7 @@ _UNDERFLOW = -745.0  # log of a mass that is 0 in float64
 
 
 class Marginal(ABC):
-    """What a problem asks of its row (or column) masses; the defaults are those of fixed and bounded masses."""
+    """The condition on row (or column) masses of a problem; the defaults are those of fixed and bounded masses."""
 
     relaxes = False  # whether over-relaxed steps converge
 
@@ -42,7 +42,7 @@ class Marginal(ABC):
 
     @abstractmethod
     def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
-        """What ``phi`` contributes to the dual objective, in units of reg, up to a constant: ``(B,)``."""
+        """The terms of ``phi`` in the dual objective, in units of reg, up to a constant: ``(B,)``."""
 
     @abstractmethod
     def least(self, weight: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Marginal(ABC):
         """Row masses after another step, from those at ``phi``; both ``(B, n)``. A solved problem keeps its own."""
 
     def shift(self, phi: Tensor, log_a: Tensor, psi: Tensor, log_b: Tensor) -> Tensor | None:
-        """What moves from ``psi`` to ``phi`` where the dual is largest along that line, ``(B, 1)``; no plan changes."""
+        """The t at which the dual objective of ``(phi + t, psi - t)`` is largest, ``(B, 1)``; None for 0."""
         return None
 
     def lowered(self, log_weight: Tensor, amount: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class KLRelaxed(Marginal):
 
     @property
     def rate(self) -> float:
-        """What is left of an undamped step."""
+        """Length of a step relative to a balanced one."""
         return self.ratio / (1 + self.ratio)
 
     @property
