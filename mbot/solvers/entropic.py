@@ -19,7 +19,7 @@ from mbot.solvers.support import large_entries, usable_pairs
 _WIDE = 2e3  # costs spread over more regularisations than this need float64, and a look at the largest
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
 _REFINE = 50  # rounds on plans whose potentials have too few digits
-_BUDGET = 400  # rounds, and two a row, in the compiled kernel, and before forbidden pairs are looked at
+_BUDGET = 400  # rounds (and two a row of costs) in the compiled kernel, and before forbidden pairs are examined
 
 
 @dataclass(kw_only=True)

@@ -71,6 +71,16 @@ def test_the_derivative_in_a_weight_of_zero(transport):
     torch.testing.assert_close((grad * move).sum(), (4 * ahead - 3 * there - twice) / 2e-6, rtol=1e-3, atol=1e-4)
 
 
+def test_no_mass_depends_on_no_weight_and_entropic_partial_weights_of_zero_are_refused():
+    x, y, a, b = problem()
+    grads = torch.autograd.grad(mbot.PartialOT(0.0)(x, y, a.requires_grad_(), b.requires_grad_()), (a, b))
+    assert all(bool((grad == 0).all()) for grad in grads)
+    a, b = a.detach(), b.detach()
+    a[2], a[3] = 0, a[2] + a[3]
+    with pytest.raises(ValueError, match="no derivative in a weight that is 0"):
+        mbot.PartialOT(0.6, reg=0.5)(x, y, a.requires_grad_(), b)
+
+
 def test_sliced_values_differentiate_in_the_weights():
     x, y, a, b = problem()
     weights = a.requires_grad_(), b.requires_grad_()
