@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,8 +37,7 @@ class Plans(Solution):
 
     def relative_to(self, a: Tensor, b: Tensor) -> Plans:
         """The plans with potentials such that ``P = a b exp(phi + psi - C / reg)``; 0 at points of weight 0."""
-        self.phi = torch.where(a > 0, self.phi - a.log(), 0)
-        self.psi = torch.where(b > 0, self.psi - b.log(), 0)
+        self.phi, self.psi = _less_log(self.phi, a), _less_log(self.psi, b)
         return self
 
     def take(self, which: Tensor) -> Plans:
@@ -51,6 +51,14 @@ class Plans(Solution):
         super().put(which, other)
         for name in ("plan", "rows", "cols", "transport"):
             getattr(self, name)[which] = getattr(other, name)
+
+
+def _less_log(potential: Tensor, weight: Tensor) -> Tensor:
+    """``potential - log weight``, 0 where there is no weight."""
+    least, most = torch.stack(weight.aminmax()).tolist()
+    if least == most:
+        return potential - math.log(most)
+    return torch.where(weight > 0, potential - weight.log(), 0)
 
 
 def solve_matrices(
