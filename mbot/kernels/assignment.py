@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
+from mbot.kernels.auctions import auction
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, relaxed, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
@@ -26,8 +27,6 @@ FIRST_EPSILON, COLD_EPSILON = 0.025, 0.25
 PART = 0.8  # of the mean prices, the best over clouds in 2 to 3072 features
 # Up to so many rows the finish is as fast without the auction if it begins with no more than this share to match.
 _FEW, _LEFT = 24, 7 / 16
-TOGETHER = 4  # rows that bid at a time
-_FACTOR, _LAST, _LEAST = 0.13, 0.015, 1e-5  # of the steps: about their ratio, the last one times n, and its bound
 
 
 @compiled(nogil=True, error_model="numpy")
@@ -41,49 +40,6 @@ def unusual(entries, low, total):  # type: ignore[no-untyped-def]
         above = np.float64(entries[k * step % count]) - low
         small += above > 0.0 and above * HUGE < excess
     return SMALL * small >= SAMPLE
-
-
-@compiled(**OPTIONS)
-def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-untyped-def]
-    """Epsilon-scaled auction from given prices: near-optimal ones are left. ``cost`` has least 0 and mean 1."""
-    n = cost.shape[0]
-    last = max(_LAST / n, _LEAST)
-    steps = max(0, int(np.ceil(np.log(last / epsilon) / np.log(_FACTOR) - 0.3)))
-    factor = (last / epsilon) ** (1.0 / max(steps, 1))
-    first, second = np.empty(TOGETHER, np.float32), np.empty(TOGETHER, np.float32)
-    wanted = np.empty(TOGETHER, np.int64)
-    for _ in range(steps + 1):
-        for i in range(n):
-            col_of[i] = -1
-            row_of[i] = -1
-            queue[i] = i
-        head, waiting, bids = 0, n, 0
-        while waiting > 0 and bids < 64 * n:  # the bound only guards against price wars; the finish is exact
-            # Several rows bid on the same prices: their scans overlap in the processor. Prices only fall, so a bid
-            # stays valid unless one before it wants the same column.
-            together = min(waiting, TOGETHER)
-            for k in range(together):
-                at = head + k
-                first[k], second[k], wanted[k] = two_smallest(cost[queue[at - n if at >= n else at]], price, n)
-            for k in range(together):
-                i, j, clash = queue[head], wanted[k], False
-                for other in range(k):
-                    clash |= wanted[other] == j
-                if clash:
-                    break
-                head = head + 1 if head + 1 < n else 0
-                waiting -= 1
-                bids += 1
-                price[j] -= (second[k] - first[k]) + epsilon
-                loser = row_of[j]
-                row_of[j] = i
-                col_of[i] = j
-                if loser >= 0:
-                    col_of[loser] = -1
-                    tail = head + waiting
-                    queue[tail - n if tail >= n else tail] = loser
-                    waiting += 1
-        epsilon *= factor
 
 
 @compiled(**OPTIONS)

@@ -19,112 +19,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mbot.kernels.assignment import TOGETHER, mean_prices, unusual
+from mbot.kernels.assignment import mean_prices, unusual
+from mbot.kernels.auctions import partial_auction, smallest
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, relaxed, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
 
-_FIRST_EPSILON, _FACTOR, _LAST = 0.05, 0.15, 0.15  # of the auction: first step, ratio of steps, last one times n
 _PART = 0.5  # of the mean prices, the best over clouds in 2 and 64 features
 _CHUNK = 1 << 15  # costs
 _FEW = 16  # up to this many pairs the finish is faster from mean prices than after an auction
-
-
-@compiled(**OPTIONS)
-def _smallest(values, k):  # type: ignore[no-untyped-def]
-    """The k-th smallest of values, counted from 0; they are reordered."""
-    low, high = 0, len(values) - 1
-    while low < high:
-        pivot, i, j = values[(low + high) // 2], low, high
-        while i <= j:
-            while values[i] < pivot:
-                i += 1
-            while pivot < values[j]:
-                j -= 1
-            if i <= j:
-                values[i], values[j] = values[j], values[i]
-                i += 1
-                j -= 1
-        if k <= j:
-            high = j
-        elif k >= i:
-            low = i
-        else:
-            break
-    return values[k]
-
-
-@compiled(**OPTIONS)
-def _auction(cost, price, open_price, level, zero, best, row_of, queue, taken):  # type: ignore[no-untyped-def]
-    """Epsilon-scaled auction in which q rows go to D and q columns are filled from R. ``cost`` has least 0, mean 1.
-
-    Each place of D has a level, at which a row enters it. Before each step the places are made equally dear, and the
-    columns that R fills: as no price ever rises, what one of them was overbid by would be lost on all others.
-    """
-    n, q, epsilon = cost.shape[0], len(level), _FIRST_EPSILON
-    first, second = np.empty(TOGETHER, np.float32), np.empty(TOGETHER, np.float32)
-    wanted = np.empty(TOGETHER, np.int64)
-    for i in range(n):
-        best[i], _, _ = two_smallest(cost[i], price, n)
-        row_of[i] = n
-    level[:] = _smallest(best, n - q)
-    while True:
-        tau = np.float32(np.inf)
-        for j in range(n):
-            tau = min(tau, price[j]) if row_of[j] == n else tau
-        for j in range(n):
-            price[j] = min(price[j], tau)
-            open_price[j] = -price[j]
-            row_of[j], queue[j] = -1, j
-        cheapest, _, place = two_smallest(level, zero, q)
-        level[:] = cheapest
-        taken[:q] = -1
-        head, waiting, supply, bids = 0, n, q, 0
-        while waiting + supply > 0 and bids < 64 * n:  # the bound only guards against price wars; the finish is exact
-            if waiting == 0:  # R fills the column of the highest price
-                least, runner_up, j = two_smallest(open_price, zero, n)
-                price[j] -= (runner_up - least) + epsilon
-                open_price[j] = np.inf
-                if row_of[j] >= 0:
-                    queue[head] = row_of[j]
-                    waiting = 1
-                row_of[j] = n
-                supply -= 1
-                bids += 1
-                continue
-            # Several rows bid on the same prices, as in a complete assignment's auction.
-            together = min(waiting, TOGETHER)
-            for k in range(together):
-                at = head + k
-                first[k], second[k], wanted[k] = two_smallest(cost[queue[at - n if at >= n else at]], price, n)
-            for k in range(together):
-                i, j, clash = queue[head], wanted[k], False
-                for other in range(k):
-                    clash |= wanted[other] == j
-                if clash:
-                    break
-                head = head + 1 if head + 1 < n else 0
-                waiting -= 1
-                bids += 1
-                if cheapest < first[k]:
-                    loser = taken[place]
-                    taken[place], level[place] = i, first[k] + epsilon
-                    cheapest, _, place = two_smallest(level, zero, q)
-                else:
-                    price[j] -= (min(second[k], cheapest) - first[k]) + epsilon
-                    open_price[j] = -price[j]
-                    loser = row_of[j]
-                    row_of[j] = i
-                    if loser == n:
-                        supply += 1
-                        loser = -1
-                if loser >= 0:
-                    tail = head + waiting
-                    queue[tail - n if tail >= n else tail] = loser
-                    waiting += 1
-        if epsilon * n <= _LAST:
-            return
-        epsilon *= _FACTOR
 
 
 @compiled(**OPTIONS)
@@ -134,7 +37,7 @@ def _finish(cost, q, price, col_of, row_of, dist, reach, closed, taker, free, ze
     # R fills columns of the highest price: give the q highest one common price.
     for j in range(n):
         dist[j] = price[j]
-    tau = _smallest(dist, n - q)
+    tau = smallest(dist, n - q)
     for j in range(n):
         price[j] = min(price[j], tau)
         row_of[j] = -1
@@ -143,7 +46,7 @@ def _finish(cost, q, price, col_of, row_of, dist, reach, closed, taker, free, ze
         best[i], _, want[i] = two_smallest(cost[i], price, n)
         dist[i] = best[i]
     # D takes the q rows whose best pair is the most expensive.
-    theta = _smallest(dist, n - q)
+    theta = smallest(dist, n - q)
     room = q
     for i in range(n):
         room -= best[i] > theta
@@ -355,7 +258,7 @@ def _start(flat, least, excess, q, prices):  # type: ignore[no-untyped-def]
                 for j in range(n):
                     scaled[i, j] = (flat[at + i * n + j] - low) * scale
             price[:] = 0.0
-            _auction(scaled, price, open_price, level, zero, best, row_of, queue, taken)
+            partial_auction(scaled, price, open_price, level, zero, best, row_of, queue, taken)
             for j in range(n):
                 prices[p, j] = price[j] * excess[p]
 
