@@ -410,3 +410,13 @@ def test_mass_that_is_missing_counts_at_its_price():
         solution = Solution(None, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.float64), f, g)
         found = certified(Problems.dense(cost, mass=moved), lambda _, solution=solution: solution)
         assert (found.error[0] <= TOLERANCE) == right
+
+
+def test_entries_without_mass_between_others_cost_no_mass():
+    """The last entries were dropped for those that rounding had left empty."""
+    index, none = torch.tensor([[0, 0, 1]]), torch.zeros(1, 2, dtype=torch.float64)
+    mass = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64)
+    solution = Solution(index, index, mass, none, none, np.zeros(1))
+    weight = torch.full((1, 2), 0.5, dtype=torch.float64)
+    found = Live.of(weight, weight).solve(torch.zeros(1, 2, 2), {lambda _: solution: np.arange(1)})
+    assert float(found.mass.sum()) == 1
