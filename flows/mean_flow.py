@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flows.guidance import GuidedModel, check_share
 from flows.integrate import IntegrationError, evaluate, start_points, state_dtype
-from flows.matching import FlowBatch, Objective, check_velocity, squared_error, weighted_mean
+from flows.matching import FlowBatch, Objective, check_velocity, squared_error, times_dtype, weighted_mean
 from flows.models.condition import interval_length
 from flows.paths import beside
 from flows.times import LogitNormalTimes, TimeLaw
@@ -123,7 +123,7 @@ class MeanFlow(Objective):
         """
         field = model if isinstance(guidance, (int, float)) and guidance == 1 else GuidedModel(model, guidance)
         x = start_points(x0, "x0").to(state_dtype(x0))
-        grid = torch.linspace(0, 1, checks.count(steps, "steps") + 1, device=x.device)
+        grid = torch.linspace(0, 1, checks.count(steps, "steps") + 1, dtype=times_dtype(x0), device=x.device)
         with torch.no_grad():
             for t, end in pairwise(grid):
                 until = end.expand(len(x)).to(x0.dtype)

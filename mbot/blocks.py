@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbot.envelope import first_order, matched_values
+from mbot.envelope import first_order, has_tangent, matched_values
 from mbot.plan import Plan
 from mbot.solvers.grid import GridMatching
 
@@ -71,7 +71,7 @@ class PlanBlock:
             kept: Tensor | None = matched
             values = (matched * mass).sum(-1)
         else:
-            kept = costs if costs.requires_grad else None
+            kept = costs if costs.requires_grad or has_tangent(costs) else None
             values = (plan.mass * matrices).sum((-2, -1))
         values = values + plan.penalty
         return PlanBlock(where, values[:, None] if aligned else values, plan, kept, x, y, cost, aligned)
@@ -96,7 +96,8 @@ class PlanBlock:
         mass = plan.mass * weight[..., None, None]
         if not self.aligned:
             mass = mass.transpose(1, 2).reshape(costs.shape)
-        return first_order((mass * costs).sum())
+        total = (mass * costs).sum()
+        return first_order(total) if total.requires_grad else total
 
     def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.cost import at_least_float32
 from mbot.plan import Plan
 
 
@@ -18,7 +19,7 @@ def effective_sample_size(weight: Tensor) -> Tensor:
     >>> effective_sample_size(torch.tensor([1.0, 1.0, 0.0, 0.0]))
     tensor(2.)
     """
-    weight = checks.finite(checks.floating(weight, "weight"), "weight")
+    weight = at_least_float32(checks.finite(checks.floating(weight, "weight"), "weight"))
     if weight.ndim == 0 or weight.shape[-1] == 0:
         raise ValueError(f"weight must have shape (…, n) with n >= 1; got {tuple(weight.shape)}")
     if bool((weight < 0).any()) or bool((weight.sum(-1) == 0).any()):
@@ -36,7 +37,7 @@ def marginal_tilt(weight: Tensor) -> tuple[Tensor, Tensor]:
     >>> marginal_tilt(torch.tensor([[3.0, 3.0], [1.0, 1.0]]))
     (tensor(0.2500), tensor(0.))
     """
-    weight = checks.finite(checks.floating(weight, "weight"), "weight")
+    weight = at_least_float32(checks.finite(checks.floating(weight, "weight"), "weight"))
     if weight.ndim < 2 or bool((weight < 0).any()) or bool((weight.sum((-2, -1)) <= 0).any()):
         raise ValueError(f"weight must be (…, n, m), non-negative, with a positive total; got {tuple(weight.shape)}")
 
@@ -93,6 +94,7 @@ def condition_ratio(cost: Tensor, condition_cost: Tensor, weight: float) -> floa
 
 def ratio_counts(cost: Tensor, condition_cost: Tensor, weight: float) -> tuple[int, int]:
     """Numerator and denominator of `condition_ratio`: partners that are at least as cheap, and partners that count."""
+    cost, condition_cost = at_least_float32(cost), at_least_float32(condition_cost)
     eligible = (condition_cost > 0).fill_diagonal_(False)
     cheaper = cost + weight * condition_cost <= cost.diagonal()[:, None]
     return int((cheaper & eligible).count_nonzero()), int(eligible.count_nonzero())

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import embedding_bag
 
 from mbot.cost import at_least_float32, root, unit
@@ -136,6 +137,11 @@ def _weighted_differences(x: Tensor, y: Tensor, row: Tensor, col: Tensor, weight
         return -summed
     total = x.new_zeros(len(x)).index_add_(0, row, weight)
     return total[:, None] * x - summed
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode derivatives go through a tensor, which no ``requires_grad`` tells."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 def first_order(

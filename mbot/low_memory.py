@@ -114,7 +114,8 @@ def map_by_batches(
         rounds(len(points), m, generator=generator, device=points.device, name=name)
         for points, m, name in zip((source, target), size, "xy", strict=True)
     ]
-    mass, arrived = source.new_zeros(len(source)), torch.zeros_like(source)
+    sums = torch.promote_types(source.dtype, torch.float32)
+    mass, arrived = source.new_zeros(len(source), dtype=sums), torch.zeros_like(source, dtype=sums)
     for _ in range(-(-visits * -(-len(source) // size[0]) // num[0])):
         rows, cols = (torch.stack([next(s) for _ in range(k)]) for s, k in zip(streams, num, strict=True))
         plan = plan_of(Side(source[rows], "xs", rows), Side(target[cols], "ys", cols), len(source), len(target))
@@ -124,4 +125,4 @@ def map_by_batches(
         arrived.index_add_(0, row, moved[:, None] * target[col])
     reached = mass > 0
     mapped = torch.where(reached[:, None], arrived / torch.where(reached, mass, 1)[:, None], source)
-    return mapped.reshape(x.shape), reached
+    return mapped.to(x.dtype).reshape(x.shape), reached

@@ -301,6 +301,8 @@ class Plan:
         y = checks.floating(y, "y")
         if y.ndim < 2 or y.shape[-2] != self.size[1]:
             raise ValueError(f"y must have shape (…, {self.size[1]}, d); got {tuple(y.shape)}")
-        row_mass = self.row_mass().to(y.dtype)
+        # Sums of half precision are in float32, and masses that it would round to 0 have their share.
+        points = y.to(torch.promote_types(y.dtype, torch.float32))
+        row_mass = self.row_mass().to(points.dtype)
         reached = row_mass > 0
-        return self._form.times(y) / torch.where(reached, row_mass, 1)[..., None], reached
+        return (self._form.times(points) / torch.where(reached, row_mass, 1)[..., None]).to(y.dtype), reached

@@ -181,7 +181,8 @@ class Live:
             f[some], g[some] = f[some].scatter(1, left, found.f), g[some].scatter(1, right, found.g)
         if self.rows.min() < n or self.cols.min() < m:
             f, g = self._extended(cost.double(), f, g)
-        width = int((mass > 0).any(0).sum())
+        used = (mass > 0).any(0).nonzero()  # with holes, where entries of a capped cost were rounding
+        width = int(used[-1]) + 1 if len(used) else 0
         return Solution(row[:, :width], col[:, :width], mass[:, :width], f, g, error)
 
     def _problems(self, cost: Tensor, which: np.ndarray, left: Tensor, right: Tensor) -> Problems:

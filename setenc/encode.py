@@ -46,7 +46,8 @@ def encode(
 ) -> Any:
     """The decoder's output for sets of any size, streamed chunk by chunk, with the gradients of the full sets.
 
-    The value is that of ``enc(x)`` in every mode, and with one seed every mode draws the same slots and dropout masks.
+    The value is that of ``enc(x)`` in every mode, and with one seed every mode draws the same slots and dropout masks
+    (``sampled`` other masks of padded and ragged sets, whose chunks it takes in another order).
 
     | gradient | ``backward`` gives | memory | evaluations of an element |
     |---|---|---|---|

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbot import checks
+from mbot import checks, convergence
 from mbot.cost import Cost, check_cost, pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs, squared_reg
 from mbot.couplings.drawing import every_target, kept_targets, refilled, with_replacement
@@ -26,7 +26,8 @@ class OTCoupling(Coupling):
     `ExactOT`, n = m       a **permutation**: every sample once    those of the batches
     `ExactOT`, n != m      every x1 once, a source of its column   x1 exact, x0 in expectation
     `EntropicOT`           every x1 once, a source of its column   x1 exact, x0 in expectation
-    `UnbalancedOT`         every x1 once, a source of its column   x1 exact; x0 tilted away from far-off samples
+    `UnbalancedOT`         every x1 with mass, a source of its     x1 exact, if all have mass (a warning says if not);
+                           column                                  x0 tilted away from far-off samples
     `PartialOT`            only the pairs that the plan keeps      both lose what is expensive to move (outliers)
     =====================  ======================================  ====================================================
 
@@ -114,6 +115,12 @@ class OTCoupling(Coupling):
                 source = torch.cat((source, more[0]))[order]
         else:
             source, target = every_target(plan, generator)
+            if len(target) < m:
+                convergence.warn(
+                    f"OTCoupling: {m - len(target)} of {m} targets have no mass in the plan of {transport!r} that "
+                    f"{cost.dtype} can hold, and are left out. Raise its parameters, rescale the cost, or pass float64",
+                    UserWarning,
+                )
         info["transport_cost"] = float(cost[source, target].mean())
         return Pairs(source, target, info=info)
 

@@ -6,11 +6,13 @@ import numpy as np
 
 from minibatch_transport import compiled
 
+_WHOLE = 1e-12  # share of a mass that its rounding may change, in units of a point's weight
 _EPS, _TINY, _LARGEST = (float(getattr(np.finfo(np.float64), name)) for name in ("eps", "tiny", "max"))
 
 
 @compiled(nogil=True, error_model="numpy")
 def _most(x):  # type: ignore[no-untyped-def]
+    """The largest entry."""
     most = x[0]
     for value in x:
         most = value if value > most else most
@@ -46,6 +48,8 @@ def error_of(costs, rows, cols, mass, f, g, left_a, left_b, moved, floor):  # ty
             left_b[j] -= amount
     stray = abs(total - moved) if moved >= 0 else 0.0
     top_f, top_g = (_most(f), _most(g)) if moved >= 0 else (0.0, 0.0)  # the potentials of what is left behind
+    if stray > _WHOLE * moved and moved >= 0:
+        gap += (total - moved) * (top_f + top_g)  # what the mass that is missing would cost
     for i in range(len(f)):
         gap += left_a[i] * (top_f - f[i])
         stray += abs(left_a[i]) if moved < 0 or left_a[i] < 0 else 0.0

@@ -6,6 +6,8 @@ reference), where a problem's state fits one thread block.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from mbot.certify import certified
 from mbot.kernels import device_matching
 from mbot.problem import Problems, Solution
 
+_ROUNDING = 1e-12  # of a mass that is a whole number of pairs
 _Columns = list[Tensor]  # of each matching, ``(B, n)`` int64, the column of each row; -1 for none
 
 
@@ -50,8 +53,11 @@ def _match(problems: Problems) -> Solution:
 
 def split_pairs(mass: float) -> tuple[int, float]:
     """The pairs of the smaller of two matchings that make up a plan of this mass, and the share of the larger one."""
-    lower = int(np.floor(mass + 1e-9))
-    return lower, mass - lower if mass - lower > 1e-9 * lower else 0.0
+    whole = round(mass)
+    if abs(mass - whole) <= _ROUNDING * whole:
+        return whole, 0.0
+    lower = math.floor(mass)
+    return lower, mass - lower
 
 
 def _cheapest_pair(problems: Problems, mass: float) -> Solution:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.cost import Cost, pairwise
 from mbot.eager import outside_graphs
-from mbot.envelope import first_order, matched_values
+from mbot.envelope import first_order, has_tangent, matched_values
 from mbot.numerics import full_float32
 from mbot.plan import Plan
 
@@ -111,6 +111,10 @@ class Transport(ABC):
 
     def _differentiable(self, moved: Tensor, plan: Plan, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
         """The value from ``<C, P>``, with its derivatives in weights that require gradients."""
+        if any(weight is not None and has_tangent(weight) for weight in (a, b)):
+            raise NotImplementedError(
+                "values have no forward-mode derivatives in weights; take backward's, or detach them"
+            )
         value = moved + plan.penalty
         if not torch.is_grad_enabled():
             return value

@@ -116,13 +116,13 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, value: Tensor, geometry: Any, phi: Tensor, psi: Tensor) -> Tensor:
-        ctx.save_for_backward(phi, psi)
+        ctx.save_for_backward(phi, psi, x, y)  # the points, which the geometry has, for the error if they change
         ctx.geometry = geometry
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        phi, psi = ctx.saved_tensors
+        phi, psi, *_ = ctx.saved_tensors
         sides: list[Tensor | None] = [None, None]
         for side in (0, 1):
             if ctx.needs_input_grad[side]:

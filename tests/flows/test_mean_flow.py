@@ -1,6 +1,7 @@
 """MeanFlow: the identity it trains, the derivative in its target, what it samples, and that it trains everywhere."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -480,3 +481,15 @@ def test_the_law_of_the_times_is_the_objectives_own_or_that_of_the_flag():
     assert law() == flows.UniformTimes()
     assert law("--objective", "mean-flow") == flows.LogitNormalTimes(-0.4, 1.0)
     assert law("--objective", "mean-flow", "--times", "uniform") == flows.UniformTimes()
+
+
+def test_equal_steps_are_in_float64_for_float64_points():
+    seen = []
+
+    def model(t, x, y, until):
+        seen.append((float(t[0]), float(until[0])))
+        return torch.ones_like(x)
+
+    MeanFlow.sample(model, torch.zeros(2, 1, dtype=torch.float64), steps=3)
+    grid = torch.linspace(0, 1, 4, dtype=torch.float64).tolist()
+    assert seen == list(itertools.pairwise(grid))

@@ -115,3 +115,22 @@ def test_effective_sample_size():
 def test_bad_settings(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_diagnostics_of_half_precision_are_summed_in_more(dtype):
+    weight = torch.rand(300, 400, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = mbot.effective_sample_size(weight)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, mbot.effective_sample_size(weight.float()))
+    torch.testing.assert_close(mbot.marginal_tilt(weight), mbot.marginal_tilt(weight.float()))
+    cost = weight[:, :300]
+    assert mbot.condition_ratio(cost, cost.mT, 0.01) == mbot.condition_ratio(cost.float(), cost.mT.float(), 0.01)
+
+
+def test_targets_that_an_unbalanced_plan_leaves_without_mass_are_told():
+    x0, x1 = torch.zeros(3, 1), torch.tensor([[0.0], [30.0], [0.1]])
+    coupling = OTCoupling(mbot.UnbalancedOT(reg=0.1, reg_marginal=0.5))
+    with pytest.warns(UserWarning, match=r"1 of 3 targets .* no mass"):
+        pairs = coupling(x0, x1)
+    assert pairs.target.tolist() == [0, 2]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import mbot
 from mbot.transport import large_clouds
@@ -214,3 +215,22 @@ def test_unbalanced_values_in_the_weights_of_points_without_mass(large):
         step = 1e-6 * torch.eye(6, dtype=torch.float64)
         slopes = [(transport.value(cost, a + s, b) - transport.value(cost, a - s, b)) / 2e-6 for s in step]
     torch.testing.assert_close(grad, torch.stack(slopes), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [mbot.MiniBatchOT, mbot.BoMbOT])
+@pytest.mark.parametrize("transport", REGULARISED, ids=str)
+def test_forward_mode_derivatives_of_losses_without_a_backward(transport, loss):
+    torch.manual_seed(0)
+    x, y, along = (torch.randn(2, 5, 2, dtype=torch.float64) for _ in range(3))
+    value = loss(transport, num_batches=2, batch_size=5).from_batches
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(value(forward_ad.make_dual(x, along), y)).tangent
+    (grad,) = torch.autograd.grad(value(x.requires_grad_(), y), x)
+    torch.testing.assert_close(found, (grad * along).sum())
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=str)
+def test_forward_mode_derivatives_in_weights_are_refused(transport):
+    x, y, a, b = problem()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        transport.value(mbot.pairwise_cost(x, y), forward_ad.make_dual(a, torch.ones_like(a)), b)

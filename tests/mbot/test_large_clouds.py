@@ -100,3 +100,17 @@ def test_what_does_not_converge_warns_and_bad_input_raises(streamed):
         EntropicOT(0.5)(x, y, torch.ones(30, dtype=torch.float64), torch.ones(40, dtype=torch.float64))
     with pytest.raises(ValueError, match="finite"):
         EntropicOT(0.5)(x * torch.nan, y)
+
+
+@pytest.mark.parametrize("cost", ["sqeuclidean", "dot", "cosine"])
+def test_points_changed_in_place_before_the_backward_are_an_error_or_change_nothing(cost, monkeypatch):
+    monkeypatch.setitem(large_clouds._MOST, "cpu", 1)
+    x, y = torch.randn(20, 3).requires_grad_(), torch.randn(15, 3)
+    (right,) = torch.autograd.grad(EntropicOT(1.0)(x, y, cost=cost), x)
+    value = EntropicOT(1.0)(x, y, cost=cost)
+    y.mul_(3)
+    if cost == "dot":  # made of the points themselves, not of copies
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(value, x)
+    else:
+        torch.testing.assert_close(torch.autograd.grad(value, x)[0], right)

@@ -54,3 +54,19 @@ def test_the_barycentric_map_visits_each_point_as_often_as_asked():
     assert mapped.flatten().tolist() == [1] * 9 + [1e3]
     with pytest.raises(ValueError, match="a batch of 11 cannot be drawn from the 10 points of x"):
         mbot.MiniBatchOT(mbot.ExactOT(), num_batches=1, batch_size=11).barycentric_map(far, far)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_barycentric_map_of_half_precision_points_is_summed_in_more(dtype):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 2, generator=g).to(dtype), (torch.randn(40, 2, generator=g) + 3).to(dtype)
+
+    def mapped(x, y):
+        loss = mbot.MiniBatchOT(
+            mbot.EntropicOT(1.0), num_batches=4, batch_size=20, generator=torch.Generator().manual_seed(0)
+        )
+        return loss.barycentric_map(x, y, visits=64)[0]
+
+    found = mapped(x, y)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), mapped(x.float(), y.float()), rtol=torch.finfo(dtype).eps, atol=1e-3)

@@ -316,3 +316,16 @@ def test_the_rest_of_nearly_all_mass_stays_however_little_it_is():
     assert float(PartialOT(1.0).value(cost, a, b)) == pytest.approx(1.0, rel=1e-9)
     forbidden = torch.tensor([[1.0], [torch.inf]], dtype=torch.float64)
     assert float(PartialOT(1.0).value(forbidden, a, b)) == pytest.approx(1.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("more", [1e-11, 1e-10, 0.5, 1 - 1e-10])
+def test_the_least_part_of_a_pair_is_paid_for(more):
+    """A second pair that costs 1e9 times the first one."""
+    cost = torch.tensor([[1.0, 1e9], [1e9, 1e9]], dtype=torch.float64)
+    plan = PartialOT((1 + more) / 2).plan(cost)
+    assert float(plan.cost(cost)) == pytest.approx((1 + more * 1e9) / 2, rel=1e-5)
+    x, y = torch.tensor([[[0.0], [1e5]]], dtype=torch.float64), torch.tensor([[[1.0], [-1e5]]], dtype=torch.float64)
+    loss = mbot.MiniBatchOT(PartialOT((1 + more) / 2), num_batches=1, batch_size=2)
+    # The second pair comes by another matching: 0 with -1e5 and 1e5 with 1, or 0 with 1 and 1e5 with -1e5.
+    second = (1e5**2 + (1e5 - 1) ** 2) - 1
+    assert float(loss.from_batches(x, y)) == pytest.approx((1 + more * second) / 2, rel=1e-5)

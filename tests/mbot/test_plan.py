@@ -144,3 +144,18 @@ def test_entries_and_distinct_masses_of_both_forms_make_the_same_plan():
         assert plan.distinct_mass().shape == plan.mass.shape
     assert sparse.distinct_mass().tolist() == [[0.25, 0.5, 0.0, 0.0], [0.5, 0.25, 0.125, 0.0]]
     assert torch.equal(dense.distinct_mass(), dense.mass)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_barycentric_map_of_half_precision_points_takes_masses_that_do_not_fit(dtype, sparse):
+    n = 600
+    y = torch.rand(n, 1, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mass = torch.arange(1.0, n + 1) * 1e-12
+    index = torch.arange(n)
+    plan = Plan(mass, (1, n), torch.zeros_like(index), index) if sparse else Plan(mass[None], (1, n))
+    mapped, reached = plan.barycentric_map(y)
+    assert mapped.dtype == dtype
+    assert bool(reached.all())
+    expected = (mass[:, None] * y.float()).sum(0) / mass.sum()
+    torch.testing.assert_close(mapped[0].float(), expected, rtol=torch.finfo(dtype).eps, atol=0)

@@ -14,8 +14,9 @@ from scipy.optimize import linear_sum_assignment, linprog
 
 import mbot
 from mbot import BoMbCoupling, ConditionalOTCoupling, ExactOT, OTCoupling, PartialOT
+from mbot.certify import certified
 from mbot.kernels import device_matching
-from mbot.problem import Live, Problems
+from mbot.problem import TOLERANCE, Live, Problems, Solution
 from mbot.solvers.matching import match
 from mbot.solvers.simplex import simplex
 
@@ -399,3 +400,23 @@ def test_problems_of_different_sizes(sizes, dtype, place):
         assert found.mass[p].tolist() == [1] * n + [0] * (max(sizes) - n)
         assert float((cost.double() - found.f[p, :n, None] - found.g[p, :n]).min()) > -1e-12
     assert float(found.error.max()) < 1e-9
+
+
+def test_mass_that_is_missing_counts_at_its_price():
+    """One pair of cost 1 moves, and the next 1e-10 of a pair, at 1e9 a pair, does not."""
+    cost = torch.tensor([[[1.0, 1e9], [1e9, 1e9]]], dtype=torch.float64)
+    f, g = torch.tensor([[1.0, 1e9], [0.0, 0.0]], dtype=torch.float64)[:, None]
+    for moved, right in ((1.0, True), (1 + 1e-14, True), (1 + 1e-10, False)):
+        solution = Solution(None, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.float64), f, g)
+        found = certified(Problems.dense(cost, mass=moved), lambda _, solution=solution: solution)
+        assert (found.error[0] <= TOLERANCE) == right
+
+
+def test_entries_without_mass_between_others_cost_no_mass():
+    """The last entries were dropped for those that rounding had left empty."""
+    index, none = torch.tensor([[0, 0, 1]]), torch.zeros(1, 2, dtype=torch.float64)
+    mass = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64)
+    solution = Solution(index, index, mass, none, none, np.zeros(1))
+    weight = torch.full((1, 2), 0.5, dtype=torch.float64)
+    found = Live.of(weight, weight).solve(torch.zeros(1, 2, 2), {lambda _: solution: np.arange(1)})
+    assert float(found.mass.sum()) == 1
