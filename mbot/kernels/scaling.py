@@ -10,79 +10,26 @@ for larger ones. Their potentials then go into the exponent, ``P0 = exp((low + f
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from mbot.kernels.exponentials import exp, extent, log
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
 
 BALANCED, KL_RELAXED, UPPER_BOUNDED = 0, 1, 2
-_IN_ORDER: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
-_OPTIONS: dict[str, Any] = {**_IN_ORDER, "fastmath": {"reassoc", "nsz", "contract"}}
-_EXP = tuple(1 / math.factorial(k) for k in range(12, -1, -1))
-_LOG = tuple(1 / k for k in range(21, 2, -2))
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
 _HUGE = 1e250  # scalings beyond this (or its inverse) are not followed
 _SOON, _LOOK, _FEW = 4, 6, 8  # rounds between looks at the rate, at first and later, and that are left as they are
 _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
 _SLAB = 4096  # exponentials that are taken at a time
 _RELAX_MOST, _RELAX_BELOW = 1.9, 0.1  # largest factor, and the error from which rounds are over-relaxed
 _STEEP = 600.0  # logarithm of the largest entry of a kernel with potentials in it, which free masses may exceed
-_REACH = 12.0  # largest change of a potential in a Newton step
+_REACH = 12.0  # largest change of a potential in a step
 _DIRECT = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 _NEAR, _WIDEST = 100.0, 2000.0  # from the first up to the second, problems come from larger regularisations
 _ROUNDS, _ROUGHLY = 8, 0.1  # rounds at most at each of these, and the share of the mass that may still move there
-
-
-@compiled(**{**_OPTIONS, "fastmath": {"nnan", "nsz", "reassoc"}})
-def _range(cost):  # type: ignore[no-untyped-def]
-    """The least and the largest finite number."""
-    low, high = np.inf, -np.inf
-    for c in cost:
-        finite = c if c < np.inf else -np.inf
-        low = c if c < low else low
-        high = finite if finite > high else high
-    return low, high
-
-
-@compiled(**_IN_ORDER)
-def _series(x, coefficients):  # type: ignore[no-untyped-def]
-    """A polynomial from its coefficients, the highest first."""
-    value = 0.0
-    for c in coefficients:
-        value = value * x + c
-    return value
-
-
-@compiled(**_IN_ORDER)
-def _exp(x, bits):  # type: ignore[no-untyped-def]
-    """``exp(x)`` in place, to rounding and 0 below -690: a series around multiples of log 2, which vectorises."""
-    powers = bits.view(np.float64)
-    for t in range(len(x)):
-        y = x[t] if x[t] > -700.0 else -700.0
-        y = y if y < 700.0 else 700.0
-        k = np.rint(y * 1.4426950408889634)
-        r = y - k * 0.6931471803691238  # log 2 in two parts, of which the first has few digits
-        r = r - k * 1.9082149292705877e-10
-        x[t] = _series(r, _EXP) if y > -690.0 else 0.0
-        bits[t] = (np.int64(np.int32(k)) + 1023) << 52
-    for t in range(len(x)):
-        x[t] *= powers[t]
-
-
-@compiled(**_IN_ORDER)
-def _log(x, out, bits):  # type: ignore[no-untyped-def]
-    """``log(x)`` of normal positive numbers, to rounding: exponents, and ``2 artanh`` of what is left."""
-    given, rest = x.view(np.int64), bits.view(np.float64)
-    for t in range(len(x)):
-        exponent = (given[t] - 4604544271217802240) >> 52  # of x in units of sqrt(1/2)
-        bits[t] = given[t] - (exponent << 52)
-        out[t] = np.float64(np.int32(exponent))
-    for t in range(len(x)):
-        s = (rest[t] - 1.0) / (rest[t] + 1.0)
-        q = s * s
-        out[t] = out[t] * 0.6931471805599453 + 2.0 * (s + s * q * _series(q, _LOG))
 
 
 @compiled(**_OPTIONS)
@@ -120,10 +67,10 @@ def _update(sums, weight, scale, new, bits, kind, parameter, cap):  # type: igno
     Points of weight 0 are scaled by 0.
     """
     if kind == KL_RELAXED:
-        _log(sums, new, bits)
+        log(sums, new, bits)
         for i in range(len(new)):
             new[i] *= -parameter / (1.0 + parameter)
-        _exp(new, bits)
+        exp(new, bits)
     elif kind == UPPER_BOUNDED:
         cap = _cap(weight, sums, parameter, cap)
         if not 1 / _HUGE < cap < _HUGE:
@@ -238,13 +185,17 @@ def _col_sums(kernel, u, out):  # type: ignore[no-untyped-def]
 
 @compiled(**_OPTIONS)
 def _beyond(new, scale, relax, ratio, bits):  # type: ignore[no-untyped-def]
-    """Over-relaxed scalings ``scale (new / scale)^relax``, written to ``new``."""
+    """Over-relaxed scalings ``scale (new / scale)^relax``, written to ``new``; less of it where changes are huge."""
     for i in range(len(new)):
         ratio[i] = new[i] / scale[i] if scale[i] > 0.0 else 1.0
-    _log(ratio, new, bits)
+    log(ratio, new, bits)
+    farthest = _REACH  # all by the same share, so that the direction stays
+    for i in range(len(new)):
+        farthest = max(farthest, relax * abs(new[i]))
+    relax *= _REACH / farthest
     for i in range(len(new)):
         new[i] *= relax
-    _exp(new, bits)
+    exp(new, bits)
     for i in range(len(new)):
         new[i] *= scale[i]
 
@@ -257,6 +208,8 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
     that is the best for it (Young's formula for successive over-relaxation), or, where these would be many, too, take
     a Newton step, and then further ones, with the same system as long as each halves the error. One that raises it is
     undone. The last round is a plain one, which leaves the columns exact.
+
+    Other problems go where rounds of that rate would lead (Aitken's extrapolation), and take plain ones from there.
     """
     n, newton = len(u), kind == BALANCED and len(u) <= _NEWTON_SIZE
     new_u, new_v, rows, cols = np.empty(n), np.empty(len(v)), np.empty(n), np.empty(len(v))
@@ -264,7 +217,7 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
     ratio_u, ratio_v = np.empty(n), np.empty(len(v))
     relax, most = 1.0, _RELAX_MOST if kind == BALANCED else 1.0
     row_cap = col_cap = 1.0
-    before, since, rate, look, stepped = np.inf, 0, -np.inf, 2 if kind == BALANCED else budget, False
+    before, since, rate, look, stepped = np.inf, 0, -np.inf, 2 if kind == BALANCED else _LOOK, False
     price = 5.0 + 0.75 * n
     for turn in range(budget + 1):
         _row_sums(kernel, v, rows)
@@ -277,6 +230,13 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
         if stepped and not error < before:
             new_u, plain = plain, new_u
             before, since, look, stepped = np.inf, turn, turn + _LOOK, False
+        elif kind != BALANCED and (stepped or turn >= look):
+            rate = 0.0 if stepped else np.log(error / before) / (turn - since)
+            stepped = -np.inf < rate < 0.0 and np.log(tol / error) / rate > _FEW
+            if stepped:
+                plain[:] = new_u
+                _beyond(new_u, u, 1.0 / (1.0 - np.exp(rate)), ratio_u, bits)
+            before, since, look = error, turn, turn + _LOOK
         elif stepped or turn >= look:
             if not stepped:
                 rate = min(np.log(error / before) / (turn - since), -1e-9)
@@ -359,7 +319,7 @@ def _absorb(scale, weight, potential, room, reg, bits):  # type: ignore[no-untyp
     """Add ``reg log scale`` to potentials in units of the cost; points of weight 0 keep theirs."""
     for i in range(len(scale)):
         scale[i] = scale[i] if weight[i] > 0.0 else 1.0
-    _log(scale, room[: len(scale)], bits)
+    log(scale, room[: len(scale)], bits)
     for i in range(len(scale)):
         potential[i] += reg * room[i]
 
@@ -375,9 +335,11 @@ def _solve(  # type: ignore[no-untyped-def]
     a, u, f, b, v, g = np.empty(n), np.empty(n), np.empty(n), np.empty(m), np.empty(m), np.empty(m)
     for p in range(begin, stop):
         error[p], turns[p] = -1.0, 0
-        low, high = _range(cost[p].reshape(-1))
+        least_cost, most_cost = extent(cost[p].reshape(-1))
+        low, high = np.float64(least_cost), np.float64(most_cost)
         half, level = low / 2.0, reg  # costs are lowered by ``low``, and potentials on each side by half of it
-        if not (high - low <= (_DIRECT if kind == UPPER_BOUNDED else _WIDEST) * reg and abs(half / reg) < np.inf):
+        widest = _DIRECT if kind == UPPER_BOUNDED else _WIDEST
+        if not (high - low <= widest * reg and abs(half / reg) < np.inf and 1.0 / reg < np.inf):
             continue
         while kind != UPPER_BOUNDED and high - low > _NEAR * level:
             level *= 4.0
@@ -385,12 +347,13 @@ def _solve(  # type: ignore[no-untyped-def]
         g[:] = 0.0
         first, rounds, share = True, 0, -1.0
         while True:
+            inverse = 1.0 / level
             for i in range(n):
                 for j in range(m):
-                    kernel[i, j] = ((low - np.float64(cost[p, i, j])) + (f[i] + g[j])) / level
-            fits = first or _range(entries)[1] < _STEEP
+                    kernel[i, j] = ((low - np.float64(cost[p, i, j])) + (f[i] + g[j])) * inverse
+            fits = first or extent(entries)[1] < _STEEP
             for t in range(0, n * m, _SLAB):
-                _exp(entries[t : t + _SLAB], bits)
+                exp(entries[t : t + _SLAB], bits)
             relaxed = level + parameter * reg if kind == KL_RELAXED else np.inf
             fits &= _begin(a_all[p], f, half, relaxed, first, a, u) & _begin(b_all[p], g, half, relaxed, first, b, v)
             if not fits:

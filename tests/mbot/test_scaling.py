@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbot import EntropicOT, MiniBatchOT, PartialOT, UnbalancedOT, pairwise_cost
-from mbot.kernels import scaling
+from mbot.kernels import exponentials, scaling
 from mbot.solvers import entropic
 from mbot.solvers.marginals import UpperBounded
 from mbot.testing import without_fast_paths
@@ -187,11 +187,11 @@ def test_losses_and_gradients_of_kernel_and_loop(inner, dtype):
 def test_exponentials_and_logarithms_are_those_of_numpy():
     x = np.concatenate((np.linspace(-689, 700, 4001), [0.0, -0.0, -1e-300, -np.inf, -750.0]))
     bits, found = np.empty(len(x), np.int64), x.copy()
-    scaling._exp(found, bits)
+    exponentials.exp(found, bits)
     np.testing.assert_allclose(found[:-2], np.exp(x[:-2]), rtol=1e-15)
     assert found[-2:].tolist() == [0, 0]
     y, logs = np.exp(np.linspace(-690, 700, 4001)), np.empty(4001)
-    scaling._log(y, logs, bits)
+    exponentials.log(y, logs, bits)
     np.testing.assert_allclose(logs, np.log(y), rtol=1e-15, atol=1e-15)
 
 
@@ -280,6 +280,50 @@ def test_over_relaxed_rounds_are_fewer():
     scale, new, room = np.array([1.0, 2.0, 0.0]), np.array([4.0, 1.0, 0.0]), np.empty(3)
     scaling._beyond(new, scale, 1.5, room, np.empty(3, np.int64))
     np.testing.assert_allclose(new, [8.0, 2.0 * 0.5**1.5, 0.0])
+    scale, new = np.array([1.0, 1.0]), np.exp([1.0, -0.5])
+    scaling._beyond(new, scale, 100.0, room[:2], np.empty(2, np.int64))
+    np.testing.assert_allclose(new, np.exp([12.0, -6.0]))  # in the same direction, and no farther
+
+
+def relaxed_step(sums, weight):
+    return weight / sums ** (50 / 51)
+
+
+def bounded_step(sums, weight):
+    """Scalings of at most a level, found by bisection, at which 0.8 of the mass moves."""
+    low, high = np.zeros((len(sums), 1)), (weight / sums).max(1, keepdims=True)
+    for _ in range(80):
+        level = (low + high) / 2
+        less = np.minimum(weight, level * sums).sum(1, keepdims=True) < 0.8
+        low, high = np.where(less, level, low), np.where(less, high, level)
+    return np.minimum(weight / sums, high)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameter", "step"),
+    [(scaling.KL_RELAXED, 50.0, relaxed_step), (scaling.UPPER_BOUNDED, 0.8, bounded_step)],
+    ids=["relaxed", "bounded"],
+)
+def test_extrapolated_rounds_are_fewer(kind, parameter, step):
+    """Than plain ones, which lead to the same plan."""
+    x = torch.randn(20, 24, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cost = pairwise_cost(x, x.flip(1) * 0.7 + 1)
+    cost -= cost.amin((1, 2), keepdim=True)
+    reg, weight = 0.05 * float(cost.mean()), np.full((20, 24), 1 / 24)
+    plan, *_, error, rounds = scaling.iterate(cost.numpy(), weight, weight, kind, parameter, reg, 3000, 1e-9)
+    kernel, u, v, needed = np.exp(-cost.numpy() / reg), weight, weight, np.zeros(20)
+    for _ in range(1000):
+        before, sums = u, np.einsum("pij,pj->pi", kernel, v)
+        u = step(sums, weight)
+        needed += (sums * abs(u - before)).sum(1) > 1e-9 * (sums * before).sum(1)
+        v = step(np.einsum("pij,pi->pj", kernel, u), weight)
+        if kind == scaling.KL_RELAXED:
+            rows, cols = ((weight * (weight / scale) ** (1 / parameter)).sum(1, keepdims=True) for scale in (u, v))
+            u, v = u * (rows / cols) ** (parameter / 2), v / (rows / cols) ** (parameter / 2)
+    plain = u[:, :, None] * kernel * v[:, None, :]
+    assert (error <= 1e-9).all()
+    assert 1.5 * rounds.mean() < needed.mean() < 900
+    np.testing.assert_allclose(plan, plain, atol=1e-7)
 
 
 def test_a_newton_step_is_one():
