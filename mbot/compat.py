@@ -21,7 +21,6 @@ from mbot.couplings.drawing import sources_of, stratified
 from mbot.eager import outside_graphs
 from mbot.numerics import rows_of
 from mbot.plan import Plan
-from mbot.random import draw
 from mbot.transport import EntropicOT, ExactOT, Transport, UnbalancedOT
 
 # Looser than POT's limits (1000 iterations, 1e-9), and still below what a draw of pairs can show.
@@ -190,13 +189,13 @@ class OTPlanSampler:
 
     def _plan(self, x0: Tensor, x1: Tensor) -> Plan:
         cost = self._cost(x0, x1)
-        if self.method == "exact":
-            return self.transport.plan(cost)
-        with warnings.catch_warnings():
-            if not self.warn:
-                warnings.simplefilter("ignore", convergence.ConvergenceWarning)
+        if self.warn or self.method == "exact":
             plan = self.transport.plan(cost)
-        if float(plan.total_mass()) >= 1e-8:
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", convergence.ConvergenceWarning)
+                plan = self.transport.plan(cost)
+        if self.method != "unbalanced" or float(plan.total_mass()) >= 1e-8:  # the others move all mass
             return plan
         if self.warn:
             convergence.warn(
@@ -225,8 +224,8 @@ class OTPlanSampler:
             return self.generator
         copy = torch.Generator()
         copy.set_state(torch.get_rng_state())
-        seed = draw(torch.rand, 1, generator=copy, device=torch.device("cpu"), dtype=torch.float64)
-        return torch.Generator().manual_seed(int(seed.view(torch.int64)))
+        seed = torch.rand(1, generator=copy, dtype=torch.float64)
+        return copy.manual_seed(int(seed.view(torch.int64)))
 
 
 def _transposed(plan: Plan) -> Plan:

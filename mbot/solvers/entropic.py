@@ -20,6 +20,7 @@ _WIDE = 2e3  # costs spread over more regularisations than this need float64, an
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
 _REFINE = 50  # rounds on plans whose potentials have too few digits
 _BUDGET = 400  # rounds, and two a row, in the compiled kernel, and before forbidden pairs are looked at
+_CHEAP = 1 << 18  # cells that the kernel goes through in less time than the driver needs to begin: more of its rounds
 
 
 @dataclass(kw_only=True)
@@ -34,11 +35,24 @@ class Plans(Solution):
     cols: Tensor
     transport: Tensor  # ``<C, P>``
 
-    def relative_to(self, a: Tensor, b: Tensor) -> Plans:
-        """The same with potentials of ``P = a b exp(phi + psi - C / reg)``; 0 at points of weight 0."""
-        self.phi = torch.where(a > 0, self.phi - a.log(), 0)
-        self.psi = torch.where(b > 0, self.psi - b.log(), 0)
-        return self
+    def report(self, step: Marginal, a: Tensor, b: Tensor, reg: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials ``(B, n)``, ``(B, m)`` in units of the cost, and what the objective holds beside ``<C, P>``, (B,).
+
+        Potentials are those of ``P = a b exp((f + g - C) / reg)``, 0 at points of weight 0; of `UpperBounded` problems
+        those of ``P = exp((f + g - C) / reg)``. All in the dtype of the plans.
+        """
+        if self.plan.device.type == "cpu" and fast_paths.get():
+            from mbot.kernels.objective import report
+
+            vectors = (self.plan, self.phi, self.psi, a, b, self.rows, self.cols, self.transport)
+            parts = report(*(part.contiguous().numpy() for part in vectors), *step.compiled(), reg)
+            return torch.from_numpy(parts[0]), torch.from_numpy(parts[1]), torch.from_numpy(parts[2])
+        phi, psi = self.phi, self.psi
+        if step.relative:
+            phi, psi = torch.where(a > 0, phi - a.log(), 0), torch.where(b > 0, psi - b.log(), 0)
+        penalty = reg * step.objective(phi, psi, a, b, self.rows, self.cols) - self.transport
+        dtype = self.plan.dtype
+        return (reg * phi).to(dtype), (reg * psi).to(dtype), penalty.to(dtype)
 
     def take(self, which: Tensor) -> Plans:
         """Some of the problems; no iterations yet."""
@@ -54,7 +68,7 @@ class Plans(Solution):
 
 
 def solve_matrices(
-    cost: Tensor, a: Tensor, b: Tensor, step: Marginal, *, reg: float, max_iter: int, tol: float
+    cost: Tensor, a: Tensor, b: Tensor, step: Marginal, *, reg: float, max_iter: int, tol: float, uniform: bool = False
 ) -> Plans:
     """Solve, and check the plans against what they claim.
 
@@ -69,12 +83,13 @@ def solve_matrices(
         reg: regularisation > 0.
         max_iter: rounds.
         tol: stop when a round would move less than this share of the mass.
+        uniform: whether the weights are all above 0 anyway.
 
     Raises:
         ValueError: forbidden pairs leave no plan with the marginals.
     """
     tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
-    if not (float(a.amin()) > 0 and float(b.amin()) > 0):
+    if not uniform and not (float(a.amin()) > 0 and float(b.amin()) > 0):
         cost = torch.where((a > 0)[:, :, None] & (b > 0)[:, None, :], cost, torch.inf)
     cost = step.with_mass(cost, a, b, reg)
     return _compiled_first(cost, a, b, step, reg, max_iter, tol, partial(_solved, step=step, reg=reg, tol=tol))
@@ -89,7 +104,7 @@ def _compiled_first(
     most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
     if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
         return others(cost, a, b, max_iter=max_iter)
-    found = _compiled(cost, a, b, step, reg, min(max_iter, _BUDGET + 2 * n), tol)
+    found = _compiled(cost, a, b, step, reg, min(max_iter, _BUDGET + 2 * n + _CHEAP // (n * m)), tol)
     if bool(found.converged.all()):
         return found
     untried, slow = found.error < 0, ~found.converged & (found.iterations < max_iter)
@@ -249,6 +264,8 @@ def _compiled(cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, bu
 
     c, rows, cols = (part.contiguous().numpy() for part in (cost, a, b))
     found = iterate(c, rows, cols, *step.compiled(), reg, budget, tol)
-    plan, phi, psi, row_mass, col_mass, transport, error, iterations = (torch.from_numpy(part) for part in found)
-    converged = (error >= 0) & (error <= tol)
+    share = found[6]
+    plan, phi, psi, row_mass, col_mass, transport, error, iterations, converged = (
+        torch.from_numpy(part) for part in (*found, (share >= 0) & (share <= tol))
+    )
     return Plans(phi, psi, error, iterations, converged, plan=plan, rows=row_mass, cols=col_mass, transport=transport)

@@ -22,6 +22,7 @@ class Marginal(ABC):
     """What a problem asks of its row (or column) masses; the defaults are those of fixed and bounded masses."""
 
     relaxes = False  # whether over-relaxed steps converge
+    relative = True  # whether potentials are reported relative to the weights
 
     @property
     def negligible(self) -> float:
@@ -43,6 +44,10 @@ class Marginal(ABC):
     @abstractmethod
     def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
         """What ``phi`` contributes to the dual objective, in units of reg, up to a constant: ``(B,)``."""
+
+    @abstractmethod
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """The objective in units of reg, ``(B,)``, from potentials as they are reported and the plan's marginals."""
 
     @abstractmethod
     def least(self, weight: Tensor) -> Tensor:
@@ -95,6 +100,10 @@ class Balanced(Marginal):
         """``<weight, phi>``."""
         return (log_weight.exp() * phi).sum(-1)
 
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """The dual value: its error is of second order in the potentials'."""
+        return (a * phi).sum(-1) + (b * psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
+
     def least(self, weight: Tensor) -> Tensor:
         """All of it."""
         return weight.sum(-1)
@@ -143,6 +152,11 @@ class KLRelaxed(Marginal):
         """``-ratio sum weight exp((log weight - phi) / ratio)``."""
         return -self.ratio * self._terms(phi, log_weight).exp().sum(-1)
 
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Entropy relative to ``a ⊗ b``, the cost, and what the masses pay."""
+        entropy = (rows * phi).sum(-1) + (cols * psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
+        return entropy + self.ratio * (_divergence(rows, a) + _divergence(cols, b))
+
     def least(self, weight: Tensor) -> Tensor:
         """None of it."""
         return torch.zeros_like(weight[:, 0])
@@ -167,8 +181,8 @@ class KLRelaxed(Marginal):
         The total mass reaches the largest of these bounds.
         """
         least, most = cost.aminmax()
-        room, stiff = 50.0 * reg * (1 + 2 * self.ratio), a.amax() * b.amax() > 1e10
-        if float(most) <= room and float(-least) <= room and not bool(stiff):
+        room = 50.0 * reg * (1 + 2 * self.ratio)
+        if float(most) <= room and -float(least) <= room and float(a.amax()) * float(b.amax()) <= 1e10:
             return cost
         share = (1 + self.ratio) / (1 + 2 * self.ratio)
         bound = share * (a.log()[:, :, None] + b.log()[:, None, :]) - cost.double() / (reg * (1 + 2 * self.ratio))
@@ -189,6 +203,8 @@ class KLRelaxed(Marginal):
 @dataclass(frozen=True)
 class UpperBounded(Marginal):
     """Row masses are at most their weights, and their sum is ``total``."""
+
+    relative = False
 
     total: float
 
@@ -232,6 +248,10 @@ class UpperBounded(Marginal):
         weight = log_weight.exp()
         return (weight * phi).sum(-1) - (weight.sum(-1) - self.total) * level
 
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Entropy of the plan, and the cost."""
+        return (rows * phi).sum(-1) + (cols * psi).sum(-1)
+
     def least(self, weight: Tensor) -> Tensor:
         """The mass."""
         return torch.full_like(weight[:, 0], self.total)
@@ -242,3 +262,8 @@ class UpperBounded(Marginal):
         sums = torch.where(mass > 0, mass.log() - relative, -torch.inf)
         # A point that nothing reaches is full, as all are, where the level is infinite.
         return torch.minimum(log_weight, (self._level(sums, log_weight) + sums).nan_to_num(torch.inf)).exp()
+
+
+def _divergence(x: Tensor, p: Tensor) -> Tensor:
+    """Generalised Kullback-Leibler divergence over the last axis, with 0 log 0 = 0."""
+    return (x.xlogy(x) - x.xlogy(p) - x + p).sum(-1)
