@@ -74,10 +74,17 @@ def kept_targets(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor,
     return sources_of(plan, target, generator), target
 
 
-def stratified(plan: Plan, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """``count`` pairs, in proportion to mass: each cell in expectation, each target up to rounding."""
-    if not plan.is_sparse:
-        return drawing.stratified(plan.mass, count, partial(_uniform, generator=generator, like=plan.mass))
+def stratified(plan: Plan | Tensor, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """``count`` pairs, in proportion to mass: each cell in expectation, each target up to rounding.
+
+    Args:
+        plan: one plan, or the masses ``(n, m)`` of a dense one.
+        count: number of pairs.
+        generator: source of randomness.
+    """
+    if isinstance(plan, Tensor) or not plan.is_sparse:
+        mass = plan if isinstance(plan, Tensor) else plan.mass
+        return drawing.stratified(mass, count, partial(_uniform, generator=generator, like=mass))
     mass = plan.col_mass().double()
     target = systematic(mass * (count / mass.sum()), generator)
     return sources_of(plan, target, generator), target

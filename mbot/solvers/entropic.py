@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,6 +96,33 @@ def solve_matrices(
     return _compiled_first(cost, a, b, step, reg, max_iter, tol, partial(_solved, step=step, reg=reg, tol=tol))
 
 
+def uniform_mass(cost: Tensor, step: Marginal, *, reg: float, max_iter: int, tol: float) -> Tensor | None:
+    """The plan ``(n, m)`` of one problem with uniform weights where the compiled kernel is all that it takes, else None.
+
+    Arguments are those of `solve_matrices`; the costs ``(n, m)`` are checked here.
+    """
+    n, m = cost.shape
+    if cost.device.type != "cpu" or n * m > _CACHED or not fast_paths.get():
+        return None
+    least, most = (float(extreme) for extreme in cost.aminmax())
+    checks.cost_range(cost, least, most)
+    if not step.ordinary(least, most, reg):
+        return None
+    from mbot.kernels.scaling import iterate
+
+    tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
+    weights = np.full((1, n), 1 / n), np.full((1, m), 1 / m)
+    plan, *_, share, _ = iterate(
+        cost.contiguous().numpy()[None], *weights, *step.compiled(), reg, _budget(max_iter, n, m), tol
+    )
+    return torch.from_numpy(plan[0]) if 0 <= share[0] <= tol else None
+
+
+def _budget(max_iter: int, n: int, m: int) -> int:
+    """Rounds that a problem gets in the compiled kernel."""
+    return min(max_iter, _BUDGET + 2 * n + _CHEAP // (n * m))
+
+
 def _compiled_first(
     cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
     others: Callable[..., Plans], forbidden: bool = False,
@@ -104,7 +132,7 @@ def _compiled_first(
     most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
     if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
         return others(cost, a, b, max_iter=max_iter)
-    found = _compiled(cost, a, b, step, reg, min(max_iter, _BUDGET + 2 * n + _CHEAP // (n * m)), tol)
+    found = _compiled(cost, a, b, step, reg, _budget(max_iter, n, m), tol)
     if bool(found.converged.all()):
         return found
     untried, slow = found.error < 0, ~found.converged & (found.iterations < max_iter)

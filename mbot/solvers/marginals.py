@@ -65,6 +65,10 @@ class Marginal(ABC):
         """Log-weights ``(B, n)`` at which potentials lowered by ``amount`` ``(B, 1)`` solve the problem."""
         return log_weight
 
+    def ordinary(self, least: float, most: float, reg: float) -> bool:
+        """Whether costs in this range are such that all plans of bounded weights have masses that are numbers."""
+        return most < math.inf
+
     def with_mass(self, cost: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
         """The costs, ``+inf`` where no plan has a mass that is a number of float64.
 
@@ -175,14 +179,17 @@ class KLRelaxed(Marginal):
         """``log weight - amount / (1 + ratio)``."""
         return log_weight - amount / (1 + self.ratio)
 
+    def ordinary(self, least: float, most: float, reg: float) -> bool:
+        """See `Marginal`."""
+        return max(most, -least) <= 50.0 * reg * (1 + 2 * self.ratio)
+
     def with_mass(self, cost: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
         """See `Marginal`. By optimality ``(1 + 2 ratio) log P_ij <= (1 + ratio) log (a_i b_j) - C_ij / reg``.
 
         The total mass reaches the largest of these bounds.
         """
         least, most = cost.aminmax()
-        room = 50.0 * reg * (1 + 2 * self.ratio)
-        if float(most) <= room and -float(least) <= room and float(a.amax()) * float(b.amax()) <= 1e10:
+        if self.ordinary(float(least), float(most), reg) and float(a.amax()) * float(b.amax()) <= 1e10:
             return cost
         share = (1 + self.ratio) / (1 + 2 * self.ratio)
         bound = share * (a.log()[:, :, None] + b.log()[:, None, :]) - cost.double() / (reg * (1 + 2 * self.ratio))

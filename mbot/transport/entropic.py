@@ -11,7 +11,7 @@ from mbot import checks, convergence
 from mbot.cost import Cost
 from mbot.eager import outside_graphs
 from mbot.plan import Plan
-from mbot.solvers.entropic import Plans, solve_matrices
+from mbot.solvers.entropic import Plans, solve_matrices, uniform_mass
 from mbot.solvers.marginals import Balanced
 from mbot.transport.base import Transport, flat_weights, weighted_points
 from mbot.transport.large_clouds import entropic_values, too_large
@@ -67,6 +67,10 @@ class EntropicOT(Transport):
         """See `Transport`."""
         f, g = entropic_potentials(plan, cost, a, b, self.reg, 1.0)
         return f - f.mean(-1, keepdim=True), g - g.mean(-1, keepdim=True)
+
+    def uniform_mass(self, cost: Tensor) -> Tensor | None:
+        """See `Transport`."""
+        return uniform_mass(cost, Balanced(), reg=self.reg, max_iter=self.max_iter, tol=self.tol)
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.plan import Plan
-from mbot.solvers.entropic import solve_matrices
+from mbot.solvers.entropic import solve_matrices, uniform_mass
 from mbot.solvers.marginals import KLRelaxed
 from mbot.transport.base import Transport, flat_weights
 from mbot.transport.entropic import entropic_potentials, plan_of
@@ -62,6 +62,11 @@ class UnbalancedOT(Transport):
             total = others.sum(-1)
             slopes.append(self.reg_marginal * (1 - share) + self.reg * (total[..., None] - share))
         return slopes[0], slopes[1]
+
+    def uniform_mass(self, cost: Tensor) -> Tensor | None:
+        """See `Transport`."""
+        step = KLRelaxed(self.reg_marginal / self.reg)
+        return uniform_mass(cost, step, reg=self.reg, max_iter=self.max_iter, tol=self.tol)
 
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
