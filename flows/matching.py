@@ -202,6 +202,8 @@ class Objective(ABC):
     times: TimeLaw = field(default_factory=UniformTimes)
     time_weight: TimeWeight | None = None
 
+    _chosen = False  # whether the coupling was given: a loader may bring its own then only if it is the same
+
     def __post_init__(self) -> None:
         check_path(self.path)
         check_times(self.times)
@@ -209,6 +211,8 @@ class Objective(ABC):
             raise TypeError(f"time_weight must be a function of times (B,) or None; got {self.time_weight!r}")
         if self.coupling is None:
             object.__setattr__(self, "coupling", self.path.default_coupling())
+        else:
+            object.__setattr__(self, "_chosen", True)
         self.path.check_coupling(check_coupling(self.coupling))
 
     def settings(self) -> dict[str, str]:
@@ -225,7 +229,7 @@ class Objective(ABC):
         """
         if coupling is None or coupling == self.coupling:
             return self
-        if self.coupling != self.path.default_coupling():
+        if self._chosen:
             raise ValueError(f"the loader pairs by {coupling!r}, the objective by {self.coupling!r}: give one of them")
         return replace(self, coupling=coupling)
 

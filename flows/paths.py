@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mbot import Coupling, EntropicOT, IndependentCoupling, OTCoupling, SinkhornCoupling, checks
+from mbot import Coupling, EntropicOT, IndependentCoupling, OTCoupling, checks
 
 _FLOOR = 1e-8  # under t (1 - t) in the bridge's velocity, as in the reference implementation
 
@@ -145,10 +145,11 @@ class SchrodingerBridgePath(AffinePath):
     """Brownian bridges of the Schrödinger bridge (SB-CFM; Tong et al. 2024, arXiv 2302.00482).
 
     ``xt = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) noise`` with velocity
-    ``(1 - 2t) / (2 t (1 - t)) (xt - mean) + x1 - x0``. The bridge belongs with entropic pairs of regularisation
-    ``2 sigma²``, which `flows.FlowMatching`, `flows.Trainer` and the command line take unless they are given a
-    coupling. Entropic pairs of another regularisation and independent pairs (that of an infinite one) contradict it;
-    exact pairs, the limit of a small ``sigma``, and conditional ones are taken.
+    ``(1 - 2t) / (2 t (1 - t)) (xt - mean) + x1 - x0``. The bridge belongs with entropic pairs of squared distances at
+    the regularisation ``2 sigma²`` (``sigma²`` of the cost ``"dot"``, which has the same plans), which
+    `flows.FlowMatching`, `flows.Trainer` and the command line take unless they are given a coupling. Entropic pairs of
+    another regularisation or of other costs and independent pairs (an infinite regularisation) contradict it; exact
+    pairs, the limit of a small ``sigma``, and conditional ones are taken. See `mbot.Coupling.entropic_reg`.
 
     The velocity's noise term has an infinite limit at t = 0 and t = 1 (and a loss whose variance grows with
     ``log 1/t``); ``t (1 - t)`` is floored as in the reference, so that the velocity stays finite there.
@@ -174,18 +175,13 @@ class SchrodingerBridgePath(AffinePath):
         return OTCoupling(EntropicOT(reg=2 * self.sigma**2, tol=1e-3))
 
     def check_coupling(self, coupling: Coupling) -> None:
-        """Refuse independent pairs, and entropic ones of another regularisation than ``2 sigma²``."""
-        wanted, reg = 2 * self.sigma**2, None
-        if isinstance(coupling, IndependentCoupling):
-            reg = math.inf
-        elif isinstance(coupling, OTCoupling) and isinstance(coupling.transport, EntropicOT):
-            reg = coupling.transport.reg
-        elif isinstance(coupling, SinkhornCoupling) and not coupling.relative:
-            reg = coupling.reg
+        """Refuse independent pairs, and entropic ones of another regularisation than ``2 sigma²`` or of other costs."""
+        wanted, reg = 2 * self.sigma**2, coupling.entropic_reg
         if reg is not None and not math.isclose(reg, wanted, rel_tol=1e-6):
+            has = "is of other costs" if math.isnan(reg) else f"has reg = {reg:g} for these"
             raise ValueError(
-                f"{self} is made of entropic pairs of reg = 2 sigma² = {wanted:g}; {coupling} has reg = {reg:g}. Give "
-                "no coupling for the path's own, or the sigma that belongs to the coupling"
+                f"{self} is made of entropic pairs of reg = 2 sigma² = {wanted:g} for squared distances; {coupling} "
+                f"{has}. Give no coupling for the path's own, or the sigma that belongs to the coupling"
             )
 
     def weights(self, t: Tensor) -> Weights:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import pickle
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 
 from flows.matching import FlowMatching
 from flows.paths import Path
+from mbot.testing.tools import check_settings, require
 
 _ROWS = 5
 
@@ -33,9 +32,10 @@ def check_path(path: Path, *, device: torch.device | str = "cpu") -> None:
 
     >>> check_path(flows.LinearPath(sigma=0.1))
     """
-    _require(isinstance(path, Path), f"a path is derived from flows.Path; got {type(path).__name__}")
+    require(isinstance(path, Path), f"a path is derived from flows.Path; got {type(path).__name__}")
     device = torch.device(device)
-    for check in (_settings, _shapes, _inputs_stay, _rows, _noise, _ends, _derivative, _finite, _training):
+    check_settings(path)
+    for check in (_shapes, _inputs_stay, _rows, _noise, _ends, _derivative, _finite, _training):
         check(path, device)
 
 
@@ -53,12 +53,6 @@ def _at(path: Path, time: float | Tensor, x0: Tensor, x1: Tensor, noise: Tensor 
     except Exception as error:
         raise AssertionError(_case(path, f"sample raised {error!r}", t, (x0, x1, noise))) from error
     return point, velocity
-
-
-def _require(promise: bool, says: str) -> None:
-    """An assertion that ``python -O`` keeps."""
-    if not promise:
-        raise AssertionError(says)
 
 
 def _case(path: Path, says: str, t: Tensor, inputs: Any, row: int = 0) -> str:
@@ -81,21 +75,6 @@ def _equal(
         raise AssertionError(_case(path, values, t, inputs, row))
 
 
-def _settings(path: Path, device: torch.device) -> None:
-    _require(dataclasses.is_dataclass(path), f"{path!r} is no dataclass: its settings are not compared and saved")
-    again = pickle.loads(pickle.dumps(path))
-    _require(again == path, f"{path!r} is not equal to its pickled copy {again!r}")
-    _require(
-        repr(again) == repr(path), f"{path!r} prints as {again!r} once pickled: resumed runs compare what is printed"
-    )
-    for field in dataclasses.fields(path):
-        try:
-            setattr(path, field.name, getattr(path, field.name))
-        except dataclasses.FrozenInstanceError:
-            continue
-        raise AssertionError(f"{path!r}: its setting {field.name} can be changed; use @dataclass(frozen=True)")
-
-
 def _shapes(path: Path, device: torch.device) -> None:
     for shape in ((3,), (1, 4, 4)):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -104,7 +83,7 @@ def _shapes(path: Path, device: torch.device) -> None:
             for name, value in zip(("point", "velocity"), _at(path, t, *inputs), strict=True):
                 got = f"{value.dtype} of shape {tuple(value.shape)}, on {value.device}"
                 same = value.shape == inputs[0].shape and value.dtype == dtype and value.device == inputs[0].device
-                _require(same, _case(path, f"the {name} is {got}", t, inputs))
+                require(same, _case(path, f"the {name} is {got}", t, inputs))
 
 
 def _inputs_stay(path: Path, device: torch.device) -> None:
@@ -112,7 +91,7 @@ def _inputs_stay(path: Path, device: torch.device) -> None:
     before = [value.clone() for value in (*inputs, t)]
     first = _at(path, t, *inputs)
     for name, old, new in zip(("x0", "x1", "noise", "t"), before, (*inputs, t), strict=True):
-        _require(torch.equal(old, new), _case(path, f"sample changed {name} in place", before[3], before[:3]))
+        require(torch.equal(old, new), _case(path, f"sample changed {name} in place", before[3], before[:3]))
     for name, a, b in zip(("point", "velocity"), first, _at(path, t, *inputs), strict=True):
         _equal(path, f"a second call gives another {name}", b, a, t, inputs)
 
@@ -132,7 +111,7 @@ def _noise(path: Path, device: torch.device) -> None:
     with_noise, mirrored = (_at(path, t, x0, x1, value) for value in (noise, -noise))
     used = any(not torch.equal(a, b) for a, b in zip(with_noise, mirrored, strict=True))
     says = f"needs_noise is {path.needs_noise}, but noise {'changes' if used else 'does not change'} the result"
-    _require(path.needs_noise == used, _case(path, says, t, (x0, x1, noise)))
+    require(path.needs_noise == used, _case(path, says, t, (x0, x1, noise)))
     if not used:
         for name, got, want in zip(("point", "velocity"), _at(path, t, x0, x1, None), with_noise, strict=True):
             _equal(path, f"the {name} without noise differs", got, want, t, (x0, x1, None))
@@ -174,7 +153,7 @@ def _finite(path: Path, device: torch.device) -> None:
         for time in (0.0, 1e-30, 1e-7, 1 - 1e-7, 1.0):
             t = torch.full((_ROWS,), time, device=device)
             for name, value in zip(("point", "velocity"), _at(path, t, *inputs), strict=True):
-                _require(bool(value.isfinite().all()), _case(path, f"the {name} is not finite", t, inputs))
+                require(bool(value.isfinite().all()), _case(path, f"the {name} is not finite", t, inputs))
 
 
 def _training(path: Path, device: torch.device) -> None:
@@ -185,4 +164,4 @@ def _training(path: Path, device: torch.device) -> None:
     (gradient,) = torch.autograd.grad(loss, slope)
     good = bool(loss.isfinite()) and bool(gradient.isfinite())
     says = f"with {matching.coupling!r} the loss is {float(loss.detach())}, its gradient {float(gradient)}"
-    _require(good, f"{path!r}: {says}")
+    require(good, f"{path!r}: {says}")

@@ -91,7 +91,8 @@ class PlanBlock:
             row, col, mass = (part[at] for part in plan.entries())
             row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
             mass, matched = (weight[at][:, None] * mass).flatten(), costs[at].flatten()
-            return matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
+            total = matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
+            return total if plan.piecewise_constant else first_order(total)
         mass = plan.mass * weight[..., None, None]
         if not self.aligned:
             mass = mass.transpose(1, 2).reshape(costs.shape)

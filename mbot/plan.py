@@ -168,9 +168,12 @@ class Plan:
     potentials: tuple[Tensor, Tensor] | None = None
     penalty: Tensor = None  # type: ignore[assignment]  # filled in by __post_init__
 
+    _linear = True
+
     def __post_init__(self) -> None:
         if self.mass.requires_grad:
             object.__setattr__(self, "mass", self.mass.detach())
+        object.__setattr__(self, "_linear", self.penalty is None)
         for name, value, dtype in _UNLESS_GIVEN:
             if getattr(self, name) is None:
                 full = torch.full(self.batch_shape, value, dtype=dtype or self.mass.dtype, device=self.mass.device)
@@ -197,6 +200,14 @@ class Plan:
     def is_sparse(self) -> bool:
         """Whether the plan is kept as entries."""
         return isinstance(self._form, _Sparse)
+
+    @property
+    def piecewise_constant(self) -> bool:
+        """Whether small changes of the costs leave the plan as it is, so that second derivatives of values are right.
+
+        So it is for solutions of linear problems: sparse plans that were made without a penalty.
+        """
+        return self.is_sparse and self._linear
 
     def to_dense(self) -> Tensor:
         """The plan as ``(…, n, m)``; repeated entries are added up."""

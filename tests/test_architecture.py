@@ -149,7 +149,8 @@ CONCRETE = {"ExactOT": "exact", "EntropicOT": "entropic", "PartialOT": "partial"
 def test_no_module_but_its_own_asks_for_a_concrete_transport():
     asked = [
         f"{name}:{node.lineno}"
-        for name, tree in modules("mbot").items()
+        for package in PACKAGES
+        for name, tree in modules(package).items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
         for leaf in ast.walk(node.args[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from mbot import checks
 from mbot.conditions import Labels, check
 from mbot.convergence import one_warning, warn
+from mbot.cost import Cost
 from mbot.eager import outside_graphs
 from mbot.numerics import full_float32, rows_of
 from mbot.random import draw
@@ -104,6 +106,15 @@ class Coupling(ABC):
         """Whether the points of its data set have noises of their own, see `mbot.DataCoupling`."""
         return False
 
+    @property
+    def entropic_reg(self) -> float | None:
+        """Regularisation of the entropic plan of squared Euclidean costs that the pairs are drawn from.
+
+        ``inf`` for independent pairs, NaN for an entropic plan of other costs; None where no regularisation is known
+        before the samples are, and for pairs of any other kind.
+        """
+        return None
+
     @abstractmethod
     def _pair(
         self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None
@@ -118,6 +129,16 @@ def tell_ignored(coupling: Coupling) -> None:
         "ConditionalOTCoupling pairs within classes",
         UserWarning,
     )
+
+
+def squared_reg(reg: float, cost: Cost) -> float:
+    """Regularisation at which squared Euclidean costs have the entropic plans of ``cost`` at ``reg``; NaN for others.
+
+    ``|x - y|² = |x|² + |y|² - 2 <x, y>``, and norms change no plan. A callable counts as the squared distance.
+    """
+    if not isinstance(cost, str):
+        return reg
+    return {"sqeuclidean": reg, "dot": 2 * reg}.get(cost, math.nan)
 
 
 def in_order(x0: Tensor, x1: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

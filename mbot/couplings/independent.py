@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,11 @@ class IndependentCoupling(Coupling):
     def sources_per_target(self) -> int:
         """The one of its own row."""
         return 1
+
+    @property
+    def entropic_reg(self) -> float:
+        """Infinite."""
+        return math.inf
 
     def _pair(
         self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None

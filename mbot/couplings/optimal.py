@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.cost import Cost, check_cost, pairwise
-from mbot.couplings.base import Coupling, Labels, Pairs
+from mbot.couplings.base import Coupling, Labels, Pairs, squared_reg
 from mbot.couplings.drawing import every_target, kept_targets, refilled, with_replacement
 from mbot.diagnostics import plan_entropy
 from mbot.transport import ExactOT, Transport, ValueTransport
@@ -84,6 +84,12 @@ class OTCoupling(Coupling):
                 )
             if self.replacement:
                 raise ValueError("give refill or replacement, not both: draws with replacement fill the whole batch")
+
+    @property
+    def entropic_reg(self) -> float | None:
+        """See `Coupling`: that of the transport."""
+        reg = self.transport.entropic_reg
+        return None if reg is None else squared_reg(reg, self.cost)
 
     def _pair(
         self, x0: Tensor, x1: Tensor, y0: Labels | None, y1: Labels | None, generator: torch.Generator | None

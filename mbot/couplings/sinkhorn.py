@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mbot import checks, convergence
 from mbot.cost import Cost, at_least_float32, check_cost, paired, pairwise
-from mbot.couplings.base import Coupling, Labels, Pairs
+from mbot.couplings.base import Coupling, Labels, Pairs, squared_reg
 from mbot.geometry import Dense, Geometry, Points, Shard
 from mbot.numerics import running_sum
 from mbot.random import draw
@@ -107,6 +107,11 @@ class SinkhornCoupling(Coupling):
         if "potentials" not in info:
             raise ValueError(f"info must come from a SinkhornCoupling; it holds {list(info)}")
         return dataclasses.replace(self, start=info["potentials"])
+
+    @property
+    def entropic_reg(self) -> float | None:
+        """See `Coupling`; None if ``reg`` is relative to the costs."""
+        return None if self.relative else squared_reg(self.reg, self.cost)
 
     def _pair(
         self,

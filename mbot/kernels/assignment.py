@@ -3,7 +3,7 @@
 Two stages a problem:
 
 1. an auction with epsilon-scaling (Bertsekas 1988) in float32 on costs scaled to least 0 and mean 1, from the mean
-   costs of the columns: prices that are nearly optimal, for about 15 to 40 vectorised scans a row;
+   costs of the columns: prices that are nearly optimal, for a few vectorised scans a row;
 2. an exact finish in float64 from those prices (Jonker and Volgenant 1987): greedy matching on each row's cheapest
    column, augmenting row reduction, then shortest augmenting paths for the rows that are left, usually a handful.
 
@@ -16,16 +16,17 @@ from __future__ import annotations
 import numpy as np
 
 from mbot.kernels import HUGE, LARGEST_COST, SAMPLE, SMALL
-from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
+from mbot.kernels.scans import BLOCK, OPTIONS, least_of, relaxed, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
 
 # First epsilon of an auction that starts from the columns' mean costs, or from no prices; in units of the mean minus
 # the least cost.
-FIRST_EPSILON, COLD_EPSILON = 0.05, 0.25
-_PART = 0.8  # of the mean prices, the best over clouds in 2 to 3072 features
+FIRST_EPSILON, COLD_EPSILON = 0.025, 0.25
+PART = 0.8  # of the mean prices, the best over clouds in 2 to 3072 features
 _FEW = 48  # up to this many rows the finish is as fast without the auction if it begins with half the rows matched
-_FACTOR, _STOP, _SMALL_STOP = 0.15, 0.1, 0.3  # ratio of the steps; the last one, times n, of large and small problems
+TOGETHER = 4  # rows that bid at a time
+_FACTOR, _LAST, _LEAST = 0.13, 0.015, 1e-5  # of the steps: about their ratio, the last one times n, and its bound
 
 
 @compiled(nogil=True, error_model="numpy")
@@ -45,32 +46,33 @@ def unusual(entries, low, total):  # type: ignore[no-untyped-def]
 def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-untyped-def]
     """Epsilon-scaled auction from given prices: near-optimal ones are left. ``cost`` has least 0 and mean 1."""
     n = cost.shape[0]
-    last = max((_STOP if n > _FEW else _SMALL_STOP) / n, 1e-5)
-    while True:
+    last = max(_LAST / n, _LEAST)
+    steps = max(0, int(np.ceil(np.log(last / epsilon) / np.log(_FACTOR) - 0.3)))
+    factor = (last / epsilon) ** (1.0 / max(steps, 1))
+    (first, second), wanted = np.empty((2, TOGETHER), np.float32), np.empty(TOGETHER, np.int64)
+    for _ in range(steps + 1):
         for i in range(n):
             col_of[i] = -1
             row_of[i] = -1
             queue[i] = i
         head, waiting, bids = 0, n, 0
         while waiting > 0 and bids < 64 * n:  # the bound only guards against price wars; the finish is exact
-            # Two rows bid on the same prices: their scans overlap in the processor. Prices only fall, so the second
-            # bid stays valid unless both want the same column.
-            i = queue[head]
-            first, second, j = two_smallest(cost[i], price, n)
-            rival, other_j = -1, -1
-            other_first, other_second = first, second
-            if waiting > 1:
-                rival = queue[head + 1 if head + 1 < n else 0]
-                other_first, other_second, other_j = two_smallest(cost[rival], price, n)
-            for turn in range(2):
-                if turn == 1:
-                    if rival < 0 or other_j == j:
-                        break
-                    i, first, second, j = rival, other_first, other_second, other_j
+            # Several rows bid on the same prices: their scans overlap in the processor. Prices only fall, so a bid
+            # stays valid unless one before it wants the same column.
+            together = min(waiting, TOGETHER)
+            for k in range(together):
+                at = head + k
+                first[k], second[k], wanted[k] = two_smallest(cost[queue[at - n if at >= n else at]], price, n)
+            for k in range(together):
+                i, j, clash = queue[head], wanted[k], False
+                for other in range(k):
+                    clash |= wanted[other] == j
+                if clash:
+                    break
                 head = head + 1 if head + 1 < n else 0
                 waiting -= 1
                 bids += 1
-                price[j] -= (second - first) + epsilon
+                price[j] -= (second[k] - first[k]) + epsilon
                 loser = row_of[j]
                 row_of[j] = i
                 col_of[i] = j
@@ -79,25 +81,12 @@ def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-unt
                     tail = head + waiting
                     queue[tail - n if tail >= n else tail] = loser
                     waiting += 1
-        if epsilon <= last:
-            return
-        epsilon *= _FACTOR
+        epsilon *= factor
 
 
 @compiled(**OPTIONS)
-def relax(row, price, shift, dist, open_dist, parent, via):  # type: ignore[no-untyped-def]
-    """Shorten the distances of the columns that are not settled yet by going through the row ``via``."""
-    for j in range(len(dist)):
-        h = row[j] - price[j] - shift
-        better = (h < dist[j]) & (open_dist[j] < np.inf)
-        dist[j] = h if better else dist[j]
-        open_dist[j] = h if better else open_dist[j]
-        parent[j] = via if better else parent[j]
-
-
-@compiled(**OPTIONS)
-def mean_prices(cost, total, price):  # type: ignore[no-untyped-def]
-    """Prices to start from: a part of the columns' mean costs, less the mean of all.
+def mean_prices(cost, total, part, price):  # type: ignore[no-untyped-def]
+    """Prices to start from: ``part`` of the columns' mean costs, less the mean of all.
 
     Of costs ``f_i + g_j`` the whole of them would be optimal.
     """
@@ -108,7 +97,7 @@ def mean_prices(cost, total, price):  # type: ignore[no-untyped-def]
         for j in range(n):
             price[j] += row[j]
     for j in range(n):
-        price[j] = _PART * (price[j] / n - total / (n * n))
+        price[j] = part * (price[j] / n - total / (n * n))
 
 
 @compiled(**OPTIONS)
@@ -131,7 +120,7 @@ def _greedy(cost, price, col_of, row_of, free):  # type: ignore[no-untyped-def]
 
 
 @compiled(**OPTIONS)
-def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, unmatched, zero):  # type: ignore[no-untyped-def]
+def _finish(cost, price, col_of, row_of, dist, reach, closed, parent, free, unmatched):  # type: ignore[no-untyped-def]
     """Exact assignment after `_greedy`, from any prices; on return the prices are optimal dual variables."""
     n = cost.shape[0]
     for _ in range(2):  # augmenting row reduction: a bid without epsilon
@@ -159,23 +148,20 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, unmatche
 
     for f in range(unmatched):  # shortest augmenting paths
         start = free[f]
-        row = cost[start]
         for j in range(n):
-            h = row[j] - price[j]
-            dist[j] = h
-            open_dist[j] = h
-            parent[j] = start
+            closed[j] = price[j]
+            reach[j] = np.inf
+        row, shift, via = cost[start], 0.0, start
         while True:
-            least, _, end = two_smallest(open_dist, zero, n)
-            i = row_of[end]
-            if i < 0:
+            least, end = relaxed(row, closed, shift, reach, parent, via)
+            via = row_of[end]
+            if via < 0:
                 break
-            open_dist[end] = np.inf  # settled
-            row = cost[i]
+            dist[end], reach[end], closed[end] = least, np.inf, -np.inf  # settled
+            row = cost[via]
             shift = row[end] - price[end] - least
-            relax(row, price, shift, dist, open_dist, parent, i)
         for j in range(n):
-            if open_dist[j] == np.inf:
+            if closed[j] == -np.inf:
                 price[j] += dist[j] - least
         while True:
             i = parent[end]
@@ -190,16 +176,16 @@ def _finish(cost, price, col_of, row_of, dist, open_dist, parent, free, unmatche
 @compiled(**OPTIONS)
 def room_for(largest):  # type: ignore[no-untyped-def]
     """Arrays that solving a problem of up to so many rows works in."""
-    whole, real = np.empty((3, largest), np.int64), np.empty((2, largest), np.float64)
+    whole, real = np.empty((3, largest), np.int64), np.empty((3, largest), np.float64)
     scaled, narrow = np.empty(largest * largest, np.float32), np.empty(largest, np.float32)
-    return scaled, narrow, real[0], real[1], whole[0], whole[1], whole[2], np.zeros(max(largest, BLOCK))
+    return scaled, narrow, real[0], real[1], real[2], whole[0], whole[1], whole[2], np.zeros(max(largest, BLOCK))
 
 
 @compiled(**OPTIONS, inline="always")
 def both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignore[no-untyped-def]
     """An auction from the prices with first step ``epsilon`` ``excess`` (mean minus least cost), and the finish."""
     n = cost.shape[0]
-    scaled_flat, price32, dist, open_dist, row_of, parent, free, zero = room
+    scaled_flat, price32, dist, reach, closed, row_of, parent, free, _ = room
     left = _greedy(cost, price, col_of, row_of, free) if n <= _FEW else n
     if excess > 0 and left > n // 2:
         scale = 1.0 / excess
@@ -214,7 +200,7 @@ def both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignor
         left = n
     if left == n:
         left = _greedy(cost, price, col_of, row_of, free)
-    _finish(cost, price, col_of, row_of[:n], dist[:n], open_dist[:n], parent[:n], free[:n], left, zero)
+    _finish(cost, price, col_of, row_of[:n], dist[:n], reach[:n], closed[:n], parent[:n], free[:n], left)
 
 
 @compiled(**OPTIONS)
@@ -230,9 +216,9 @@ def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-d
     """
     n = cost.shape[0]
     entries = cost.reshape(n * n)
-    low, total, mean = least_of(entries, room[7]), total_of(entries), 0.0
+    low, total, mean = least_of(entries, room[8]), total_of(entries), 0.0
     if epsilon >= FIRST_EPSILON:
-        mean_prices(cost, total, price)
+        mean_prices(cost, total, PART, price)
     for j in range(n):
         mean += price[j] / n
     for j in range(n):
@@ -254,7 +240,7 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
         cost = entries.reshape(n, n)
         col_of = column[at : at + n]
         price = col_dual[at : at + n]
-        low = least_of(entries, room[7])
+        low = least_of(entries, room[8])
         total = total_of(entries)
         excess = total / (n * n) - low
         if not capped and unusual(entries, low, total):
@@ -263,7 +249,7 @@ def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, c
             continue
         price[:] = 0.0
         if not capped:  # caps would make up the means
-            mean_prices(cost, total, price)
+            mean_prices(cost, total, PART, price)
         both_stages(cost, low, excess, price, COLD_EPSILON if capped else FIRST_EPSILON, col_of, room)
         for i in range(n):
             row_dual[at + i], _, _ = two_smallest(cost[i], price, n)

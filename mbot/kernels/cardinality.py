@@ -3,9 +3,9 @@
 A matching with k pairs of n rows and columns is an assignment in which q = n - k rows go to a sink D at no cost and q
 columns are filled from a source R at no cost. Two stages a problem, as for the full assignment:
 
-1. for all but small problems, the epsilon-scaled auction in float32, for prices that are nearly optimal. The places
-   of D are bid for as one object and R bids as one person (Bertsekas and Castanon 1989): copies of them that compete
-   with each other would make most bids;
+1. for prices that are nearly optimal, the epsilon-scaled auction in float32; small problems start from the mean costs
+   of the columns. The places of D are bid for as one object and R bids as one person (Bertsekas and Castanon 1989):
+   copies of them that compete with each other would make most bids;
 2. an exact finish in float64 in which D and R are single nodes with capacity q: their copies are identical, and a
    shortest-path search would visit every one of them at the same distance. One more such path, from D to R, gives
    the matching with one pair more.
@@ -19,14 +19,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mbot.kernels.assignment import unusual
+from mbot.kernels.assignment import TOGETHER, mean_prices, unusual
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, relaxed, total_of, two_smallest
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
 
 _FIRST_EPSILON, _FACTOR, _LAST = 0.05, 0.15, 0.15  # of the auction: first step, ratio of steps, last one times n
+_PART = 0.5  # of the mean prices, the best over clouds in 2 and 64 features
 _CHUNK = 1 << 15  # costs
-_COLD = 16  # up to this many pairs the finish is as fast from zero prices as the auction and the finish together
+_FEW = 16  # up to this many pairs the finish is faster from mean prices than after an auction
 
 
 @compiled(**OPTIONS)
@@ -61,6 +62,7 @@ def _auction(cost, price, open_price, level, zero, best, row_of, queue, taken): 
     columns that R fills: as no price ever rises, what one of them was overbid by would be lost on all others.
     """
     n, q, epsilon = cost.shape[0], len(level), _FIRST_EPSILON
+    (first, second), wanted = np.empty((2, TOGETHER), np.float32), np.empty(TOGETHER, np.int64)
     for i in range(n):
         best[i], _, _ = two_smallest(cost[i], price, n)
         row_of[i] = n
@@ -79,8 +81,8 @@ def _auction(cost, price, open_price, level, zero, best, row_of, queue, taken): 
         head, waiting, supply, bids = 0, n, q, 0
         while waiting + supply > 0 and bids < 64 * n:  # the bound only guards against price wars; the finish is exact
             if waiting == 0:  # R fills the column of the highest price
-                first, second, j = two_smallest(open_price, zero, n)
-                price[j] -= (second - first) + epsilon
+                least, runner_up, j = two_smallest(open_price, zero, n)
+                price[j] -= (runner_up - least) + epsilon
                 open_price[j] = np.inf
                 if row_of[j] >= 0:
                     queue[head] = row_of[j]
@@ -89,28 +91,26 @@ def _auction(cost, price, open_price, level, zero, best, row_of, queue, taken): 
                 supply -= 1
                 bids += 1
                 continue
-            # Two rows bid on the same prices, as in a complete assignment's auction.
-            i = queue[head]
-            first, second, j = two_smallest(cost[i], price, n)
-            rival, other_j = -1, -1
-            other_first, other_second = first, second
-            if waiting > 1:
-                rival = queue[head + 1 if head + 1 < n else 0]
-                other_first, other_second, other_j = two_smallest(cost[rival], price, n)
-            for turn in range(2):
-                if turn == 1:
-                    if rival < 0 or other_j == j:
-                        break
-                    i, first, second, j = rival, other_first, other_second, other_j
+            # Several rows bid on the same prices, as in a complete assignment's auction.
+            together = min(waiting, TOGETHER)
+            for k in range(together):
+                at = head + k
+                first[k], second[k], wanted[k] = two_smallest(cost[queue[at - n if at >= n else at]], price, n)
+            for k in range(together):
+                i, j, clash = queue[head], wanted[k], False
+                for other in range(k):
+                    clash |= wanted[other] == j
+                if clash:
+                    break
                 head = head + 1 if head + 1 < n else 0
                 waiting -= 1
                 bids += 1
-                if cheapest < first:
+                if cheapest < first[k]:
                     loser = taken[place]
-                    taken[place], level[place] = i, first + epsilon
+                    taken[place], level[place] = i, first[k] + epsilon
                     cheapest, _, place = two_smallest(level, zero, q)
                 else:
-                    price[j] -= (min(second, cheapest) - first) + epsilon
+                    price[j] -= (min(second[k], cheapest) - first[k]) + epsilon
                     open_price[j] = -price[j]
                     loser = row_of[j]
                     row_of[j] = i
@@ -205,7 +205,7 @@ def _finish(cost, q, price, col_of, row_of, dist, reach, closed, taker, free, ze
     group_cost[:] = np.inf  # of each column, the cheapest row in D
     for i in range(n):
         if col_of[i] == n:
-            relaxed(cost[i], zero, 0.0, group_cost, group_row, i, zero)
+            relaxed(cost[i], zero, 0.0, group_cost, group_row, i)
     for f in range(unmatched + supply):  # shortest augmenting paths from the free rows, then from R
         start = free[f] if f < unmatched else n
         for j in range(n):
@@ -220,7 +220,7 @@ def _finish(cost, q, price, col_of, row_of, dist, reach, closed, taker, free, ze
         source_at = -2 if start == n else -1  # the column through which R was reached
         shift, via = 0.0, start
         while True:
-            least, end = relaxed(row, closed, shift, reach, taker, via, zero)
+            least, end = relaxed(row, closed, shift, reach, taker, via)
             if not passed and sink < least:
                 row, shift, via, passed = group_cost, theta - sink, n + 1, True
                 continue
@@ -294,7 +294,7 @@ def _one_more(cost, price, col_of, row_of, dist, reach, closed, taker, zero, gro
         reach[j] = np.inf
     row, shift, via = group_cost, 0.0, n + 1
     while True:
-        least, end = relaxed(row, closed, shift, reach, taker, via, zero)
+        least, end = relaxed(row, closed, shift, reach, taker, via)
         via = row_of[end]
         if via == n:
             break
@@ -360,6 +360,16 @@ def _start(flat, least, excess, q, prices):  # type: ignore[no-untyped-def]
 
 
 @compiled(**OPTIONS)
+def _start_few(flat, least, excess, prices):  # type: ignore[no-untyped-def]
+    """Prices by the mean costs of the columns."""
+    n = prices.shape[1]
+    for p in range(len(prices)):
+        if excess[p] > 0:
+            cost = flat[p * n * n : (p + 1) * n * n].reshape(n, n)
+            mean_prices(cost, (least[p] + excess[p]) * (n * n), _PART, prices[p])
+
+
+@compiled(**OPTIONS)
 def _end(flat, excess, q, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """The matchings, from prices of the columns in ``col_dual``."""
     more, n = column.shape[1] > 1, column.shape[2]
@@ -397,8 +407,10 @@ def solve(
     least, excess = np.empty((2, len(column)))
     _measured(flat, capped, least, excess)
     col_dual[:] = 0
-    if column.shape[2] - q > _COLD:  # a function of its own: small problems need not compile it
+    if column.shape[2] - q > _FEW:  # a function of its own: small problems need not compile it
         _start(flat, least, excess, q, col_dual)
+    elif not capped:  # caps would make up the means
+        _start_few(flat, least, excess, col_dual)
     _end(flat, excess, q, column, row_dual, col_dual)
 
 

@@ -1,4 +1,7 @@
-"""Exponentials, logarithms and extents of arrays, which vectorise."""
+"""Exponentials, logarithms and extents of arrays in place of numpy's, as loops that vectorise; compiled with numba.
+
+Sums are in the order that is written: digits of ``log 2`` in two parts would not survive another one.
+"""
 
 from __future__ import annotations
 

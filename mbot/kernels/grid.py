@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbot.kernels import LARGEST_COST
-from mbot.kernels.assignment import FIRST_EPSILON, both_stages, mean_prices, room_for
+from mbot.kernels.assignment import FIRST_EPSILON, PART, both_stages, mean_prices, room_for
 from mbot.kernels.cardinality import chunks, solve
 from mbot.kernels.certificate import error_of
 from mbot.kernels.scans import BLOCK, OPTIONS, least_of, total_of, two_smallest
@@ -100,13 +100,13 @@ def complete(costs_of, wide, begin, stop, out):  # type: ignore[no-untyped-def]
     cost, (price, f, costs, left_a, left_b) = np.empty((n, n), x.dtype), np.empty((5, n))
     entries = cost.reshape(n * n)
     for p in range(begin, stop):
-        _make(product, first, x, y, norms_x, norms_y, p // wide * n, p % wide * n, room[7], cost, least[p])
+        _make(product, first, x, y, norms_x, norms_y, p // wide * n, p % wide * n, room[8], cost, least[p])
         low, total = np.float64(least[p].min()), total_of(entries)
         error[p] = np.nan
         if not _usual(low, total):
             continue
         match = column[p, 0]
-        mean_prices(cost, total, price)
+        mean_prices(cost, total, PART, price)
         both_stages(cost, low, total / (n * n) - low, price, FIRST_EPSILON, match, room)
         value = 0.0
         for i in range(n):
@@ -201,7 +201,7 @@ def moved(x, y, column, shares, weight, by_target, begin, stop, out):  # type: i
         y: ``(k' n, d)``.
         column: ``(k, k', E, n)`` int64, the column of each row in each matching; -1 for none.
         shares: ``(E,)`` float64 weights of the matchings.
-        weight: ``(k, k')`` float64 weights of the problems.
+        weight: ``(k, k')`` float64 weights of the problems, of any sign.
         by_target: whether for the points of y.
         begin: first mini-batch.
         stop: end of the mini-batches.
@@ -211,14 +211,13 @@ def moved(x, y, column, shares, weight, by_target, begin, stop, out):  # type: i
     for one in range(begin, stop):
         for other in range(column.shape[0] if by_target else column.shape[1]):
             i, j = (other, one) if by_target else (one, other)
-            if weight[i, j] > 0:
+            if weight[i, j] != 0:  # negative where the loss is subtracted
                 for e in range(len(shares)):
-                    factor = x.dtype.type(2 * weight[i, j] * shares[e])
+                    factor = x.dtype.type((-2 if by_target else 2) * weight[i, j] * shares[e])
                     for r in range(n):
                         if column[i, j, e, r] >= 0:
-                            left, right = x[i * n + r], y[j * n + column[i, j, e, r]]
-                            if by_target:
-                                left, right = right, left
-                            line = out[one * n + (column[i, j, e, r] if by_target else r)]
+                            # By indices: views of the rows would be counted as references, at most of the run time.
+                            left, right = i * n + r, j * n + column[i, j, e, r]
+                            line = right if by_target else left
                             for k in range(d):
-                                line[k] += factor * (left[k] - right[k])
+                                out[line, k] += factor * (x[left, k] - y[right, k])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mbot.kernels.exponentials import exp, extent, log
+from mbot.kernels.newton import factorise, newton_step
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
 
@@ -26,7 +27,7 @@ _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
 _SLAB = 4096  # exponentials that are taken at a time
 _RELAX_MOST, _RELAX_BELOW = 1.9, 0.1  # largest factor, and the error from which rounds are over-relaxed
 _STEEP = 600.0  # logarithm of the largest entry of a kernel with potentials in it, which free masses may exceed
-_REACH = 12.0  # largest change of a potential in a step
+_FARTHEST = 12.0  # largest change of a potential by an extrapolation
 _DIRECT = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 _NEAR, _WIDEST = 100.0, 2000.0  # from the first up to the second, problems come from larger regularisations
 _ROUNDS, _ROUGHLY = 8, 0.1  # rounds at most at each of these, and the share of the mass that may still move there
@@ -92,116 +93,73 @@ def _update(sums, weight, scale, new, bits, kind, parameter, cap):  # type: igno
 
 
 @compiled(**_OPTIONS)
-def _factorise(kernel, a, b, sums, u, v, system):  # type: ignore[no-untyped-def]
-    """The Newton system of a balanced problem with exact columns, as Cholesky's upper factor; returns success.
-
-    With ``P = u P0 v`` a step solves ``(diag(P 1) - P diag(1 / b) P^T) d log u = a - P 1``; a constant added to the
-    matrix chooses among potentials, which are free up to one.
-    """
-    n, m = kernel.shape
-    total = a.sum()
-    parts = np.zeros((4, n))  # four columns of the plan
-    system[:] = total / (n * n)
-    for first in range(0, m, 4):
-        for j in range(first, first + 4):
-            scale = v[j] / np.sqrt(b[j]) if j < m and b[j] > 0.0 else 0.0
-            for i in range(n):
-                parts[j - first, i] = kernel[i, j] * u[i] * scale if scale > 0.0 else 0.0
-        for i in range(n):
-            p, q, r, s = parts[0, i], parts[1, i], parts[2, i], parts[3, i]
-            for k in range(i, n):
-                system[i, k] -= (p * parts[0, k] + q * parts[1, k]) + (r * parts[2, k] + s * parts[3, k])
-    for i in range(n):
-        mass = sums[i] * u[i]
-        system[i, i] += mass * (1.0 + 1e-10) if mass > 0.0 else total
-    for k in range(n):
-        if not system[k, k] > 0.0:
-            return False
-        scale = 1.0 / np.sqrt(system[k, k])
-        for i in range(k, n):
-            system[k, i] *= scale
-        for i in range(k + 1, n):
-            factor = system[k, i]
-            for j in range(i, n):
-                system[i, j] -= factor * system[k, j]
-    return True
-
-
-@compiled(**_OPTIONS)
-def _newton(system, a, sums, u, new):  # type: ignore[no-untyped-def]
-    """Row scalings after a step with a factorised system."""
-    n, most = len(a), 0.0
-    for i in range(n):
-        new[i] = a[i] - sums[i] * u[i]
-    for k in range(n):
-        new[k] /= system[k, k]
-        for i in range(k + 1, n):
-            new[i] -= system[k, i] * new[k]
-    for i in range(n - 1, -1, -1):
-        entry = new[i]
-        for k in range(i + 1, n):
-            entry -= system[i, k] * new[k]
-        new[i] = entry / system[i, i]
-        most = max(most, abs(new[i]))
-    length = min(1.0, _REACH / most)
-    for i in range(n):
-        new[i] = u[i] * np.exp(length * new[i])
-
-
-@compiled(**_OPTIONS)
 def _row_sums(kernel, v, out):  # type: ignore[no-untyped-def]
-    """``kernel v``, four rows at a time: their sums do not wait for each other."""
+    """``kernel v``, eight rows at a time: their sums do not wait for each other."""
     n, m = kernel.shape
-    for i in range(0, n - 3, 4):
-        p = q = r = s = 0.0
+    for i in range(0, n - 7, 8):
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
         for j in range(m):
             scale = v[j]
-            p += kernel[i, j] * scale
-            q += kernel[i + 1, j] * scale
-            r += kernel[i + 2, j] * scale
-            s += kernel[i + 3, j] * scale
-        out[i], out[i + 1], out[i + 2], out[i + 3] = p, q, r, s
-    for i in range(n - n % 4, n):
-        p = 0.0
+            s0 += kernel[i, j] * scale
+            s1 += kernel[i + 1, j] * scale
+            s2 += kernel[i + 2, j] * scale
+            s3 += kernel[i + 3, j] * scale
+            s4 += kernel[i + 4, j] * scale
+            s5 += kernel[i + 5, j] * scale
+            s6 += kernel[i + 6, j] * scale
+            s7 += kernel[i + 7, j] * scale
+        out[i], out[i + 1], out[i + 2], out[i + 3] = s0, s1, s2, s3
+        out[i + 4], out[i + 5], out[i + 6], out[i + 7] = s4, s5, s6, s7
+    for i in range(n - n % 8, n):
+        s0 = 0.0
         for j in range(m):
-            p += kernel[i, j] * v[j]
-        out[i] = p
+            s0 += kernel[i, j] * v[j]
+        out[i] = s0
 
 
 @compiled(**_OPTIONS)
 def _col_sums(kernel, u, out):  # type: ignore[no-untyped-def]
-    """``u kernel``, four rows at a time: a quarter of the reads and writes of the sums."""
+    """``u kernel``, eight rows at a time: an eighth of the reads and writes of the sums."""
     n, m = kernel.shape
     out[:] = 0.0
-    for i in range(0, n - 3, 4):
-        p, q, r, s = u[i], u[i + 1], u[i + 2], u[i + 3]
+    for i in range(0, n - 7, 8):
+        u0, u1, u2, u3, u4, u5, u6, u7 = u[i], u[i + 1], u[i + 2], u[i + 3], u[i + 4], u[i + 5], u[i + 6], u[i + 7]
         for j in range(m):
-            out[j] += (p * kernel[i, j] + q * kernel[i + 1, j]) + (r * kernel[i + 2, j] + s * kernel[i + 3, j])
-    for i in range(n - n % 4, n):
-        p = u[i]
+            half = (u0 * kernel[i, j] + u1 * kernel[i + 1, j]) + (u2 * kernel[i + 2, j] + u3 * kernel[i + 3, j])
+            rest = (u4 * kernel[i + 4, j] + u5 * kernel[i + 5, j]) + (u6 * kernel[i + 6, j] + u7 * kernel[i + 7, j])
+            out[j] += half + rest
+    for i in range(n - n % 8, n):
         for j in range(m):
-            out[j] += p * kernel[i, j]
+            out[j] += u[i] * kernel[i, j]
+
+
+@compiled(**{**_OPTIONS, "fastmath": {"nsz", "contract"}})  # in order: large scalings are divided before they grow
+def _beyond(new, scale, relax):  # type: ignore[no-untyped-def]
+    """Over-relaxed scalings, ``scale (new / scale)^relax`` to third order in small changes; large ones stay plain."""
+    ahead, back = (relax + 1.0) / 2.0, (1.0 - relax) / 2.0
+    for i in range(len(new)):
+        change = new[i] - scale[i]
+        near = 2.0 * abs(change) < scale[i]  # false for points of weight 0
+        share = (scale[i] + ahead * change) / (scale[i] + back * change if near else 1.0)
+        new[i] = scale[i] * share if near else new[i]
 
 
 @compiled(**_OPTIONS)
-def _beyond(new, scale, relax, ratio, bits):  # type: ignore[no-untyped-def]
-    """Over-relaxed scalings ``scale (new / scale)^relax``, written to ``new``; less of it where changes are huge."""
+def _extrapolate(new, scale, factor, bits):  # type: ignore[no-untyped-def]
+    """Write ``scale (new / scale)^factor`` to ``new``, with a smaller factor where changes would be huge."""
     for i in range(len(new)):
-        ratio[i] = new[i] / scale[i] if scale[i] > 0.0 else 1.0
-    log(ratio, new, bits)
-    farthest = _REACH  # all by the same share, so that the direction stays
-    for i in range(len(new)):
-        farthest = max(farthest, relax * abs(new[i]))
-    relax *= _REACH / farthest
-    for i in range(len(new)):
-        new[i] *= relax
+        new[i] = new[i] / scale[i] if scale[i] > 0.0 else 1.0
+    log(new, new, bits)
+    most = _FARTHEST
+    for change in new:
+        most = max(most, factor * abs(change))
+    new *= factor * (_FARTHEST / most)
     exp(new, bits)
-    for i in range(len(new)):
-        new[i] *= scale[i]
+    new *= scale
 
 
 @compiled(**_OPTIONS)
-def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ignore[no-untyped-def]
+def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits, work, system):  # type: ignore[no-untyped-def]
     """Rounds until one would move less than ``tol`` of the mass; returns the scalings, that share, and the rounds.
 
     Every few rounds balanced problems look at the rate just seen. They go on with over-relaxed rounds by the factor
@@ -211,10 +169,8 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
 
     Other problems go where rounds of that rate would lead (Aitken's extrapolation), and take plain ones from there.
     """
-    n, newton = len(u), kind == BALANCED and len(u) <= _NEWTON_SIZE
-    new_u, new_v, rows, cols = np.empty(n), np.empty(len(v)), np.empty(n), np.empty(len(v))
-    plain, system = np.empty(n), np.empty((n, n) if newton else (0, 0))
-    ratio_u, ratio_v = np.empty(n), np.empty(len(v))
+    n, m, newton = len(u), len(v), len(system) > 0
+    new_u, rows, plain, new_v, cols = work[0, :n], work[1, :n], work[2, :n], work[3, :m], work[4, :m]
     relax, most = 1.0, _RELAX_MOST if kind == BALANCED else 1.0
     row_cap = col_cap = 1.0
     before, since, rate, look, stepped = np.inf, 0, -np.inf, 2 if kind == BALANCED else _LOOK, False
@@ -235,7 +191,7 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
             stepped = -np.inf < rate < 0.0 and np.log(tol / error) / rate > _FEW
             if stepped:
                 plain[:] = new_u
-                _beyond(new_u, u, 1.0 / (1.0 - np.exp(rate)), ratio_u, bits)
+                _extrapolate(new_u, u, 1.0 / (1.0 - np.exp(rate)), bits)
             before, since, look = error, turn, turn + _LOOK
         elif stepped or turn >= look:
             if not stepped:
@@ -250,20 +206,20 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits):  # type: ig
                         relax, rate = best, -np.inf
             if not (stepped and error <= 0.5 * before):
                 slow = newton and relax == 1.0 and np.log(tol / error) / rate > price
-                stepped = slow and _factorise(kernel, a, b, rows, u, v, system)
+                stepped = slow and factorise(kernel, a, b, rows, u, v, system)
             if stepped:
                 plain, new_u = new_u, plain  # the round instead of the step
-                _newton(system, a, rows, u, new_u)
+                newton_step(system, a, rows, u, new_u)
             before, since, look = error, turn, turn + (_LOOK if relax > 1.0 or turn > _LOOK else _SOON)
         if relax > 1.0:
-            _beyond(new_u, u, relax, ratio_u, bits)
+            _beyond(new_u, u, relax)
         u, new_u = new_u, u
         _col_sums(kernel, u, cols)
         col_cap, moved, col_mass = _update(cols, b, v, new_v, bits, kind, parameter, col_cap)
         if not moved >= 0.0:
             return u, v, -1.0, turn
         if relax > 1.0:
-            _beyond(new_v, v, relax, ratio_v, bits)
+            _beyond(new_v, v, relax)
         v, new_v = new_v, v
         if kind == KL_RELAXED:
             # Where the dual is largest along (u t, v / t): after exact updates its terms are the masses themselves.
@@ -306,10 +262,13 @@ def _begin(given, potential, half, relaxed, first, weight, scale):  # type: igno
     KL-relaxed weights change with them: ``relaxed`` is ``reg + reg_marginal``, infinite for the other kinds.
     """
     most = 0.0
+    weight[:] = given
+    if relaxed < np.inf:
+        for i in range(len(weight)):
+            lost = (potential[i] + half) / relaxed
+            most = max(most, abs(lost))
+            weight[i] *= np.exp(-lost)
     for i in range(len(weight)):
-        lost = (potential[i] + half) / relaxed
-        most = max(most, abs(lost))
-        weight[i] = given[i] * np.exp(-lost)
         scale[i] = weight[i] if first else (1.0 if given[i] > 0.0 else 0.0)
     return most < np.log(_HUGE)
 
@@ -331,7 +290,8 @@ def _solve(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     n, m = cost.shape[1:]
     kernel, bits = np.empty((n, m)), np.empty(max(min(n * m, _SLAB), n + m), np.int64)
-    entries, room = kernel.reshape(n * m), np.empty(max(n, m))
+    entries, room, work = kernel.reshape(n * m), np.empty(max(n, m)), np.empty((5, max(n, m)))
+    system = np.empty((n, n) if kind == BALANCED and n <= _NEWTON_SIZE else (0, 0))
     a, u, f, b, v, g = np.empty(n), np.empty(n), np.empty(n), np.empty(m), np.empty(m), np.empty(m)
     for p in range(begin, stop):
         error[p], turns[p] = -1.0, 0
@@ -360,7 +320,7 @@ def _solve(  # type: ignore[no-untyped-def]
                 break
             least, enough = (budget, tol) if level == reg else (_ROUNDS, _ROUGHLY)
             ratio = parameter * (reg / level) if kind == KL_RELAXED else parameter
-            found_u, found_v, share, more = _rounds(kernel, a, b, kind, ratio, least, enough, u, v, bits)
+            found_u, found_v, share, more = _rounds(kernel, a, b, kind, ratio, least, enough, u, v, bits, work, system)
             first, rounds = False, rounds + more
             if level == reg or not share >= 0.0:
                 break

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -20,54 +20,114 @@ OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"nnan", "nsz"},
 }
-BLOCK, _SHORT = 32, 8
+BLOCK, _LANES = 32, 8  # entries that a minimum is taken of at a time; as many as a vector of float32 has
+_LONG = 256  # from here on blocks are compared first, and only the best of them is scanned for its two smallest
 _FLAGS = ("nnan", "nsz")
 
 
-def _reduced(context, builder, signature, args, width):  # type: ignore[no-untyped-def]
-    """Vectors of ``row[offset:offset + width] - price[offset:offset + width]``, in the price's type.
+class _Vectors:
+    """Vectors of 32 bytes of the entries of ``row - price``, in the price's type.
 
     Written in LLVM's vector instructions, which exist on every target: numba leaves a minimum loop scalar, and these
     scans are nine tenths of the run time.
     """
-    row_type, price_type = signature.args[:2]
-    narrow, wide = context.get_value_type(row_type.dtype), context.get_value_type(price_type.dtype)
-    lanes = 32 // (price_type.dtype.bitwidth // 8)
 
-    vectors = []
-    for k in range(width // lanes):
-        entries = builder.load(*_vector(context, builder, row_type, args[0], args[2], k, lanes))
-        if narrow != wide:
-            entries = builder.fpext(entries, ir.VectorType(wide, lanes))
-        prices = builder.load(*_vector(context, builder, price_type, args[1], args[2], k, lanes))
-        vectors.append(builder.fsub(entries, prices))
-    return vectors, wide, lanes
+    def __init__(self, context, builder, signature, args):  # type: ignore[no-untyped-def]
+        self.context, self.builder, self.types, self.args = context, builder, signature.args, args
+        bits = signature.args[1].dtype.bitwidth
+        self.lanes, self.whole = 256 // bits, ir.IntType(bits)
+        self.real = context.get_value_type(signature.args[1].dtype)
+
+    def place(self, k, offset):  # type: ignore[no-untyped-def]
+        """Pointer to the vector of the k-th argument from ``offset`` on, a name for what is loaded, the alignment."""
+        kind = self.types[k]
+        data = self.context.make_array(kind)(self.context, self.builder, self.args[k]).data
+        vector = ir.VectorType(self.context.get_value_type(kind.dtype), self.lanes)
+        return self.builder.bitcast(self.builder.gep(data, [offset]), vector.as_pointer()), "", kind.dtype.bitwidth // 8
+
+    def apart(self, offset):  # type: ignore[no-untyped-def]
+        """``row - price`` from ``offset`` on."""
+        row, price = (self.builder.load(*self.place(k, offset)) for k in (0, 1))
+        if row.type != price.type:
+            row = self.builder.fpext(row, price.type)
+        return self.builder.fsub(row, price)
+
+    def each(self, begin, stop, body):  # type: ignore[no-untyped-def]
+        """Run ``body(offset, fresh)`` for each vector of a range no shorter than one.
+
+        The last one ends with the range and may overlap the one before it; ``fresh`` says which of its lanes do not.
+        It is None where all of them are.
+        """
+        b, kind = self.builder, begin.type
+        end = b.add(begin, b.and_(b.sub(stop, begin), ir.Constant(kind, -self.lanes)))
+        with cgutils.for_range_slice(b, begin, end, ir.Constant(kind, self.lanes)) as (offset, _):
+            body(offset, None)
+        with b.if_then(b.icmp_signed("<", end, stop)):
+            first = b.sub(stop, ir.Constant(kind, self.lanes))
+            lane = ir.Constant(ir.VectorType(self.whole, self.lanes), list(range(self.lanes)))
+            body(first, b.icmp_signed(">=", lane, self.splat(self.short(b.sub(end, first)))))
+
+    def short(self, number):  # type: ignore[no-untyped-def]
+        """A whole number, as wide as the reals are."""
+        return number if number.type == self.whole else self.builder.trunc(number, self.whole)
+
+    def splat(self, number):  # type: ignore[no-untyped-def]
+        """A vector of one number."""
+        vector = ir.Constant(ir.VectorType(number.type, self.lanes), ir.Undefined)
+        for lane in range(self.lanes):
+            vector = self.builder.insert_element(vector, number, ir.Constant(ir.IntType(32), lane))
+        return vector
+
+    def pick(self, comparison, left, right):  # type: ignore[no-untyped-def]
+        """The smaller (``"<"``) or larger (``">"``) of two vectors, lane by lane."""
+        return self.builder.select(self.builder.fcmp_ordered(comparison, left, right, flags=_FLAGS), left, right)
+
+    def least(self, vector):  # type: ignore[no-untyped-def]
+        """The least of the lanes."""
+        real = isinstance(vector.type.element, (ir.FloatType, ir.DoubleType))
+        name = f"llvm.vector.reduce.{'fmin' if real else 'umin'}.v{self.lanes}{'f' if real else 'i'}{self.whole.width}"
+        kind = ir.FunctionType(vector.type.element, [vector.type])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        return self.builder.call(function, [vector], fastmath=_FLAGS if real else ())
 
 
-def _vector(context, builder, array_type, value, offset, k, lanes):  # type: ignore[no-untyped-def]
-    """Pointer to the k-th vector of an array from ``offset`` on, a name for what is loaded, and the alignment."""
-    data = context.make_array(array_type)(context, builder, value).data
-    at = builder.gep(data, [builder.add(offset, ir.Constant(offset.type, k * lanes))])
-    vector = ir.VectorType(context.get_value_type(array_type.dtype), lanes)
-    return builder.bitcast(at, vector.as_pointer()), "", array_type.dtype.bitwidth // 8
+class _Nearest:
+    """In each lane the least of the vectors seen, where it begins, and, if asked for, the second least."""
 
+    def __init__(self, vectors, runner_up):  # type: ignore[no-untyped-def]
+        self.vectors = vectors
+        infinity = ir.Constant(ir.VectorType(vectors.real, vectors.lanes), [float("inf")] * vectors.lanes)
+        nowhere = ir.Constant(ir.VectorType(vectors.whole, vectors.lanes), [0] * vectors.lanes)
+        self.least, self.start = (cgutils.alloca_once_value(vectors.builder, x) for x in (infinity, nowhere))
+        self.second = cgutils.alloca_once_value(vectors.builder, infinity) if runner_up else None
 
-def _splat(builder, value, lanes):  # type: ignore[no-untyped-def]
-    vector = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    for lane in range(lanes):
-        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
-    return vector
+    def see(self, vector, offset):  # type: ignore[no-untyped-def]
+        """A vector that starts at ``offset``."""
+        v, b = self.vectors, self.vectors.builder
+        least = b.load(self.least)
+        better = b.fcmp_ordered("<", vector, least, flags=_FLAGS)
+        if self.second:
+            b.store(v.pick("<", v.pick(">", vector, least), b.load(self.second)), self.second)
+        b.store(b.select(better, vector, least), self.least)
+        b.store(b.select(better, v.splat(v.short(offset)), b.load(self.start)), self.start)
 
-
-def _pick(builder, comparison, left, right):  # type: ignore[no-untyped-def]
-    """The smaller (``"<"``) or larger (``">"``) of two vectors, lane by lane."""
-    return builder.select(builder.fcmp_ordered(comparison, left, right, flags=_FLAGS), left, right)
-
-
-def _least_lane(builder, vector, wide, lanes):  # type: ignore[no-untyped-def]
-    name = f"llvm.vector.reduce.fmin.v{lanes}f{32 if wide == ir.FloatType() else 64}"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [ir.VectorType(wide, lanes)]), name)
-    return builder.call(function, [vector], fastmath=_FLAGS)
+    def found(self):  # type: ignore[no-untyped-def]
+        """The least, the first column that has it as int64, and, if asked for, the second least."""
+        v, b = self.vectors, self.vectors.builder
+        lanes = b.load(self.least)
+        least = v.least(lanes)
+        equal = b.fcmp_ordered("==", lanes, v.splat(least))
+        start = b.load(self.start)
+        columns = b.add(start, ir.Constant(start.type, list(range(v.lanes))))
+        column = v.least(b.select(equal, columns, ir.Constant(start.type, [2**31 - 1] * v.lanes)))
+        column = column if column.type.width == 64 else b.zext(column, ir.IntType(64))
+        if not self.second:
+            return least, column
+        second = v.least(b.select(equal, b.load(self.second), lanes))
+        mask = b.bitcast(equal, ir.IntType(v.lanes))
+        others = b.and_(mask, b.sub(mask, ir.Constant(mask.type, 1)))  # the mask without its lowest bit
+        tie = b.icmp_unsigned("!=", others, ir.Constant(mask.type, 0))
+        return least, column, b.select(tie, least, second)
 
 
 @intrinsic
@@ -75,50 +135,32 @@ def _block_min(typing_context, row, price, offset):  # type: ignore[no-untyped-d
     """Smallest of the block ``row - price`` that starts at ``offset``."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vectors, wide, lanes = _reduced(context, builder, signature, args, BLOCK)
-        least = reduce(lambda left, right: _pick(builder, "<", left, right), vectors)
-        return _least_lane(builder, least, wide, lanes)
+        v = _Vectors(context, builder, signature, args)
+        starts = (builder.add(args[2], ir.Constant(args[2].type, k)) for k in range(0, BLOCK, v.lanes))
+        return v.least(reduce(partial(v.pick, "<"), map(v.apart, starts)))
 
     return price.dtype(row, price, offset), codegen
 
 
-def _two_smallest_of(width):  # type: ignore[no-untyped-def]
-    """Intrinsic: smallest and second smallest of ``width`` entries of ``row - price``, and the first one's position."""
+@intrinsic
+def _scan(typing_context, row, price, begin, stop):  # type: ignore[no-untyped-def]
+    """Two smallest of ``row - price`` in a range of at least `_LANES` entries, and the column of the first."""
 
-    @intrinsic
-    def scan(typing_context, row, price, offset):  # type: ignore[no-untyped-def]
-        result = types.Tuple((price.dtype, price.dtype, types.int64))
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        v = _Vectors(context, builder, signature, args)
+        nearest = _Nearest(v, runner_up=True)
 
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            vectors, wide, lanes = _reduced(context, builder, signature, args, width)
-            # In each lane: the least and, where there are several vectors, the second least.
-            least, second = vectors[0], ir.Constant(ir.VectorType(wide, lanes), [float("inf")] * lanes)
-            for vector in vectors[1:]:
-                second = _pick(builder, "<", second, _pick(builder, ">", least, vector))
-                least = _pick(builder, "<", least, vector)
-            first = _least_lane(builder, least, wide, lanes)
-            splat = _splat(builder, first, lanes)
-            bits = ir.IntType(width)
-            mask = ir.Constant(bits, 0)
-            for k, vector in enumerate(vectors):
-                equal = builder.bitcast(builder.fcmp_ordered("==", vector, splat), ir.IntType(lanes))
-                if width > lanes:
-                    equal = builder.shl(builder.zext(equal, bits), ir.Constant(bits, k * lanes))
-                mask = builder.or_(mask, equal)
-            position = builder.cttz(mask, ir.Constant(ir.IntType(1), 0))
-            others = builder.select(builder.fcmp_ordered("==", least, splat), second, least)
-            rest = _least_lane(builder, others, wide, lanes)
-            ties = builder.and_(mask, builder.sub(mask, ir.Constant(bits, 1)))  # the mask without its lowest bit
-            rest = builder.select(builder.icmp_unsigned("!=", ties, ir.Constant(bits, 0)), first, rest)
-            at = builder.add(args[2], builder.zext(position, args[2].type))
-            return context.make_tuple(builder, signature.return_type, [first, rest, at])
+        def see(offset, fresh):  # type: ignore[no-untyped-def]
+            vector = v.apart(offset)
+            if fresh is not None:
+                vector = builder.select(fresh, vector, ir.Constant(vector.type, [float("inf")] * v.lanes))
+            nearest.see(vector, offset)
 
-        return result(row, price, offset), codegen
+        v.each(*args[2:4], see)
+        least, column, second = nearest.found()
+        return context.make_tuple(builder, signature.return_type, [least, second, column])
 
-    return scan
-
-
-_scan_block, _scan_short = _two_smallest_of(BLOCK), _two_smallest_of(_SHORT)
+    return types.Tuple((price.dtype, price.dtype, types.int64))(row, price, begin, stop), codegen
 
 
 # Inlined by force: left to itself, LLVM makes a call of it in the copies that its callers keep on disk, which then run
@@ -128,103 +170,78 @@ def two_smallest(row, price, n):  # type: ignore[no-untyped-def]
     """Smallest and second smallest of ``row - price``, and the first one's column. Free of unpredictable branches."""
     infinity = price.dtype.type(np.inf)
     first, second, column = infinity, infinity, 0
-    blocks = n // BLOCK
-    if blocks == 1:
-        first, second, column = _scan_block(row, price, 0)
-    elif blocks > 1:
-        best, rest, start = infinity, infinity, 0  # minima of the blocks: the least, and the least of the others
-        for block in range(blocks):
+    if n < _LANES:
+        for k in range(n):
+            h = row[k] - price[k]
+            better = h < first
+            worse = first if better else h
+            second = worse if worse < second else second
+            first = h if better else first
+            column = k if better else column
+        return first, second, column
+    begin, stop, rest = 0, n, infinity
+    if n >= _LONG:
+        best, last = infinity, n // BLOCK - 1
+        for block in range(last + 1):
             least = _block_min(row, price, block * BLOCK)
+            if block == last:  # it ends with the row
+                end = _block_min(row, price, n - BLOCK)
+                least = end if end < least else least
             better = least < best
             worse = best if better else least
             rest = worse if worse < rest else rest
             best = least if better else best
-            start = block * BLOCK if better else start
-        first, second, column = _scan_block(row, price, start)
-        second = rest if rest < second else second
-    j = blocks * BLOCK
-    while j + _SHORT <= n:
-        least, runner_up, at = _scan_short(row, price, j)
-        better = least < first
-        worse = first if better else least
-        second = second if second < worse else worse
-        second = runner_up if runner_up < second else second
-        first = least if better else first
-        column = at if better else column
-        j += _SHORT
-    for k in range(j, n):
-        h = row[k] - price[k]
-        better = h < first
-        worse = first if better else h
-        second = worse if worse < second else second
-        first = h if better else first
-        column = k if better else column
-    return first, second, column
+            begin = block * BLOCK if better else begin
+        stop = n if begin == last * BLOCK else begin + BLOCK
+    first, second, column = _scan(row, price, begin, stop)
+    return first, rest if rest < second else second, column
 
 
-def _relax_of(width):  # type: ignore[no-untyped-def]
-    """Intrinsic: relax ``width`` distances, as `relaxed` does; their least."""
+@intrinsic
+def _relax(typing_context, row, price, n, shift, dist, parent, via):  # type: ignore[no-untyped-def]
+    """`relaxed` for at least `_LANES` columns."""
 
-    @intrinsic
-    def relax(typing_context, row, price, offset, shift, dist, parent, via):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            vectors, wide, lanes = _reduced(context, builder, signature, args, width)
-            dist_type, parent_type = signature.args[4:6]
-            shifts, vias, nearest = _splat(builder, args[3], lanes), _splat(builder, args[6], lanes), []
-            for k, vector in enumerate(vectors):
-                at, name, align = _vector(context, builder, dist_type, args[4], args[2], k, lanes)
-                before, through = builder.load(at, name, align), builder.fsub(vector, shifts)
-                better = builder.fcmp_ordered("<", through, before)
-                nearest.append(builder.select(better, through, before))
-                builder.store(nearest[-1], at, align)
-                at, name, align = _vector(context, builder, parent_type, args[5], args[2], k, lanes)
-                builder.store(builder.select(better, vias, builder.load(at, name, align)), at, align)
-            least = reduce(lambda left, right: _pick(builder, "<", left, right), nearest)
-            return _least_lane(builder, least, wide, lanes)
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        v = _Vectors(context, builder, signature, args)
+        nearest, shift, via = _Nearest(v, runner_up=False), v.splat(args[3]), v.splat(args[6])
 
-        return price.dtype(row, price, offset, shift, dist, parent, via), codegen
+        def shorten(offset, _):  # type: ignore[no-untyped-def]
+            through = builder.fsub(v.apart(offset), shift)
+            (dist, *hint), (parent, *other_hint) = v.place(4, offset), v.place(5, offset)
+            before = builder.load(dist, *hint)
+            better = builder.fcmp_ordered("<", through, before)
+            after = builder.select(better, through, before)
+            builder.store(after, dist, hint[1])
+            builder.store(builder.select(better, via, builder.load(parent, *other_hint)), parent, other_hint[1])
+            nearest.see(after, offset)
 
-    return relax
+        v.each(ir.Constant(args[2].type, 0), args[2], shorten)
+        return context.make_tuple(builder, signature.return_type, nearest.found())
 
-
-_relax_block, _relax_short = _relax_of(BLOCK), _relax_of(_SHORT)
+    return types.Tuple((price.dtype, types.int64))(row, price, n, shift, dist, parent, via), codegen
 
 
 @compiled(**OPTIONS)
-def relaxed(row, price, shift, dist, parent, via, zero):  # type: ignore[no-untyped-def]
+def relaxed(row, price, shift, dist, parent, via):  # type: ignore[no-untyped-def]
     """Shorten distances to ``row - price - shift``, setting their ``parent`` to ``via``; the least and its column.
 
     Args:
         row: ``(n,)`` or more.
         price: ``(n,)`` float64; ``-inf`` at columns to leave alone.
-        shift: a number.
+        shift: float64.
         dist: ``(n,)`` float64, written.
         parent: ``(n,)`` int64, written.
-        via: a whole number.
-        zero: at least as many zeros.
+        via: int64.
     """
-    n, least, start, column, j = len(dist), np.inf, 0, -1, 0
-    while j + BLOCK <= n:
-        low = _relax_block(row, price, j, shift, dist, parent, via)
-        start = j if low < least else start
-        least = min(low, least)
-        j += BLOCK
-    blocks = j
-    while j + _SHORT <= n:
-        low = _relax_short(row, price, j, shift, dist, parent, via)
-        start = j if low < least else start
-        least = min(low, least)
-        j += _SHORT
-    for k in range(j, n):
+    n, least, column = len(dist), np.inf, 0
+    if n >= _LANES:
+        return _relax(row, price, n, shift, dist, parent, via)
+    for k in range(n):
         h = row[k] - price[k] - shift
         if h < dist[k]:
             dist[k], parent[k] = h, via
         if dist[k] < least:
             least, column = dist[k], k
-    if column < 0 and start < blocks:
-        _, _, column = _scan_block(dist, zero, start)
-    elif column < 0:
-        _, _, column = _scan_short(dist, zero, start)
     return least, column
 
 
@@ -240,9 +257,10 @@ def total_of(entries):  # type: ignore[no-untyped-def]
 @compiled(**OPTIONS)
 def least_of(entries, zero):  # type: ignore[no-untyped-def]
     """Least of any number of entries; ``zero`` holds as many zeros as a block."""
-    least, e = np.inf, 0
-    while e + BLOCK <= len(entries):
+    n, least = len(entries), np.inf
+    if n < BLOCK:
+        least, _, _ = two_smallest(entries, zero, n)
+        return least
+    for e in range(0, n - BLOCK, BLOCK):
         least = min(least, _block_min(entries[e : e + BLOCK], zero, 0))
-        e += BLOCK
-    rest, _, _ = two_smallest(entries[e:], zero, len(entries) - e)
-    return min(least, rest)
+    return min(least, _block_min(entries[n - BLOCK :], zero, 0))

@@ -37,7 +37,7 @@ class Plans(Solution):
     transport: Tensor  # ``<C, P>``
 
     def report(self, step: Marginal, a: Tensor, b: Tensor, reg: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Potentials ``(B, n)``, ``(B, m)`` in units of the cost, and what the objective holds beside ``<C, P>``, (B,).
+        """Potentials in units of the cost, ``(B, n)`` and ``(B, m)``, and what the objective adds to ``<C, P>``, ``(B,)``.
 
         Potentials are those of ``P = a b exp((f + g - C) / reg)``, 0 at points of weight 0; of `UpperBounded` problems
         those of ``P = exp((f + g - C) / reg)``. All in the dtype of the plans.
@@ -97,7 +97,7 @@ def solve_matrices(
 
 
 def uniform_mass(cost: Tensor, step: Marginal, *, reg: float, max_iter: int, tol: float) -> Tensor | None:
-    """The plan ``(n, m)`` of one problem with uniform weights where the compiled kernel is all that it takes, else None.
+    """The plan ``(n, m)`` of a problem with uniform weights, if the compiled kernel is all that it takes; else None.
 
     Arguments are those of `solve_matrices`; the costs ``(n, m)`` are checked here.
     """

@@ -26,9 +26,15 @@ class Transport(ABC):
 
     Attributes:
         leaves_mass: whether its settings say how much mass moves, which may be less than all.
+        entropic_reg: the regularisation, if its plans are the entropic ones of given marginals; else None.
     """
 
     leaves_mass: ClassVar[bool] = False
+
+    @property
+    def entropic_reg(self) -> float | None:
+        """See the class."""
+        return None
 
     @outside_graphs
     def plan(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Plan:
@@ -117,7 +123,7 @@ class Transport(ABC):
             return value
         given = [weight if weight is not None and weight.requires_grad else None for weight in (a, b)]
         if given == [None, None]:
-            return value if plan.is_sparse or not value.requires_grad else first_order(value)
+            return value if plan.piecewise_constant or not value.requires_grad else first_order(value)
         with torch.no_grad():
             checked = (checks.weights(weight, size, cost, "") for weight, size in zip((a, b), plan.size, strict=True))
             full = [

@@ -48,6 +48,11 @@ class EntropicOT(Transport):
             tol=checks.positive(self.tol, "tol"),
         )
 
+    @property
+    def entropic_reg(self) -> float:
+        """Its ``reg``."""
+        return self.reg
+
     @outside_graphs
     def __call__(
         self,

@@ -131,6 +131,39 @@ class Unconverged(Right):
 
 
 @dataclass(frozen=True)
+class WrongPotentials(mbot.ExactOT):
+    def weight_slopes(self, plan, cost, a, b):
+        f, g = super().weight_slopes(plan, cost, a, b)
+        return f.flip(-1), g
+
+
+@dataclass(frozen=True)
+class DropsWeights(mbot.ExactOT):
+    def __call__(self, x, y, a=None, b=None, cost="sqeuclidean"):
+        a, b = (None if weight is None else weight.detach() for weight in (a, b))
+        return super().__call__(x, y, a, b, cost)
+
+
+@dataclass(frozen=True)
+class HalfOfTheSecond(mbot.EntropicOT):
+    """The plan is constant in its second derivatives, and no error says so."""
+
+    def _differentiable(self, moved, plan, cost, a, b):
+        return super()._differentiable(moved, plan, cost, a, b) if a is not None else moved + plan.penalty
+
+
+@dataclass(frozen=True)
+class Sparse(mbot.EntropicOT):
+    """Plans as entries, which change with the costs."""
+
+    def _solve(self, cost, a, b):
+        plan = super()._solve(cost, a, b)
+        row, col, mass = plan.entries()
+        facts = (plan.converged, plan.error, plan.iterations, plan.potentials, plan.penalty)
+        return mbot.Plan(mass, plan.size, row, col, *facts)
+
+
+@dataclass(frozen=True)
 class Raises(Right):
     def mass(self, cost, a, b):
         if cost.shape[-1] == 7:
@@ -138,8 +171,24 @@ class Raises(Right):
         return super().mass(cost, a, b)
 
 
-def test_a_transport_that_is_right_passes():
-    check_transport(Right())
+@pytest.mark.parametrize("right", [Right(), Sparse(0.5, tol=1e-11)], ids=repr)
+def test_a_transport_that_is_right_passes(right):
+    check_transport(right)
+
+
+def test_sparse_plans_with_a_penalty_have_no_second_derivatives():
+    x, y = clouds(2)
+    transport = Sparse(0.5, tol=1e-11)
+    losses = [
+        mbot.MiniBatchOT(transport, num_batches=2, batch_size=6, pairing=pairing) for pairing in ("grid", "aligned")
+    ]
+    for value in (transport, *(loss.from_batches for loss in losses)):
+        points = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(value(points, y).sum(), points, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives of this transport"):
+            torch.autograd.grad(slope.square().sum(), points)
+    assert not transport.plan(mbot.pairwise_cost(x, y)).piecewise_constant
+    assert mbot.ExactOT().plan(mbot.pairwise_cost(x, y)).piecewise_constant
 
 
 @pytest.mark.parametrize(
@@ -155,6 +204,9 @@ def test_a_transport_that_is_right_passes():
         (NoPenalty(), "gradients under the cost"),
         (Unconverged(), "not converged"),
         (Raises(), "seven"),
+        (WrongPotentials(), "gradients in the weights are not those of the value"),
+        (DropsWeights(), "gradients in the weights .* there are none, and no error"),
+        (HalfOfTheSecond(0.5, tol=1e-11), "neither those of the value nor an error"),
         (mbot.SlicedOT(), "derived from mbot.Transport"),
         (mbot.EntropicOT(0.5, tol=0.1), "finite|gradients|another plan|of a batch|renamed|weight"),
     ],

@@ -423,7 +423,7 @@ def test_couplings_by_name(arguments, coupling):
 def test_a_contradiction_of_path_and_coupling_is_told(tmp_path, capsys):
     bridge = ["--path", "schrodinger-bridge", "--coupling", "fm"]
     assert main(["train", *TINY, *bridge, "--out", str(tmp_path / "run")]) == 2
-    assert "is made of entropic pairs of reg = 2 sigma² = 2" in capsys.readouterr().err
+    assert "is made of entropic pairs of reg = 2 sigma² = 2 for squared distances" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

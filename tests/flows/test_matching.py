@@ -1,5 +1,7 @@
 """Flow matching: what a batch holds, what the loss is, and that it can be minimised."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -142,13 +144,18 @@ ENTROPIC = BRIDGE.default_coupling()
 CONTRADICTIONS = [
     mbot.IndependentCoupling(),
     mbot.OTCoupling(mbot.EntropicOT(reg=0.4)),
-    mbot.SinkhornCoupling(reg=0.6, relative=False),
+    mbot.SinkhornCoupling(reg=0.6, relative=False, cost="sqeuclidean"),
+    mbot.SinkhornCoupling(reg=0.5, relative=False),  # of inner products: 1 of squared distances
+    mbot.OTCoupling(mbot.EntropicOT(reg=0.5), cost="dot"),
+    mbot.OTCoupling(mbot.EntropicOT(reg=0.5), cost="euclidean"),
 ]
 AGREEING = [
     mbot.OTCoupling(),
     mbot.ConditionalOTCoupling(),
     mbot.OTCoupling(mbot.EntropicOT(reg=0.5)),
-    mbot.SinkhornCoupling(reg=0.5, relative=False),
+    mbot.OTCoupling(mbot.EntropicOT(reg=0.25), cost="dot"),
+    mbot.SinkhornCoupling(reg=0.5, relative=False, cost="sqeuclidean"),
+    mbot.SinkhornCoupling(reg=0.25, relative=False),
     mbot.SinkhornCoupling(reg=0.6),  # of the costs' scale: not known before the data are
 ]
 
@@ -175,7 +182,7 @@ def test_a_bridge_gets_its_entropic_pairs_wherever_it_is_used():
 
 @pytest.mark.parametrize("coupling", CONTRADICTIONS, ids=repr)
 def test_a_coupling_that_contradicts_the_bridge_is_refused_everywhere(coupling):
-    says = r"entropic pairs of reg = 2 sigma² = 0\.5; .*reg"
+    says = r"entropic pairs of reg = 2 sigma² = 0\.5 for squared distances; .*(has reg|is of other costs)"
     for build in (lambda: FlowMatching(coupling, BRIDGE), lambda: trained(BRIDGE, coupling)):
         with pytest.raises(ValueError, match=says):
             build()
@@ -185,6 +192,36 @@ def test_a_coupling_that_contradicts_the_bridge_is_refused_everywhere(coupling):
 def test_couplings_that_go_with_the_bridge_are_kept(coupling):
     assert FlowMatching(coupling, BRIDGE).coupling == coupling
     assert trained(BRIDGE, coupling).loader.coupling == coupling
+
+
+def test_inner_products_at_half_the_regularisation_have_the_plans_of_squared_distances():
+    x, y = pair()
+    wanted = mbot.EntropicOT(BRIDGE.default_coupling().entropic_reg, tol=1e-5)
+    half = mbot.EntropicOT(0.25, tol=1e-5)
+    assert mbot.OTCoupling(half, cost="dot").entropic_reg == wanted.reg == 0.5
+    plans = [t.plan(mbot.pairwise_cost(x, y, cost)) for t, cost in ((wanted, "sqeuclidean"), (half, "dot"))]
+    torch.testing.assert_close(plans[0].to_dense(), plans[1].to_dense(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_coupling_of_one_s_own_says_which_regularisation_it_has():
+    @dataclass(frozen=True)
+    class Own(mbot.IndependentCoupling):
+        entropic_reg: float | None = None
+
+    for coupling in (Own(), Own(0.5)):
+        assert FlowMatching(coupling, BRIDGE).coupling == coupling
+    with pytest.raises(ValueError, match=r"has reg = 0\.6"):
+        FlowMatching(Own(0.6), BRIDGE)
+
+
+def test_a_loader_and_an_objective_of_two_couplings_are_a_contradiction():
+    """Also if the objective's is the one that its path would take."""
+    for given in (mbot.IndependentCoupling(), mbot.BoMbCoupling(num_batches=2)):
+        with pytest.raises(ValueError, match="give one of them"):
+            trained(None, mbot.OTCoupling(), objective=FlowMatching(given))
+        assert trained(None, given, objective=FlowMatching(given)).objective.coupling == given
+        assert trained(None, objective=FlowMatching(given)).loader.coupling == given
+    assert trained(None, mbot.OTCoupling(), objective=FlowMatching()).objective.coupling == mbot.OTCoupling()
 
 
 def test_a_loader_without_a_coupling_follows_the_path_of_each_trainer():

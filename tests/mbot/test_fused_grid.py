@@ -110,6 +110,27 @@ def test_derivatives(d, inner, make):
     assert torch.autograd.gradgradcheck(loss.from_batches, (x, y))
 
 
+@pytest.mark.parametrize("d", [2, 6])
+@pytest.mark.parametrize("inner", [ExactOT(), PartialOT(0.7)])
+@pytest.mark.parametrize("factor", [-1.0, -0.5, 0.0])
+def test_gradients_of_a_loss_times_any_factor(d, inner, factor):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 5, d, generator=g).double().requires_grad_(), torch.randn(3, 5, d, generator=g).double()
+    loss = MiniBatchOT(inner, num_batches=(2, 3), batch_size=5)
+    assert fused(loss, x, y)
+    found, expected = both_ways(lambda: torch.autograd.grad(factor * loss.from_batches(x, y), x)[0])
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.grad(torch.nan * loss.from_batches(x, y), x)[0].isnan().any()
+
+
+def test_gradients_of_a_debiased_loss():
+    g = torch.Generator().manual_seed(0)
+    batches = [torch.randn(3, 5, 2, generator=g).double().requires_grad_() for _ in range(4)]
+    loss = MiniBatchOT(ExactOT(), num_batches=3, batch_size=5, debiased=True)
+    found, expected = both_ways(lambda: torch.autograd.grad(loss.from_batches(*batches), batches))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_side_without_gradient():
     x, y = torch.randn(3, 8, 16).requires_grad_(), torch.randn(3, 8, 16)
     loss = MiniBatchOT(ExactOT(), num_batches=3, batch_size=8)

@@ -294,3 +294,25 @@ def test_ties_that_rounding_breaks_do_not_keep_the_kernel_from_ending(scale):
     thread.start()
     thread.join(60)
     assert ended
+
+
+@pytest.mark.parametrize("mass", [1e-15, 1e-12, 1e-8])
+def test_a_mass_that_is_small_against_the_weights_is_precise(mass):
+    g = torch.Generator().manual_seed(0)
+    cost = torch.rand(4, 6, generator=g, dtype=torch.float64) + 0.1
+    a, b = (torch.rand(size, generator=g, dtype=torch.float64) for size in (4, 6))
+    a, b = a / a.sum(), b / b.sum()
+    plan = PartialOT(mass).plan(cost, a, b)
+    assert float(plan.total_mass()) == pytest.approx(mass, rel=1e-12, abs=0)
+    assert float(plan.cost(cost)) == pytest.approx(mass * float(cost.min()), rel=1e-12, abs=0)
+    f, g = plan.potentials  # nothing is full, so all are the largest
+    assert torch.equal(f, f[:1].expand(4))
+    assert torch.equal(g, g[:1].expand(6))
+
+
+def test_the_rest_of_nearly_all_mass_stays_however_little_it_is():
+    a, b = torch.tensor([1.0, 9e-6], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+    cost = torch.tensor([[1.0], [1e6]], dtype=torch.float64)
+    assert float(PartialOT(1.0).value(cost, a, b)) == pytest.approx(1.0, rel=1e-9)
+    forbidden = torch.tensor([[1.0], [torch.inf]], dtype=torch.float64)
+    assert float(PartialOT(1.0).value(forbidden, a, b)) == pytest.approx(1.0, rel=1e-9)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbot import EntropicOT, MiniBatchOT, PartialOT, UnbalancedOT, pairwise_cost
-from mbot.kernels import exponentials, scaling
+from mbot.kernels import exponentials, newton, scaling
 from mbot.solvers import entropic
 from mbot.solvers.marginals import UpperBounded
 from mbot.testing import without_fast_paths
@@ -277,12 +277,15 @@ def test_over_relaxed_rounds_are_fewer():
         u = 1 / 300 / (kernel @ v)
         v = 1 / 300 / (kernel.T @ u)
     assert float(error[0]) <= 1e-9 < float((u * (kernel @ v) - 1 / 300).abs().sum())
-    scale, new, room = np.array([1.0, 2.0, 0.0]), np.array([4.0, 1.0, 0.0]), np.empty(3)
-    scaling._beyond(new, scale, 1.5, room, np.empty(3, np.int64))
-    np.testing.assert_allclose(new, [8.0, 2.0 * 0.5**1.5, 0.0])
-    scale, new = np.array([1.0, 1.0]), np.exp([1.0, -0.5])
-    scaling._beyond(new, scale, 100.0, room[:2], np.empty(2, np.int64))
-    np.testing.assert_allclose(new, np.exp([12.0, -6.0]))  # in the same direction, and no farther
+    scale, new = np.array([1.0, 1e250, 2.0, 0.0]), np.array([1.01, 0.99e250, 4.0, 0.0])
+    scaling._beyond(new, scale, 1.5)
+    np.testing.assert_allclose(new, [1.01**1.5, 0.99**1.5 * 1e250, 4.0, 0.0], rtol=1e-6)
+    scale, new = np.array([1.0, 1.0, 1.0, 0.0]), np.array([1.1, 0.9, 1.0, 0.0])
+    scaling._extrapolate(new[:3], scale[:3], 4.0, np.empty(3, np.int64))
+    np.testing.assert_allclose(new, [1.1**4, 0.9**4, 1.0, 0.0])
+    scale, new = np.array([1.0, 2.0, 0.0]), np.array([np.exp(1.0), 2.0 * np.exp(-0.5), 0.0])
+    scaling._extrapolate(new, scale, 100.0, np.empty(3, np.int64))
+    np.testing.assert_allclose(new, [np.exp(12.0), 2 * np.exp(-6.0), 0.0])  # in the same direction, and no farther
 
 
 def relaxed_step(sums, weight):
@@ -338,8 +341,8 @@ def test_a_newton_step_is_one():
 
     v = b / (u @ kernel)
     sums[:] = kernel @ v
-    assert scaling._factorise(kernel, a, b, sums, u, v, system)
-    scaling._newton(system, a, sums, u, new)
+    assert newton.factorise(kernel, a, b, sums, u, v, system)
+    newton.newton_step(system, a, sums, u, new)
     step, h = np.log(new / u), 1e-6
     change = (rows(np.log(u) + h * step) - rows(np.log(u) - h * step)) / (2 * h)
     np.testing.assert_allclose(change, a - sums * u, atol=1e-8)
