@@ -37,7 +37,7 @@ class Plans(Solution):
     transport: Tensor  # ``<C, P>``
 
     def report(self, step: Marginal, a: Tensor, b: Tensor, reg: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Potentials in units of the cost, ``(B, n)`` and ``(B, m)``, and what the objective adds to ``<C, P>``, ``(B,)``.
+        """Potentials in units of the cost, ``(B, n)`` and ``(B, m)``, and what the objective adds to ``<C, P>``.
 
         Potentials are those of ``P = a b exp((f + g - C) / reg)``, 0 at points of weight 0; of `UpperBounded` problems
         those of ``P = exp((f + g - C) / reg)``. All in the dtype of the plans.
