@@ -106,6 +106,29 @@ def test_inputs_that_may_require_gradients_get_them(name):
     assert [i for i, grad in zip(real, found, strict=True) if grad is None] == list(constants)
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_gradients_are_linear_in_the_one_that_comes_in(name):
+    """A loss may be subtracted, or cancelled by others: signs and zeros are no special case."""
+    torch.manual_seed(0)
+    make, constants = KNOWN[name]
+    inputs = make()
+    module, _, function = name.partition(":")
+    apply = getattr(importlib.import_module(module), function).apply
+    real = [i for i, part in enumerate(inputs) if isinstance(part, torch.Tensor) and part.is_floating_point()]
+    for i in real:
+        inputs[i] = inputs[i].detach().requires_grad_(i not in constants)
+    value = apply(*inputs)
+    wanted = [inputs[i] for i in real if i not in constants]
+
+    def back(grad):
+        return torch.autograd.grad(value, wanted, grad, retain_graph=True)
+
+    left, right = 0.5 + torch.rand_like(value), torch.randn_like(value)
+    for factor in (-1.0, 0.0, 2.5):
+        for one, other, both in zip(back(left), back(right), back(factor * left + right), strict=True):
+            torch.testing.assert_close(both, factor * one + other)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("inner", [ExactOT(), PartialOT(0.6)])
 @pytest.mark.parametrize("needed", [(True, True, True), (False, True, True), (False, False, True)])

@@ -24,7 +24,8 @@ from minibatch_transport import compiled
 # the least cost.
 FIRST_EPSILON, COLD_EPSILON = 0.025, 0.25
 PART = 0.8  # of the mean prices, the best over clouds in 2 to 3072 features
-_FEW = 48  # up to this many rows the finish is as fast without the auction if it begins with half the rows matched
+# Up to so many rows the finish is as fast without the auction if it begins with no more than this share to match.
+_FEW, _LEFT = 24, 7 / 16
 TOGETHER = 4  # rows that bid at a time
 _FACTOR, _LAST, _LEAST = 0.13, 0.015, 1e-5  # of the steps: about their ratio, the last one times n, and its bound
 
@@ -49,7 +50,8 @@ def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-unt
     last = max(_LAST / n, _LEAST)
     steps = max(0, int(np.ceil(np.log(last / epsilon) / np.log(_FACTOR) - 0.3)))
     factor = (last / epsilon) ** (1.0 / max(steps, 1))
-    (first, second), wanted = np.empty((2, TOGETHER), np.float32), np.empty(TOGETHER, np.int64)
+    first, second = np.empty(TOGETHER, np.float32), np.empty(TOGETHER, np.float32)
+    wanted = np.empty(TOGETHER, np.int64)
     for _ in range(steps + 1):
         for i in range(n):
             col_of[i] = -1
@@ -187,7 +189,7 @@ def both_stages(cost, low, excess, price, epsilon, col_of, room):  # type: ignor
     n = cost.shape[0]
     scaled_flat, price32, dist, reach, closed, row_of, parent, free, _ = room
     left = _greedy(cost, price, col_of, row_of, free) if n <= _FEW else n
-    if excess > 0 and left > n // 2:
+    if excess > 0 and left > _LEFT * n:
         scale = 1.0 / excess
         entries, scaled = cost.reshape(n * n), scaled_flat[: n * n]
         for e in range(n * n):
@@ -229,7 +231,7 @@ def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-d
 @compiled(**OPTIONS)
 def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
-    largest = 1
+    largest = sizes[begin]
     for p in range(begin, stop):
         largest = max(largest, sizes[p])
     room = room_for(largest)

@@ -62,7 +62,8 @@ def _auction(cost, price, open_price, level, zero, best, row_of, queue, taken): 
     columns that R fills: as no price ever rises, what one of them was overbid by would be lost on all others.
     """
     n, q, epsilon = cost.shape[0], len(level), _FIRST_EPSILON
-    (first, second), wanted = np.empty((2, TOGETHER), np.float32), np.empty(TOGETHER, np.int64)
+    first, second = np.empty(TOGETHER, np.float32), np.empty(TOGETHER, np.float32)
+    wanted = np.empty(TOGETHER, np.int64)
     for i in range(n):
         best[i], _, _ = two_smallest(cost[i], price, n)
         row_of[i] = n
@@ -75,7 +76,7 @@ def _auction(cost, price, open_price, level, zero, best, row_of, queue, taken): 
             price[j] = min(price[j], tau)
             open_price[j] = -price[j]
             row_of[j], queue[j] = -1, j
-        cheapest, place = level.min(), 0
+        cheapest, _, place = two_smallest(level, zero, q)
         level[:] = cheapest
         taken[:q] = -1
         head, waiting, supply, bids = 0, n, q, 0

@@ -10,6 +10,14 @@ _EPS, _TINY, _LARGEST = (float(getattr(np.finfo(np.float64), name)) for name in 
 
 
 @compiled(nogil=True, error_model="numpy")
+def _most(x):  # type: ignore[no-untyped-def]
+    most = x[0]
+    for value in x:
+        most = value if value > most else most
+    return most
+
+
+@compiled(nogil=True, error_model="numpy")
 def error_of(costs, rows, cols, mass, f, g, left_a, left_b, moved, floor):  # type: ignore[no-untyped-def]
     """Gap between the cost of a plan and its dual value, relative to the cost; see `errors`.
 
@@ -37,7 +45,7 @@ def error_of(costs, rows, cols, mass, f, g, left_a, left_b, moved, floor):  # ty
             left_a[i] -= amount
             left_b[j] -= amount
     stray = abs(total - moved) if moved >= 0 else 0.0
-    top_f, top_g = (f.max(), g.max()) if moved >= 0 else (0.0, 0.0)  # the potentials of what is left behind
+    top_f, top_g = (_most(f), _most(g)) if moved >= 0 else (0.0, 0.0)  # the potentials of what is left behind
     for i in range(len(f)):
         gap += left_a[i] * (top_f - f[i])
         stray += abs(left_a[i]) if moved < 0 or left_a[i] < 0 else 0.0

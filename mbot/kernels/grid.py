@@ -97,11 +97,12 @@ def complete(costs_of, wide, begin, stop, out):  # type: ignore[no-untyped-def]
     column, values, error, least = out
     n = column.shape[2]
     room, ordered, ones = room_for(n), np.arange(n), np.ones(n)
-    cost, (price, f, costs, left_a, left_b) = np.empty((n, n), x.dtype), np.empty((5, n))
+    cost, price, f, costs = np.empty((n, n), x.dtype), np.empty(n), np.empty(n), np.empty(n)
+    left_a, left_b = np.empty(n), np.empty(n)
     entries = cost.reshape(n * n)
     for p in range(begin, stop):
         _make(product, first, x, y, norms_x, norms_y, p // wide * n, p % wide * n, room[8], cost, least[p])
-        low, total = np.float64(least[p].min()), total_of(entries)
+        low, total = least_of(least[p], room[8]), total_of(entries)
         error[p] = np.nan
         if not _usual(low, total):
             continue

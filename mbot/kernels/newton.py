@@ -20,7 +20,9 @@ def factorise(kernel, a, b, sums, u, v, system):  # type: ignore[no-untyped-def]
     matrix chooses among potentials, which are free up to one.
     """
     n, m = kernel.shape
-    total = a.sum()
+    total = 0.0
+    for weight in a:
+        total += weight
     parts = np.zeros((4, n))  # four columns of the plan
     system[:] = total / (n * n)
     for first in range(0, m, 4):

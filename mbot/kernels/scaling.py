@@ -226,8 +226,10 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits, work, system
             shift = (row_mass / col_mass) ** (parameter / 2.0)
             if not 1 / _HUGE < shift < _HUGE:
                 return u, v, -1.0, turn
-            u *= shift
-            v /= shift
+            for i in range(n):
+                u[i] *= shift
+            for j in range(m):
+                v[j] /= shift
     return u, v, -1.0, budget
 
 
@@ -262,13 +264,12 @@ def _begin(given, potential, half, relaxed, first, weight, scale):  # type: igno
     KL-relaxed weights change with them: ``relaxed`` is ``reg + reg_marginal``, infinite for the other kinds.
     """
     most = 0.0
-    weight[:] = given
-    if relaxed < np.inf:
-        for i in range(len(weight)):
+    for i in range(len(weight)):
+        weight[i] = given[i]
+        if relaxed < np.inf:
             lost = (potential[i] + half) / relaxed
             most = max(most, abs(lost))
             weight[i] *= np.exp(-lost)
-    for i in range(len(weight)):
         scale[i] = weight[i] if first else (1.0 if given[i] > 0.0 else 0.0)
     return most < np.log(_HUGE)
 
@@ -327,9 +328,11 @@ def _solve(  # type: ignore[no-untyped-def]
             _absorb(found_u, a, f, room, level, bits)
             _absorb(found_v, b, g, room, level, bits)
             if kind == BALANCED:  # potentials are free up to a constant, and large ones lose digits
-                apart = (f.max() - g.max()) / 2.0
-                f -= apart
-                g += apart
+                apart = (_range(f)[1] - _range(g)[1]) / 2.0
+                for i in range(n):
+                    f[i] -= apart
+                for j in range(m):
+                    g[j] += apart
             level = max(level / 4.0, reg)
         if not (fits and share >= 0.0):
             continue
