@@ -9,6 +9,17 @@ from minibatch_transport import compiled
 
 
 @compiled(nogil=True, error_model="numpy")
+def _product(x, y):  # type: ignore[no-untyped-def]
+    """Their inner product, and the sums of both."""
+    product, left, right = 0.0, 0.0, 0.0
+    for i in range(len(x)):
+        product += x[i] * y[i]
+        left += x[i]
+        right += y[i]
+    return product, left, right
+
+
+@compiled(nogil=True, error_model="numpy")
 def _relative(potential, weight, mass, marginal):  # type: ignore[no-untyped-def]
     """Potentials less the logarithms of the weights, in place; their product with the masses, and the divergence."""
     product, divergence, last, log = 0.0, 0.0, 0.0, 0.0
@@ -31,20 +42,23 @@ def report(plan, phi, psi, a, b, rows, cols, transport, kind, parameter, reg):  
     f, g, penalty = np.empty(phi.shape, dtype), np.empty(psi.shape, dtype), np.empty(len(phi), dtype)
     of_rows, of_cols = np.empty(phi.shape[1]), np.empty(psi.shape[1])
     for p in range(len(phi)):
-        of_rows[:] = phi[p]
-        of_cols[:] = psi[p]
+        for i in range(len(of_rows)):
+            of_rows[i] = phi[p, i]
+        for j in range(len(of_cols)):
+            of_cols[j] = psi[p, j]
         if kind == UPPER_BOUNDED:
-            value = (of_rows * rows[p]).sum() + (of_cols * cols[p]).sum()
+            value = _product(of_rows, rows[p])[0] + _product(of_cols, cols[p])[0]
         else:
             x, y = (a[p], b[p]) if kind == BALANCED else (rows[p], cols[p])
             left, apart = _relative(of_rows, a[p], x, rows[p])
             right, more = _relative(of_cols, b[p], y, cols[p])
-            value = left + right - rows[p].sum() + a[p].sum() * b[p].sum()
+            _, mass, all_rows = _product(rows[p], a[p])
+            value = left + right - mass + all_rows * _product(cols[p], b[p])[2]
             if kind == KL_RELAXED:
                 value += parameter * (apart + more)
         penalty[p] = reg * value - transport[p]
-        for i in range(phi.shape[1]):
+        for i in range(len(of_rows)):
             f[p, i] = reg * of_rows[i]
-        for j in range(psi.shape[1]):
+        for j in range(len(of_cols)):
             g[p, j] = reg * of_cols[j]
     return f, g, penalty

@@ -153,9 +153,12 @@ def _extrapolate(new, scale, factor, bits):  # type: ignore[no-untyped-def]
     most = _FARTHEST
     for change in new:
         most = max(most, factor * abs(change))
-    new *= factor * (_FARTHEST / most)
+    factor *= _FARTHEST / most
+    for i in range(len(new)):
+        new[i] *= factor
     exp(new, bits)
-    new *= scale
+    for i in range(len(new)):
+        new[i] *= scale[i]
 
 
 @compiled(**_OPTIONS)
@@ -190,7 +193,8 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits, work, system
             rate = 0.0 if stepped else np.log(error / before) / (turn - since)
             stepped = -np.inf < rate < 0.0 and np.log(tol / error) / rate > _FEW
             if stepped:
-                plain[:] = new_u
+                for i in range(n):
+                    plain[i] = new_u[i]
                 _extrapolate(new_u, u, 1.0 / (1.0 - np.exp(rate)), bits)
             before, since, look = error, turn, turn + _LOOK
         elif stepped or turn >= look:
@@ -328,7 +332,7 @@ def _solve(  # type: ignore[no-untyped-def]
             _absorb(found_u, a, f, room, level, bits)
             _absorb(found_v, b, g, room, level, bits)
             if kind == BALANCED:  # potentials are free up to a constant, and large ones lose digits
-                apart = (_range(f)[1] - _range(g)[1]) / 2.0
+                apart = (extent(f)[1] - extent(g)[1]) / 2.0
                 for i in range(n):
                     f[i] -= apart
                 for j in range(m):
