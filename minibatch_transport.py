@@ -1,4 +1,4 @@
-"""What `mbot`, `flows` and `setenc` share: their version, how a name is retired, and how functions are compiled."""
+"""Shared parts of `mbot`, `flows` and `setenc`: the version, the warning for a retired name, numba's decorator."""
 
 from __future__ import annotations
 

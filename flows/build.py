@@ -133,7 +133,7 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         if not task.images:
             raise ConfigError(f"--model {name} is for images; {config.data} has samples of shape {task.shape}")
         if name in DIT_PRESETS:
-            return _transformer(config, task, name, conditions)
+            return _transformer(task, name, conditions)
         changes: dict[str, Any] = {"in_channels": task.shape[0], "image_size": task.shape[-1]}
         if config.dropout is not None:
             changes["dropout"] = config.dropout
@@ -142,7 +142,7 @@ def build_model(config: TrainConfig, task: Task) -> nn.Module:
         return UNet.preset(name, **changes, **conditions)
 
 
-def _transformer(config: TrainConfig, task: Task, name: str, conditions: dict[str, int]) -> DiT:
+def _transformer(task: Task, name: str, conditions: dict[str, int]) -> DiT:
     side = DIT_PRESETS[name]["patch_size"]
     if any(pixels % side for pixels in task.shape[1:]):
         raise ConfigError(f"--model {name} has patches of {side} pixels, which do not divide images {task.shape}")

@@ -116,7 +116,7 @@ class Distillation(Objective):
 
     @torch.no_grad()
     def target(self, z: Tensor, step: Tensor, t: Tensor, y: Any = None) -> Tensor:
-        """What the guided term regresses the student's steps ``(B, d…)`` from z on, by one call of the teacher."""
+        """Targets ``(B, d…)`` of the student's steps from z in the guided term, by one call of the teacher."""
         assert self.teacher is not None
         share = beside(t, z).to(z.dtype)
         xt = z + share * step.to(z.dtype)

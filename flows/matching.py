@@ -161,7 +161,7 @@ def regression_loss(model: VelocityModel, batch: FlowBatch) -> Tensor:
 
 
 def check_velocity(velocity: Any, x: Tensor) -> Tensor:
-    """What a model returned, which must be one velocity for each of the points ``x``."""
+    """The velocities that a model returned, if there is one for each of the points ``x``."""
     if not isinstance(velocity, Tensor):
         raise TypeError(
             f"the model must return a tensor of velocities; got {type(velocity).__name__}. flows.models.wrap takes "
@@ -191,7 +191,7 @@ def check_coupling(coupling: object) -> Coupling:
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """What a model is trained for: pairs from a coupling, points on their paths at drawn times, and a loss there.
+    """A training objective: pairs from a coupling, points on their paths at drawn times, and a loss there.
 
     The one place where a batch is coupled and put on a path. A subclass, a frozen dataclass, implements `batch_loss`.
     `flows.FlowMatching` describes the arguments.

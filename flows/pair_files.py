@@ -125,7 +125,7 @@ def append(folder: Path, made: dict[str, Any], start: Any, done: int, ends: Tens
 
 
 def _offset(file: IO[bytes], made: dict[str, Any], rows: int) -> int:
-    """Where a row begins in an array file."""
+    """The position of a row in an array file."""
     np.lib.format.read_magic(file)
     np.lib.format.read_array_header_1_0(file)
     return file.tell() + rows * math.prod(made["shape"]) * np.dtype(made["dtype"]).itemsize

@@ -113,15 +113,10 @@ class AffinePath(Path):
 
 
 @dataclass(frozen=True)
-class LinearPath(AffinePath):
-    """Straight lines: ``xt = (1 - t) x0 + t x1 + sigma * noise`` with velocity ``x1 - x0`` (I-CFM, arXiv 2302.00482).
-
-    Args:
-        sigma: standard deviation around the line, >= 0; 0 in rectified flow and in C²OT.
-    """
+class _EvenNoise(AffinePath):
+    """A path with noise of the standard deviation ``sigma`` at all times."""
 
     sigma: float = 0.0
-    convex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         checks.store(self, sigma=checks.positive(self.sigma, "sigma", allow_zero=True))
@@ -131,13 +126,24 @@ class LinearPath(AffinePath):
         """Whether there is any."""
         return self.sigma > 0
 
-    def weights(self, t: Tensor) -> Weights:
-        """``1 - t`` and ``t``."""
-        return Weights(1 - t, t, -1.0, 1.0)
-
     def std(self, t: Tensor) -> tuple[float, float]:
         """``sigma`` at all times."""
         return self.sigma, 0.0
+
+
+@dataclass(frozen=True)
+class LinearPath(_EvenNoise):
+    """Straight lines: ``xt = (1 - t) x0 + t x1 + sigma * noise`` with velocity ``x1 - x0`` (I-CFM, arXiv 2302.00482).
+
+    Args:
+        sigma: standard deviation around the line, >= 0; 0 in rectified flow and in C²OT.
+    """
+
+    convex: ClassVar[bool] = True
+
+    def weights(self, t: Tensor) -> Weights:
+        """``1 - t`` and ``t``."""
+        return Weights(1 - t, t, -1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -219,7 +225,7 @@ class TargetPath(AffinePath):
 
 
 @dataclass(frozen=True)
-class VariancePreservingPath(AffinePath):
+class VariancePreservingPath(_EvenNoise):
     """Quarter circles that keep the variance (VP; Albergo and Vanden-Eijnden 2023, arXiv 2209.15571).
 
     ``xt = cos(πt/2) x0 + sin(πt/2) x1 + sigma * noise`` with velocity ``π/2 (cos(πt/2) x1 - sin(πt/2) x0)``.
@@ -228,26 +234,13 @@ class VariancePreservingPath(AffinePath):
         sigma: standard deviation around the arc, >= 0.
     """
 
-    sigma: float = 0.0
     speed: ClassVar[float] = math.pi / 2
-
-    def __post_init__(self) -> None:
-        checks.store(self, sigma=checks.positive(self.sigma, "sigma", allow_zero=True))
-
-    @property
-    def needs_noise(self) -> bool:
-        """Whether there is any."""
-        return self.sigma > 0
 
     def weights(self, t: Tensor) -> Weights:
         """``cos(πt/2)`` and ``sin(πt/2)``."""
         angle = t * (math.pi / 2)
         x0, x1 = angle.cos(), angle.sin()
         return Weights(x0, x1, -x1, x0)
-
-    def std(self, t: Tensor) -> tuple[float, float]:
-        """``sigma`` at all times."""
-        return self.sigma, 0.0
 
 
 def check_path(path: object) -> Path:

@@ -1,4 +1,4 @@
-"""What a model may predict at a point of an affine path: its velocity, its end x1, or its start x0, the noise.
+"""Predictions of a model at a point of an affine path: the velocity, the end x1, or the start x0, the noise.
 
 Point and velocity of ``xt = a(t) x0 + b(t) x1`` are two equations in x0 and x1, so that any two of the four quantities
 give the others, in expectation too.
@@ -45,7 +45,7 @@ def _lines(path: Any, t: Tensor, x: Tensor) -> _Lines:
 
 
 def from_velocity(path: Path, prediction: str, t: Tensor, xt: Tensor, ut: Tensor) -> Tensor:
-    """What a prediction is at points ``xt`` ``(B, d…)`` at times ``t`` ``(B,)`` whose velocities are ``ut``."""
+    """Right predictions at points ``xt`` ``(B, d…)`` at times ``t`` ``(B,)`` whose velocities are ``ut``."""
     if check_prediction(prediction, path) == "velocity":
         return ut
     at = _lines(path, t, xt)

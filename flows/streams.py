@@ -76,7 +76,7 @@ class Stream:
                 del kept[number]
 
     def state(self, number: int) -> dict[str, Any]:
-        """Where a stretch begins; ``stream`` is the iterable's own state, or None."""
+        """The beginning of a stretch; ``stream`` is the iterable's own state, or None."""
         passes, stream = self._states[number]
         return {"passes": passes, "stream": stream}
 

@@ -1,4 +1,4 @@
-"""How torch's threads wait, on the command line; imported before torch, which reads the setting when it is loaded.
+"""Passive waiting of torch's threads, on the command line; imported before torch, which reads the setting when loaded.
 
 Threads of torch's OpenMP library spin for milliseconds between parallel operations. Where another process wants the
 core, each operation then waits for the scheduler; sleeping threads do not. A setting of the user's stays.

@@ -88,7 +88,7 @@ def _again(problems: Problems, solve: Callable[[Problems], Solution], found: Sol
         error[at[which[better]]] = new[better]
         found.put(at[which[better]], other.take(better))
         left &= (error[at] > TOLERANCE) & (level < levels.high).cpu().numpy()
-        # Where all costs up to the cap were allowed for, those beyond it cannot be avoided: on to the next of them.
+        # If no cost lies between the level and the cap, a plan must pay one above it: the least of these is next.
         following = few.least_above(levels.low + level)
         level = torch.where(following > cap, following - levels.low, _STEP * (cap - levels.low)).minimum(levels.high)
     unavoidable = at[error[at] == np.inf]
@@ -113,7 +113,7 @@ def _near(problems: Problems, found: Solution, error: np.ndarray) -> np.ndarray:
     which = np.flatnonzero((error > TOLERANCE) & (error < np.inf))
     if len(which):
         some = problems.take(which)
-        # One cost more than any plan has pairs: where only so many are small, there is no choice among them.
+        # The scale of one small cost more than a plan has pairs: among fewer of them there would be no choice.
         pairs = max(some.size) if some.mass is None else int(some.mass)
         floors = []
         for cost in some.parts():

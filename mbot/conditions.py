@@ -266,7 +266,7 @@ def _missing(value: Any) -> bool:
 
 
 def _gone(rows: Any, name: str, allowed: bool | None) -> np.ndarray:
-    """Which rows are missing, ``(n,)``."""
+    """Whether each row is missing, ``(n,)``."""
     if isinstance(rows, np.ndarray):
         gone, partly = (rows != rows).all(1), (rows != rows).any(1)
     else:

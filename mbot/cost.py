@@ -127,7 +127,7 @@ def _direct(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _near_the_origin(x: Tensor, y: Tensor) -> bool:
-    """Whether the centre of two clouds lies well within their spread, by a few points: centring would be two copies."""
+    """Whether the centre of two clouds is small against their spread, by a few points; centring would copy both."""
     if x.ndim > 2 or y.ndim > 2 or x.device.type != "cpu":  # copies of small problems are cheap; a device is waited for
         return False
     if not len(x) or len(x) + len(y) <= 2 * _SAMPLE:  # a process may have none; of few points asking costs as much
@@ -158,7 +158,7 @@ def _squared(given_x: Tensor, given_y: Tensor, prepare: Callable[[Tensor], Tenso
         return _known(x, y, squared)
     if _asked(x, y) or not math.isfinite(squared.sum()):
         return None
-    # Points among themselves, as conditions are, have only their distances from themselves to be computed otherwise.
+    # Between points and themselves (conditions, say) the diagonal cancels alone: few entries to compute by differences.
     share = torch.finfo(squared.dtype).eps / _TOLERANCE[squared.dtype]
     few = _FEW * math.prod(squared.shape[:-2]) * sum(squared.shape[-2:])
     where = squared < share * (norms_x.amax(-1) + norms_y.amax(-1))[..., None, None]  # no third matrix, and some more

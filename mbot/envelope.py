@@ -151,8 +151,6 @@ def first_order(
         slope_a: ``(…, n)`` derivative of each value in ``a``.
         slope_b: ``(…, m)`` in ``b``.
     """
-    if not torch.is_grad_enabled():
-        return value
     return _FirstOrder.apply(value, a, b, slope_a, slope_b)
 
 

@@ -1,4 +1,4 @@
-"""Where costs come from, for solvers that look at all pairs: a matrix, points, or rows of either on several ranks.
+"""Sources of costs, for solvers that look at all pairs: a matrix, points, or rows of either on several ranks.
 
 A solver sees the costs ``C`` of a batch of problems only through sums over the exponentials of scaled potentials:
 
@@ -126,7 +126,7 @@ class Dense:
         return shift if self.reached is None else torch.where(self.reached[0], shift, -torch.inf)
 
     def _mended(self, sums: Tensor, cost: Tensor, potential: Tensor, axis: int) -> Tensor:
-        """The sums, those that the kernel underflows for in the log domain."""
+        """The sums; where the kernel underflows, computed in the log domain."""
         known = sums if self.reached is None else torch.where(self.reached[axis], sums, 0)
         if math.isfinite(float(known.sum())):
             return sums

@@ -186,7 +186,7 @@ class MiniBatchLoss(nn.Module):
     @outside_graphs
     @one_warning()
     def barycentric_map(self, x: Tensor, y: Tensor, visits: int = 8) -> tuple[Tensor, Tensor]:
-        """Where mini-batch transport takes each source point: the mean of its targets over mini-batches of all points.
+        """The image of each source point: the mean of its targets over mini-batches of all points.
 
         Both clouds go through random orders, so no point is left out; `plan` leaves out those that no batch drew.
 

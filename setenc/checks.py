@@ -122,7 +122,7 @@ def generator(value: Any) -> torch.Generator | None:
 
 
 def columns(value: Any, in_dim: int) -> list[int]:
-    """Which of ``in_dim`` features: None is all, else a slice, or indices or a mask of them."""
+    """A choice among ``in_dim`` features: None is all, else a slice, or indices or a mask of them."""
     if value is None or isinstance(value, slice):
         chosen = list(range(in_dim))[slice(None) if value is None else value]
     else:

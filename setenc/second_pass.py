@@ -88,7 +88,7 @@ class SecondPass:
         data = run.source.tensors() if draws is None else {}
         self.versions = [(name, t, _version(t)) for name, t in (*self.parameters.items(), *data.items())]
         self.modes = [(name, module, module.training) for name, module in self.body.named_modules()]
-        # Of entries that are selected, not summed: the chunk that each comes from, and its entry there.
+        # The origin of entries that are selected, not summed: the chunk of each, and its position there.
         self.origins = [torch.full_like(p.peak, -1).long() if p.selects else None for p in run.start.parts]
         self.entries = [None if o is None or o.shape[2] == 1 else torch.zeros_like(o) for o in self.origins]
 

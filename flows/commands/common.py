@@ -1,4 +1,4 @@
-"""What several commands do: read their settings, join the processes of ``torchrun``, train a run, draw a picture."""
+"""Parts of several commands: settings, the processes of ``torchrun``, training, a picture of samples."""
 
 from __future__ import annotations
 

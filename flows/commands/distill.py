@@ -50,7 +50,7 @@ def distill(arguments: list[str]) -> None:
                 raise ConfigError(f"samples of --student {config.student} have shape {own.shape}, not {task.shape}")
             if (own.num_classes, own.condition_dim) != (task.num_classes, task.condition_dim):
                 raise ConfigError(f"--student {config.student} takes other conditions than the model of {config.run}")
-        # A start has no one end without its condition, so conditions are not dropped.
+        # Without its condition a start point has no single end, so conditions are not dropped.
         changes: dict[str, Any] = {
             "objective": "distillation",
             "condition_dropout": 0.0,

@@ -26,7 +26,7 @@ from mbot import checks
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """What the commands that train on pairs share: the student, and what differs from the teacher's training."""
+    """Settings of the commands that train on pairs: the student, and what differs from the teacher's training."""
 
     run: Path
     """Folder of the teacher's run."""

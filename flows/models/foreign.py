@@ -45,7 +45,7 @@ class WrappedModel(nn.Module):
         self.null_class = None if null_class is None else checks.count(null_class, "null_class", at_least=0)
 
     def extra_repr(self) -> str:
-        """How the module is called."""
+        """The way to call the module."""
         module = "" if isinstance(self.module, nn.Module) else f"{_name(self.module)}, "
         output = _name(self.output) if callable(self.output) else repr(self.output)
         return f"{module}{self.order!r}, output={output}, time_scale={self.time_scale:g}, null_class={self.null_class}"

@@ -1,4 +1,4 @@
-"""What models share: checked inputs, features of times and places, attention that can be differentiated forwards."""
+"""Parts of the models: checked inputs, features of times and positions, attention with forward-mode derivatives."""
 
 from __future__ import annotations
 

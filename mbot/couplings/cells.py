@@ -113,7 +113,7 @@ def _rows(members: Tensor) -> int:
 
 
 def _position_in_cell(own: Tensor, count: int) -> Tensor:
-    """How many noises before each one are in the same cell."""
+    """For each noise, the number of those before it in the same cell."""
     order = own.argsort(stable=True)
     sizes = torch.bincount(own, minlength=count)
     position = torch.empty_like(own)

@@ -29,7 +29,7 @@ from mbot.solvers.clouds import match_clouds
 
 @dataclass(frozen=True, eq=False)
 class NoiseAssignment:
-    """Which noises the points of a data set have.
+    """The noises of the points of a data set.
 
     Attributes:
         number: ``(N, c)`` int64, the number of each noise in the sequence that the seed begins.

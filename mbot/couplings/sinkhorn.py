@@ -24,7 +24,7 @@ _PROBE = 1024  # samples a side that the spread of the costs is measured on
 
 @dataclass(frozen=True, eq=False)
 class SinkhornPotentials:
-    """What a call of `SinkhornCoupling` found: enough to evaluate its source potential at new samples.
+    """The result of a call of `SinkhornCoupling`, from which its source potential is evaluated at new samples.
 
     Attributes:
         points: ``(m, d)`` target samples, as the cost saw them.
@@ -182,7 +182,7 @@ def _limit(costs: Tensor) -> float:
     low = costs.amin()
     if not bool(low < torch.inf):
         raise ValueError("the cost forbids every pair of a sample of the batch (it is +inf)")
-    # What is larger than all costs of half of the sample's points is no cost but a ban.
+    # A pair is forbidden if it costs far more than the pairs that half of the sample's points have.
     half = torch.full((1,), 0.5, dtype=torch.float64, device=costs.device)
     limit = float(large_entries((costs - low)[None], a, b, 0.0, half) + low)
     return limit if math.isfinite(limit) or not bool((costs == torch.inf).any()) else torch.finfo(costs.dtype).max

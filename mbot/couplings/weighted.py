@@ -109,7 +109,7 @@ def _tilt(log_weight: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class RegCurve:
-    """What each regularisation of `WeightedCoupling` does to two batches; see `reg_curve`.
+    """Effects of each regularisation of `WeightedCoupling` on two batches; see `reg_curve`.
 
     Attributes:
         reg: ``(k,)`` regularisations, increasing.

@@ -31,10 +31,8 @@ _LEAF = 512  # points that the hierarchy ends at
 _BLOCKS = (512, 1024, 2048, 4096)  # pairs that a sweep matches at once
 _SAMPLE = 4096, 512  # points that directions of the hierarchy and of the sweeps are found from
 _STEP = 4096  # rows of points that a thread takes at a time
-_DOUBT = (
-    1e-4  # rounding of float32 scores, as a share of the cost, above which a class of one block is matched by costs
-)
-_WORK = 1 << 27  # costs of blocks that are solved between two checks of the time limit, eight of the largest blocks
+_DOUBT = 1e-4  # rounding of float32 scores, relative to the cost, above which a class is matched anew in float64
+_WORK = 1 << 27  # costs that are solved between two checks of the time limit: eight of the largest blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What dense plans and given random numbers say: rows of columns, and whole numbers of shares.
+"""Draws from dense plans, given their random numbers: a row for each column, and shares rounded to whole numbers.
 
 Compiled on the CPU, where these are many small operations; the functions with an underscore are what a device runs.
 """

@@ -20,7 +20,7 @@ from mbot.solvers.support import large_entries, usable_pairs
 _WIDE = 2e3  # costs spread over more regularisations than this need float64, and a look at the largest
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
 _REFINE = 50  # rounds on plans whose potentials have too few digits
-_BUDGET = 400  # rounds, and two a row, in the compiled kernel, and before forbidden pairs are looked at
+_BUDGET = 400  # rounds (and two a row of costs) in the compiled kernel, and before forbidden pairs are examined
 _CHEAP = 1 << 18  # cells that the kernel goes through in less time than the driver needs to begin: more of its rounds
 
 
@@ -127,7 +127,7 @@ def _compiled_first(
     cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
     others: Callable[..., Plans], forbidden: bool = False,
 ) -> Plans:  # fmt: skip
-    """Plans by the compiled kernel as far as it goes; the ``others`` are solved by a function like `_solved`."""
+    """Plans by the compiled kernel, and by ``others``, a function like `_solved`, where it does not finish."""
     problems, n, m = cost.shape
     most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
     if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
@@ -151,7 +151,7 @@ def _solved(
     cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, max_iter: int, tol: float,
     start: Tensor | None = None,
 ) -> Plans:  # fmt: skip
-    """By the driver, from potentials ``start`` unless pairs are forbidden."""
+    """The driver's plans; it begins at the potentials ``start`` if no pairs are forbidden."""
     low, high = cost.amin((1, 2)).double(), cost.amax((1, 2)).double()
     if bool((high - low <= _WIDE * reg).all()):
         return _checked(cost, a, b, step, reg, max_iter, tol, start)

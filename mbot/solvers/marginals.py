@@ -19,7 +19,7 @@ _UNDERFLOW = -745.0  # log of a mass that is 0 in float64
 
 
 class Marginal(ABC):
-    """What a problem asks of its row (or column) masses; the defaults are those of fixed and bounded masses."""
+    """The condition on row (or column) masses of a problem; the defaults are those of fixed and bounded masses."""
 
     relaxes = False  # whether over-relaxed steps converge
     relative = True  # whether potentials are reported relative to the weights
@@ -43,7 +43,7 @@ class Marginal(ABC):
 
     @abstractmethod
     def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
-        """What ``phi`` contributes to the dual objective, in units of reg, up to a constant: ``(B,)``."""
+        """The terms of ``phi`` in the dual objective, in units of reg, up to a constant: ``(B,)``."""
 
     @abstractmethod
     def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Marginal(ABC):
         """Row masses after another step, from those at ``phi``; both ``(B, n)``. A solved problem keeps its own."""
 
     def shift(self, phi: Tensor, log_a: Tensor, psi: Tensor, log_b: Tensor) -> Tensor | None:
-        """What moves from ``psi`` to ``phi`` where the dual is largest along that line, ``(B, 1)``; no plan changes."""
+        """The t at which the dual objective of ``(phi + t, psi - t)`` is largest, ``(B, 1)``; None for 0."""
         return None
 
     def lowered(self, log_weight: Tensor, amount: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class KLRelaxed(Marginal):
 
     @property
     def rate(self) -> float:
-        """What is left of an undamped step."""
+        """Length of a step relative to a balanced one."""
         return self.ratio / (1 + self.ratio)
 
     @property
@@ -149,7 +149,7 @@ class KLRelaxed(Marginal):
         return torch.full_like(sums, self.rate), torch.zeros_like(sums), torch.zeros_like(sums)
 
     def _terms(self, phi: Tensor, log_weight: Tensor) -> Tensor:
-        """Logs of the masses that these potentials ask for."""
+        """Logs of the masses that these potentials imply."""
         return torch.where(log_weight > -torch.inf, log_weight / self.rate - phi / self.ratio, -torch.inf)
 
     def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
@@ -166,12 +166,12 @@ class KLRelaxed(Marginal):
         return torch.zeros_like(weight[:, 0])
 
     def masses(self, phi: Tensor, mass: Tensor, log_weight: Tensor) -> Tensor:
-        """A damped step towards what the potentials ask for; nothing where no pair leads to."""
+        """A damped step towards the masses that the potentials imply; 0 for points without a pair."""
         change = self.rate * (self._terms(phi, log_weight) - mass.log())
         return torch.where((mass > 0) & (log_weight > -torch.inf), mass * change.exp(), 0)
 
     def shift(self, phi: Tensor, log_a: Tensor, psi: Tensor, log_b: Tensor) -> Tensor:
-        """Both sides' terms of the dual equal (Séjourné et al. 2022)."""
+        """At the best t the dual terms of both sides are equal (Séjourné et al. 2022)."""
         rows, cols = (self._terms(*side).logsumexp(-1, keepdim=True) for side in ((phi, log_a), (psi, log_b)))
         return (self.ratio / 2 * (rows - cols)).nan_to_num(0)  # no point takes part: nothing to shift
 
@@ -267,7 +267,7 @@ class UpperBounded(Marginal):
         """``min(weight, exp(level + S))`` with ``exp(S) = mass / exp(phi)``."""
         relative = (phi - phi.masked_fill(mass <= 0, -torch.inf).amax(-1, keepdim=True)).nan_to_num(0)
         sums = torch.where(mass > 0, mass.log() - relative, -torch.inf)
-        # A point that nothing reaches is full, as all are, where the level is infinite.
+        # Where the level is infinite all points are full, those without mass too.
         return torch.minimum(log_weight, (self._level(sums, log_weight) + sums).nan_to_num(torch.inf)).exp()
 
 

@@ -82,7 +82,7 @@ class Rounds:
         return some
 
     def _updated(self, step: Marginal, sums: Tensor, log_weight: Tensor, potential: Tensor) -> Tensor:
-        """The potential after a step; points without part or that nothing reaches get the largest of the others."""
+        """The potential after a step. Points without part or without a pair get the largest of the others."""
         new = step(sums, log_weight)
         if self.all_live:
             return new
@@ -127,7 +127,7 @@ class Rounds:
         self.psi = self._updated(self.cols, self.geometry.col_sums(self.phi), self.log_b, self.psi)
 
     def look_for_digits(self) -> None:
-        """Note problems whose potentials are too large for a plan; what follows is of no use to them."""
+        """Mark problems as lost if their potentials are too large for a plan in float64: further rounds cannot help."""
         self.lost |= ~(rounding(self, torch.float64) <= _ROUNDING)
 
     def from_above(self, reg: float, spread: float, warm: bool) -> int:

@@ -1,4 +1,4 @@
-"""Which pairs a plan can use: entries too large to matter, and pairs that forbidden ones leave no use for."""
+"""The pairs that a plan can use, without entries too large to matter and pairs that forbidden ones make useless."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mbot.testing.check_coupling` checks."""
+"""The checks of `mbot.testing.check_coupling`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `mbot.testing.check_transport` checks."""
+"""The checks of `mbot.testing.check_transport`."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Transport(ABC):
         return self
 
     def matched_pairs(self, n: int, m: int) -> float | None:
-        """How many pairs the plans of uniform ``n × m`` problems move, where the cheapest matching is the plan."""
+        """Pairs in the plan of a uniform ``n × m`` problem where it is the cheapest matching of so many; else None."""
         return None
 
     @outside_graphs

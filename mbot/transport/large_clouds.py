@@ -4,6 +4,8 @@ The potentials come from passes over tiles (`mbot.geometry.Points`); the value i
 order in theirs; and its gradient in the points is, by the envelope theorem, a weighted sum of targets:
 
     squared Euclidean:  d/dx_i = 2 sum_j P_ij (x_i - y_j)          dot:  d/dx_i = - sum_j P_ij y_j
+
+and in the weights the potentials.
 """
 
 from __future__ import annotations
@@ -36,12 +38,11 @@ def entropic_values(
     x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, cost: str, reg: float, max_iter: int, tol: float
 ) -> Tensor:
     """The values ``(…,)`` of `EntropicOT` on checked points, one large problem after another."""
-    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    batch, given = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), (a, b)
     like = torch.empty((), device=x.device).expand(*batch, 1, 1)
     weights = []
     for weight, points, name in ((a, x, "a"), (b, y, "b")):
         size = points.shape[-2]
-        checks.constant_weights(weight, name, "EntropicOT between clouds too large for a cost matrix")
         weight = checks.weights(weight, size, like, name)
         if weight is None:
             weight = torch.full((size,), 1 / size, dtype=torch.float64, device=x.device).expand(*batch, size)
@@ -52,22 +53,33 @@ def entropic_values(
         x, y = (
             points.expand(*batch, *points.shape[-2:]).flatten(0, -3) if batch else points[None] for points in (x, y)
         )
+        with_slopes = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in given)
         with convergence.one_warning():
-            values = [_value(*problem, cost, reg, max_iter, tol) for problem in zip(x, y, left, right, strict=True)]
-        return torch.stack(values).reshape(batch)
+            found = [
+                _value(*problem, cost, reg, max_iter, tol, with_slopes)
+                for problem in zip(x, y, left, right, strict=True)
+            ]
+        values = torch.stack([value for value, _ in found]).reshape(batch)
+    if not with_slopes:
+        return values
+    slopes = (torch.stack(side).reshape(*batch, -1) for side in zip(*(slopes for _, slopes in found), strict=True))
+    a, b = (weight if weight is not None and weight.requires_grad else None for weight in given)
+    return first_order(values, a, b, *(slope - slope.mean(-1, keepdim=True) for slope in slopes))  # totals stay
 
 
-def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, max_iter: int, tol: float) -> Tensor:
+def _value(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, max_iter: int, tol: float, with_slopes: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The value of one problem and, if wanted, the potentials ``(n,)`` and ``(m,)`` of all points."""
+    given, dtype, factor, name = (x.detach(), y.detach()), x.dtype, 1.0, cost
     if not bool((a > 0).all() & (b > 0).all()):
         x, y, a, b = x[a > 0], y[b > 0], a[a > 0], b[b > 0]  # points of weight 0 take no part
-    dtype, factor = x.dtype, 1.0
-    if not expansion_holds(x, y, cost, _PROBE):
-        x, y = x.double(), y.double()
-    if cost == "cosine":  # half the squared distance of unit vectors
-        x, y, cost, factor, reg = unit(x), unit(y), "sqeuclidean", 0.5, 2 * reg
-    elif cost == "sqeuclidean":
-        centre = torch.lerp(x.detach().mean(0), y.detach().mean(0), 0.5)
-        x, y = x - centre, y - centre
+    exact = dtype if expansion_holds(x, y, cost, _PROBE) else torch.float64
+    x, y = x.to(exact), y.to(exact)
+    centre = torch.lerp(x.detach().mean(0), y.detach().mean(0), 0.5) if cost == "sqeuclidean" else None
+    if cost == "cosine":
+        cost, factor, reg = "sqeuclidean", 0.5, 2 * reg
+    x, y = _prepared(x, name, centre), _prepared(y, name, centre)
     with torch.no_grad():
         sample = pairwise(x[:: -(-len(x) // _PROBE)], y[:: -(-len(y) // _PROBE)], cost)
         spread = float(sample.amax() - sample.amin())
@@ -83,7 +95,20 @@ def _value(x: Tensor, y: Tensor, a: Tensor, b: Tensor, cost: str, reg: float, ma
         phi, psi, total = found.phi[0], found.psi[0], a.sum()
         dual = (a * (phi - a.log())).sum() + (b * (psi - b.log())).sum() - total + total * b.sum()
         value = (larger * dual).to(x.dtype)
-    return (factor * first_order(_Value.apply(x, y, value, geometry, phi, psi))).to(dtype)
+        slopes = []
+        if with_slopes:  # one more half-round on either side, for the points of weight 0 as well
+            left, right = (_prepared(points.to(exact), name, centre) for points in given)
+            rows = Points(left, geometry.y, cost, _CELLS, larger).row_sums(psi[None])
+            cols = Points(geometry.x, right, cost, _CELLS, larger).col_sums(phi[None])
+            slopes = [-factor * larger * sums[0] for sums in (rows, cols)]
+    return (factor * first_order(_Value.apply(x, y, value, geometry, phi, psi))).to(dtype), slopes
+
+
+def _prepared(points: Tensor, cost: str, centre: Tensor | None) -> Tensor:
+    """Points between which a cost is the squared distance (half of it for ``"cosine"``), or minus the product."""
+    if cost == "cosine":
+        return unit(points)
+    return points if centre is None else points - centre
 
 
 class _Value(torch.autograd.Function):

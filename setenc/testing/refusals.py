@@ -1,4 +1,4 @@
-"""What a pooling must refuse, and what it must take at any size."""
+"""Inputs that a pooling must refuse, and those that it must take at any size."""
 
 from __future__ import annotations
 

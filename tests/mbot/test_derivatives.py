@@ -71,6 +71,16 @@ def test_the_derivative_in_a_weight_of_zero(transport):
     torch.testing.assert_close((grad * move).sum(), (4 * ahead - 3 * there - twice) / 2e-6, rtol=1e-3, atol=1e-4)
 
 
+def test_no_mass_depends_on_no_weight_and_entropic_partial_weights_of_zero_are_refused():
+    x, y, a, b = problem()
+    grads = torch.autograd.grad(mbot.PartialOT(0.0)(x, y, a.requires_grad_(), b.requires_grad_()), (a, b))
+    assert all(bool((grad == 0).all()) for grad in grads)
+    a, b = a.detach(), b.detach()
+    a[2], a[3] = 0, a[2] + a[3]
+    with pytest.raises(ValueError, match="no derivative in a weight that is 0"):
+        mbot.PartialOT(0.6, reg=0.5)(x, y, a.requires_grad_(), b)
+
+
 def test_sliced_values_differentiate_in_the_weights():
     x, y, a, b = problem()
     weights = a.requires_grad_(), b.requires_grad_()
@@ -94,11 +104,23 @@ def test_losses_that_draw_by_the_weights_refuse_their_gradients(cls):
         assert float(loss(x, y, a, b)) > 0
 
 
-def test_tiled_values_refuse_gradients_in_the_weights(monkeypatch):
-    monkeypatch.setattr(large_clouds, "_MOST", {"cpu": 0})
-    x, y, a, b = problem()
-    with pytest.raises(ValueError, match=r"pass a\.detach"):
-        mbot.EntropicOT(0.5)(x, y, a.requires_grad_(), b)
+@pytest.mark.parametrize("cost", ["sqeuclidean", "dot", "cosine"])
+@pytest.mark.parametrize("weights", ["positive", "some zero", "one side"])
+def test_tiled_values_differentiate_in_the_weights(monkeypatch, weights, cost):
+    """As those from a cost matrix do."""
+    x, y, a, b = problem(2)
+    if weights == "some zero":
+        a[0, 2], a[0, 3] = 0, a[0, 2] + a[0, 3]
+        b[1, 1], b[1, 2] = 0, b[1, 1] + b[1, 2]
+        x[0, 2] = 1e3 * x[0, 2]
+    a, b = a.requires_grad_(), None if weights == "one side" else b.requires_grad_()
+    given = [weight for weight in (a, b) if weight is not None]
+    transport, found = mbot.EntropicOT(0.5, tol=1e-12), []
+    for most in (1 << 27, 0):
+        monkeypatch.setattr(large_clouds, "_MOST", {"cpu": most})
+        values = transport(x, y, a, b, cost)
+        found.append((values.detach(), *torch.autograd.grad(values.sum(), given)))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("cost", COSTS)
