@@ -98,7 +98,8 @@ def samples(x: Any, y: Any, x_name: str = "x0", y_name: str = "x1") -> tuple[Ten
     for tensor, name in ((x, x_name), (y, y_name)):
         if tensor.numel() == 0:
             raise ValueError(f"{name} must hold at least one sample with one feature; got shape {tuple(tensor.shape)}")
-    return clouds(x.flatten(1), y.flatten(1), x_name, y_name)
+    together(x, y, x_name, y_name)
+    return finite(x.flatten(1), x_name), finite(y.flatten(1), y_name)
 
 
 def cost_matrix(cost: Any) -> Tensor:
@@ -108,8 +109,9 @@ def cost_matrix(cost: Any) -> Tensor:
         raise ValueError(f"cost must have shape (…, n, m) with n, m >= 1; got {tuple(cost.shape)}")
     if cost.numel() == 0:
         return cost
-    least, most = torch.stack(cost.detach().aminmax()).tolist()
-    cost_range(cost, least, most)
+    extremes = cost.detach().aminmax()
+    least, most = extremes if cost.device.type == "cpu" else torch.stack(extremes).tolist()  # a device answers once
+    cost_range(cost, float(least), float(most))
     return cost.float() if cost.dtype in (torch.float16, torch.bfloat16) else cost
 
 

@@ -21,11 +21,11 @@ from mbot.couplings.drawing import sources_of, stratified
 from mbot.eager import outside_graphs
 from mbot.numerics import rows_of
 from mbot.plan import Plan
-from mbot.random import draw
 from mbot.transport import EntropicOT, ExactOT, Transport, UnbalancedOT
 
 # Looser than POT's limits (1000 iterations, 1e-9), and still below what a draw of pairs can show.
 _MAX_ITER = 1000
+_NO_MASS = 1e-8  # below which the uniform plan stands in
 _TOL = 1e-3  # L1, of the marginals; a draw of n pairs scatters by 1 / sqrt(n)
 
 
@@ -95,7 +95,7 @@ class OTPlanSampler:
         Returns:
             ``(n, m)`` float64 array.
         """
-        plan = self._plan(x0, x1)
+        plan = self._plan(self._cost(x0, x1))
         matched = plan.matching()
         if matched is None:
             return plan.to_dense().double().cpu().numpy()
@@ -178,7 +178,7 @@ class OTPlanSampler:
         generator = self._generator()
         steps = [X[:, 0]]
         for t in range(X.shape[1] - 1):
-            plan = self._plan(X[:, t], X[:, t + 1])
+            plan = self._plan(self._cost(X[:, t], X[:, t + 1]))
             index = sources_of(_transposed(plan), index, generator)
             steps.append(rows_of(X[:, t + 1], index))
         return torch.stack(steps, 1).detach().cpu().numpy()
@@ -188,15 +188,14 @@ class OTPlanSampler:
         cost = pairwise(x0.detach(), x1.detach(), "sqeuclidean")
         return cost / cost.max().clamp_min(torch.finfo(cost.dtype).tiny) if self.normalize_cost else cost
 
-    def _plan(self, x0: Tensor, x1: Tensor) -> Plan:
-        cost = self._cost(x0, x1)
-        if self.method == "exact":
-            return self.transport.plan(cost)
-        with warnings.catch_warnings():
-            if not self.warn:
-                warnings.simplefilter("ignore", convergence.ConvergenceWarning)
+    def _plan(self, cost: Tensor) -> Plan:
+        if self.warn or self.method == "exact":
             plan = self.transport.plan(cost)
-        if float(plan.total_mass()) >= 1e-8:
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", convergence.ConvergenceWarning)
+                plan = self.transport.plan(cost)
+        if self.method != "unbalanced" or float(plan.total_mass()) >= _NO_MASS:  # the others move all mass
             return plan
         if self.warn:
             convergence.warn(
@@ -206,7 +205,11 @@ class OTPlanSampler:
         return Plan(torch.full_like(plan.mass, 1 / plan.mass.numel()), plan.size)
 
     def _pairs(self, x0: Tensor, x1: Tensor, replace: bool) -> tuple[Tensor, Tensor]:
-        return self._draw(self._plan(x0, x1), len(x0), replace)
+        cost = self._cost(x0, x1)
+        mass = self.transport.uniform_mass(cost) if replace else None
+        if mass is not None and (self.method != "unbalanced" or float(mass.sum()) >= _NO_MASS):
+            return stratified(mass, len(x0), self._generator())
+        return self._draw(self._plan(cost), len(x0), replace)
 
     def _draw(self, plan: Plan, count: int, replace: bool) -> tuple[Tensor, Tensor]:
         matched = plan.matching() if replace and count == plan.size[1] else None
@@ -225,8 +228,8 @@ class OTPlanSampler:
             return self.generator
         copy = torch.Generator()
         copy.set_state(torch.get_rng_state())
-        seed = draw(torch.rand, 1, generator=copy, device=torch.device("cpu"), dtype=torch.float64)
-        return torch.Generator().manual_seed(int(seed.view(torch.int64)))
+        seed = torch.rand(1, generator=copy, dtype=torch.float64)
+        return copy.manual_seed(int(seed.view(torch.int64)))
 
 
 def _transposed(plan: Plan) -> Plan:

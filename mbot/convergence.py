@@ -49,11 +49,11 @@ def warn(message: str, category: type[Warning] = ConvergenceWarning) -> None:
 
 def warn_unconverged(solver: str, plan: Plan, advice: str) -> None:
     """Warn once for a whole batch of problems, if any of them did not converge."""
-    failed = ~plan.converged
-    if bool(failed.any()):
+    if not bool(plan.converged.all()):
+        failed = ~plan.converged
         count_unconverged(solver, int(failed.sum()), failed.numel(), float(plan.error[failed].max()), advice)
     elif _pending.get() is not None:
-        count_unconverged(solver, 0, failed.numel(), 0.0, advice)
+        count_unconverged(solver, 0, plan.converged.numel(), 0.0, advice)
 
 
 def count_unconverged(solver: str, failed: int, problems: int, worst: float, advice: str) -> None:

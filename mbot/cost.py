@@ -117,8 +117,13 @@ def certain_share(dtype: torch.dtype) -> float:
 
 def _direct(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances of points with few features, feature by feature."""
-    parts = ((x[..., :, None, k] - y[..., None, :, k]).square() for k in range(x.shape[-1]))
-    return functools.reduce(torch.add, parts)
+    apart = (p.unsqueeze(-1) - q.unsqueeze(-2) for p, q in zip(x.unbind(-1), y.unbind(-1), strict=True))
+    if _asked(x, y):
+        return functools.reduce(torch.add, (difference.square() for difference in apart))
+    squared = next(apart).square_()
+    for difference in apart:
+        squared.addcmul_(difference, difference)
+    return squared
 
 
 def _near_the_origin(x: Tensor, y: Tensor) -> bool:

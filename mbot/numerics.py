@@ -8,8 +8,8 @@ would keep few of them; a Sinkhorn loop would not meet its tolerance. So the set
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,21 +20,24 @@ _depth = 0
 _restore: Callable[[], None] | None = None  # restores the setting of the process; None if it was not changed
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
+class full_float32:
     """Float32 products in float32 inside, whatever the process allows; the setting comes back at the end.
 
     The setting belongs to the process: products of other threads, such as a network's during a background coupling,
     are in float32 meanwhile too. Overlapping uses count as one.
     """
-    global _depth, _restore
-    with _lock:
-        if _depth == 0:
-            _restore = _raise_precision()
-        _depth += 1
-    try:
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _depth, _restore
+        with _lock:
+            if _depth == 0:
+                _restore = _raise_precision()
+            _depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _depth
         with _lock:
             _depth -= 1
             if _depth == 0 and _restore is not None:

@@ -122,6 +122,11 @@ class _Sparse:
         return source if bool(used.all()) else None
 
 
+_UNLESS_GIVEN = (  # dtype None: that of the mass
+    ("converged", True, torch.bool), ("error", 0, torch.float64), ("iterations", 0, torch.int64), ("penalty", 0, None),
+)  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """Plans of a batch of problems between ``n`` source and ``m`` target points.
@@ -166,18 +171,13 @@ class Plan:
     _linear = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mass", self.mass.detach())
+        if self.mass.requires_grad:
+            object.__setattr__(self, "mass", self.mass.detach())
         object.__setattr__(self, "_linear", self.penalty is None)
-        batch, device = self.batch_shape, self.mass.device
-        defaults = {
-            "converged": (True, torch.bool),
-            "error": (0, torch.float64),
-            "iterations": (0, torch.int64),
-            "penalty": (0, self.mass.dtype),
-        }
-        for name, (value, dtype) in defaults.items():
+        for name, value, dtype in _UNLESS_GIVEN:
             if getattr(self, name) is None:
-                object.__setattr__(self, name, torch.full(batch, value, dtype=dtype, device=device))
+                full = torch.full(self.batch_shape, value, dtype=dtype or self.mass.dtype, device=self.mass.device)
+                object.__setattr__(self, name, full)
 
     def __repr__(self) -> str:
         return (

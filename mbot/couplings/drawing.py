@@ -6,12 +6,15 @@ the generator alone; how many, and in which order, depends on sizes alone.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mbot.numerics import running_sum
 from mbot.plan import Plan
 from mbot.random import draw
+from mbot.solvers import drawing
 from mbot.solvers.drawing import first_beyond, rounded, rows_of_columns
 from mbot.transport import ExactOT
 
@@ -57,7 +60,7 @@ def every_target(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor,
 
 def systematic(share: Tensor, generator: torch.Generator | None) -> Tensor:
     """Indices by systematic sampling (one random number): i comes ``share_i`` times, rounded up or down; ``(k,)``."""
-    return rounded(share, _uniform(1, generator, share).clamp(1e-6, 1 - 1e-6))
+    return rounded(share, _uniform(1, generator, share))
 
 
 def kept_targets(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -71,8 +74,17 @@ def kept_targets(plan: Plan, generator: torch.Generator | None) -> tuple[Tensor,
     return sources_of(plan, target, generator), target
 
 
-def stratified(plan: Plan, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """``count`` pairs, in proportion to mass: each cell in expectation, each target up to rounding."""
+def stratified(plan: Plan | Tensor, count: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """``count`` pairs, in proportion to mass: each cell in expectation, each target up to rounding.
+
+    Args:
+        plan: one plan, or the masses ``(n, m)`` of a dense one.
+        count: number of pairs.
+        generator: source of randomness.
+    """
+    if isinstance(plan, Tensor) or not plan.is_sparse:
+        mass = plan if isinstance(plan, Tensor) else plan.mass
+        return drawing.stratified(mass, count, partial(_uniform, generator=generator, like=mass))
     mass = plan.col_mass().double()
     target = systematic(mass * (count / mass.sum()), generator)
     return sources_of(plan, target, generator), target

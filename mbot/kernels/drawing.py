@@ -25,14 +25,35 @@ def rounded(share, uniform):  # type: ignore[no-untyped-def]
 
 
 @compiled(nogil=True, error_model="numpy")
-def rows_of_columns(mass, target, uniform, size):  # type: ignore[no-untyped-def]
-    """A row for each target, drawn from its column; ``size`` rows are summed up before one of them is chosen."""
+def block_sums(mass, size):  # type: ignore[no-untyped-def]
+    """Sums of the columns over ``size`` rows at a time."""
     n, m = mass.shape
     sums = np.zeros((-(-n // size), m))
     for i in range(n):
-        block = i // size
+        line = sums[i // size]
         for j in range(m):
-            sums[block, j] += mass[i, j]
+            line[j] += mass[i, j]
+    return sums
+
+
+@compiled(nogil=True, error_model="numpy")
+def columns_by_mass(mass, count, uniform, size):  # type: ignore[no-untyped-def]
+    """``count`` columns, see `rounded`, each in proportion to its mass; and their `block_sums`."""
+    sums = block_sums(mass, size)
+    share = np.zeros(mass.shape[1])
+    for block in range(len(sums)):
+        for j in range(len(share)):
+            share[j] += sums[block, j]
+    unit = count / share.sum()
+    for j in range(len(share)):
+        share[j] *= unit
+    return rounded(share, uniform), sums
+
+
+@compiled(nogil=True, error_model="numpy")
+def rows_from(mass, sums, target, uniform, size):  # type: ignore[no-untyped-def]
+    """A row for each target, drawn from its column, of which ``sums`` are the `block_sums`."""
+    n = len(mass)
     source = np.empty(len(target), np.int64)
     for k in range(len(target)):
         j = target[k]
@@ -54,3 +75,9 @@ def rows_of_columns(mass, target, uniform, size):  # type: ignore[no-untyped-def
                     break
         source[k] = row
     return source
+
+
+@compiled(nogil=True, error_model="numpy")
+def rows_of_columns(mass, target, uniform, size):  # type: ignore[no-untyped-def]
+    """A row for each target, drawn from its column; ``size`` rows are summed up before one of them is chosen."""
+    return rows_from(mass, block_sums(mass, size), target, uniform, size)

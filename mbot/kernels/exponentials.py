@@ -1,4 +1,4 @@
-"""Exponentials and logarithms of arrays in place of numpy's, as loops that vectorise; compiled with numba.
+"""Exponentials, logarithms and extents of arrays in place of numpy's, as loops that vectorise; compiled with numba.
 
 Sums are in the order that is written: digits of ``log 2`` in two parts would not survive another one.
 """
@@ -15,6 +15,29 @@ from minibatch_transport import compiled
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "contract"}}
 _EXP = tuple(1 / math.factorial(k) for k in range(12, -1, -1))
 _LOG = tuple(1 / k for k in range(21, 2, -2))
+_LANES = 32  # running extremes: numba leaves those of one number scalar
+
+
+@compiled(nogil=True, error_model="numpy", fastmath={"nnan", "nsz"})
+def extent(numbers):  # type: ignore[no-untyped-def]
+    """The least and the largest finite one of some numbers, in their dtype; infinities of the other sign if none is."""
+    infinity = numbers.dtype.type(np.inf)
+    low, high = np.full(_LANES, infinity), np.full(_LANES, -infinity)
+    whole = len(numbers) - len(numbers) % _LANES
+    for start in range(0, whole, _LANES):
+        part = numbers[start : start + _LANES]
+        for k in range(_LANES):
+            c = part[k]
+            finite = c if c < infinity else -infinity
+            low[k] = c if c < low[k] else low[k]
+            high[k] = finite if finite > high[k] else high[k]
+    least, most = infinity, -infinity
+    for k in range(_LANES):
+        least, most = min(least, low[k]), max(most, high[k])
+    for c in numbers[whole:]:
+        finite = c if c < infinity else -infinity
+        least, most = min(least, c), max(most, finite)
+    return least, most
 
 
 @compiled(**_OPTIONS)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mbot.kernels.exponentials import exp, log
+from mbot.kernels.exponentials import exp, extent, log
 from mbot.kernels.newton import factorise, newton_step
 from mbot.kernels.threads import run_slices
 from minibatch_transport import compiled
@@ -27,20 +27,10 @@ _NEWTON_SIZE = 256  # rows up to which Newton steps are taken here
 _SLAB = 4096  # exponentials that are taken at a time
 _RELAX_MOST, _RELAX_BELOW = 1.9, 0.1  # largest factor, and the error from which rounds are over-relaxed
 _STEEP = 600.0  # logarithm of the largest entry of a kernel with potentials in it, which free masses may exceed
+_FARTHEST = 12.0  # largest change of a potential by an extrapolation
 _DIRECT = 300.0  # costs spread over fewer regularisations than this never leave the range of float64
 _NEAR, _WIDEST = 100.0, 2000.0  # from the first up to the second, problems come from larger regularisations
 _ROUNDS, _ROUGHLY = 8, 0.1  # rounds at most at each of these, and the share of the mass that may still move there
-
-
-@compiled(**{**_OPTIONS, "fastmath": {"nnan", "nsz", "reassoc"}})
-def _range(cost):  # type: ignore[no-untyped-def]
-    """The least and the largest finite number."""
-    low, high = np.inf, -np.inf
-    for c in cost:
-        finite = c if c < np.inf else -np.inf
-        low = c if c < low else low
-        high = finite if finite > high else high
-    return low, high
 
 
 @compiled(**_OPTIONS)
@@ -155,6 +145,23 @@ def _beyond(new, scale, relax):  # type: ignore[no-untyped-def]
 
 
 @compiled(**_OPTIONS)
+def _extrapolate(new, scale, factor, bits):  # type: ignore[no-untyped-def]
+    """Write ``scale (new / scale)^factor`` to ``new``, with a smaller factor where changes would be huge."""
+    for i in range(len(new)):
+        new[i] = new[i] / scale[i] if scale[i] > 0.0 else 1.0
+    log(new, new, bits)
+    most = _FARTHEST
+    for change in new:
+        most = max(most, factor * abs(change))
+    factor *= _FARTHEST / most
+    for i in range(len(new)):
+        new[i] *= factor
+    exp(new, bits)
+    for i in range(len(new)):
+        new[i] *= scale[i]
+
+
+@compiled(**_OPTIONS)
 def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits, work, system):  # type: ignore[no-untyped-def]
     """Rounds until one would move less than ``tol`` of the mass; returns the scalings, that share, and the rounds.
 
@@ -162,12 +169,14 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits, work, system
     that is the best for it (Young's formula for successive over-relaxation), or, where these would be many, too, take
     a Newton step, and then further ones, with the same system as long as each halves the error. One that raises it is
     undone. The last round is a plain one, which leaves the columns exact.
+
+    Other problems go where rounds of that rate would lead (Aitken's extrapolation), and take plain ones from there.
     """
     n, m, newton = len(u), len(v), len(system) > 0
     new_u, rows, plain, new_v, cols = work[0, :n], work[1, :n], work[2, :n], work[3, :m], work[4, :m]
     relax, most = 1.0, _RELAX_MOST if kind == BALANCED else 1.0
     row_cap = col_cap = 1.0
-    before, since, rate, look, stepped = np.inf, 0, -np.inf, 2 if kind == BALANCED else budget, False
+    before, since, rate, look, stepped = np.inf, 0, -np.inf, 2 if kind == BALANCED else _LOOK, False
     price = 5.0 + 0.75 * n
     for turn in range(budget + 1):
         _row_sums(kernel, v, rows)
@@ -180,6 +189,14 @@ def _rounds(kernel, a, b, kind, parameter, budget, tol, u, v, bits, work, system
         if stepped and not error < before:
             new_u, plain = plain, new_u
             before, since, look, stepped = np.inf, turn, turn + _LOOK, False
+        elif kind != BALANCED and (stepped or turn >= look):
+            rate = 0.0 if stepped else np.log(error / before) / (turn - since)
+            stepped = -np.inf < rate < 0.0 and np.log(tol / error) / rate > _FEW
+            if stepped:
+                for i in range(n):
+                    plain[i] = new_u[i]
+                _extrapolate(new_u, u, 1.0 / (1.0 - np.exp(rate)), bits)
+            before, since, look = error, turn, turn + _LOOK
         elif stepped or turn >= look:
             if not stepped:
                 rate = min(np.log(error / before) / (turn - since), -1e-9)
@@ -283,9 +300,11 @@ def _solve(  # type: ignore[no-untyped-def]
     a, u, f, b, v, g = np.empty(n), np.empty(n), np.empty(n), np.empty(m), np.empty(m), np.empty(m)
     for p in range(begin, stop):
         error[p], turns[p] = -1.0, 0
-        low, high = _range(cost[p].reshape(-1))
+        least_cost, most_cost = extent(cost[p].reshape(-1))
+        low, high = np.float64(least_cost), np.float64(most_cost)
         half, level = low / 2.0, reg  # costs are lowered by ``low``, and potentials on each side by half of it
-        if not (high - low <= (_DIRECT if kind == UPPER_BOUNDED else _WIDEST) * reg and abs(half / reg) < np.inf):
+        widest = _DIRECT if kind == UPPER_BOUNDED else _WIDEST
+        if not (high - low <= widest * reg and abs(half / reg) < np.inf and 1.0 / reg < np.inf):
             continue
         while kind != UPPER_BOUNDED and high - low > _NEAR * level:
             level *= 4.0
@@ -293,10 +312,11 @@ def _solve(  # type: ignore[no-untyped-def]
         g[:] = 0.0
         first, rounds, share = True, 0, -1.0
         while True:
+            inverse = 1.0 / level
             for i in range(n):
                 for j in range(m):
-                    kernel[i, j] = ((low - np.float64(cost[p, i, j])) + (f[i] + g[j])) / level
-            fits = first or _range(entries)[1] < _STEEP
+                    kernel[i, j] = ((low - np.float64(cost[p, i, j])) + (f[i] + g[j])) * inverse
+            fits = first or extent(entries)[1] < _STEEP
             for t in range(0, n * m, _SLAB):
                 exp(entries[t : t + _SLAB], bits)
             relaxed = level + parameter * reg if kind == KL_RELAXED else np.inf
@@ -312,7 +332,7 @@ def _solve(  # type: ignore[no-untyped-def]
             _absorb(found_u, a, f, room, level, bits)
             _absorb(found_v, b, g, room, level, bits)
             if kind == BALANCED:  # potentials are free up to a constant, and large ones lose digits
-                apart = (_range(f)[1] - _range(g)[1]) / 2.0
+                apart = (extent(f)[1] - extent(g)[1]) / 2.0
                 for i in range(n):
                     f[i] -= apart
                 for j in range(m):

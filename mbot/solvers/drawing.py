@@ -5,6 +5,8 @@ Compiled on the CPU, where these are many small operations; the functions with a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from mbot.numerics import running_sum
 
 _BLOCK = 32  # rows that are summed up before one of them is chosen
+_INSIDE = 1e-6, 1 - 1e-6  # what a whole number is rounded by: its own rounding must not split a certain draw
 
 
 def first_beyond(ends: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
@@ -61,18 +64,46 @@ def rounded(share: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         share: non-negative numbers.
-        uniform: ``(1,)`` float64 between 0 and 1.
+        uniform: ``(1,)`` float64 in [0, 1).
     """
     if share.device.type != "cpu":
         return _rounded(share, uniform)
     from mbot.kernels.drawing import rounded as kernel
 
-    return torch.from_numpy(kernel(share.contiguous().numpy(), float(uniform)))
+    return torch.from_numpy(kernel(share.contiguous().numpy(), _inside(uniform)))
 
 
 def _rounded(share: Tensor, uniform: Tensor) -> Tensor:
+    uniform = uniform.clamp(*_INSIDE)
     whole = share.round()
     share = torch.where((share - whole).abs() < 1e-6, whole, share)  # rounding must not split a certain draw
     position = running_sum(share, 0) + uniform
     times = position.floor().diff(prepend=position.new_zeros(1)).long()
     return torch.arange(len(share), device=share.device).repeat_interleave(times)
+
+
+def _inside(uniform: Tensor) -> float:
+    return min(max(float(uniform), _INSIDE[0]), _INSIDE[1])
+
+
+def stratified(mass: Tensor, count: int, numbers: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+    """Pairs of a dense plan: each column as often as its mass says, in order, and a row drawn from it each time.
+
+    Args:
+        mass: ``(n, m)``.
+        count: number of pairs.
+        numbers: so many random numbers, ``(k,)`` float64 in [0, 1); asked for one, and then for one a pair.
+
+    Returns:
+        ``(row, column)`` int64, ``(count,)`` each.
+    """
+    if mass.device.type != "cpu":
+        share = mass.sum(0, dtype=torch.float64)
+        target = _rounded(share * (count / share.sum()), numbers(1))
+        return _rows_of_columns(mass, target, numbers(len(target))), target
+    from mbot.kernels import drawing as kernels
+
+    cells = mass.contiguous().numpy()
+    target, sums = kernels.columns_by_mass(cells, count, _inside(numbers(1)), _BLOCK)
+    source = kernels.rows_from(cells, sums, target, numbers(len(target)).numpy(), _BLOCK)
+    return torch.from_numpy(source), torch.from_numpy(target)

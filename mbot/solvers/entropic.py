@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +21,7 @@ _WIDE = 2e3  # costs spread over more regularisations than this need float64, an
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
 _REFINE = 50  # rounds on plans whose potentials have too few digits
 _BUDGET = 400  # rounds (and two a row of costs) in the compiled kernel, and before forbidden pairs are examined
+_CHEAP = 1 << 18  # cells that the kernel goes through in less time than the driver needs to begin: more of its rounds
 
 
 @dataclass(kw_only=True)
@@ -35,10 +36,24 @@ class Plans(Solution):
     cols: Tensor
     transport: Tensor  # ``<C, P>``
 
-    def relative_to(self, a: Tensor, b: Tensor) -> Plans:
-        """The plans with potentials such that ``P = a b exp(phi + psi - C / reg)``; 0 at points of weight 0."""
-        self.phi, self.psi = _less_log(self.phi, a), _less_log(self.psi, b)
-        return self
+    def report(self, step: Marginal, a: Tensor, b: Tensor, reg: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials in units of the cost, ``(B, n)`` and ``(B, m)``, and what the objective adds to ``<C, P>``.
+
+        Potentials are those of ``P = a b exp((f + g - C) / reg)``, 0 at points of weight 0; of `UpperBounded` problems
+        those of ``P = exp((f + g - C) / reg)``. All in the dtype of the plans.
+        """
+        if self.plan.device.type == "cpu" and fast_paths.get():
+            from mbot.kernels.objective import report
+
+            vectors = (self.plan, self.phi, self.psi, a, b, self.rows, self.cols, self.transport)
+            parts = report(*(part.contiguous().numpy() for part in vectors), *step.compiled(), reg)
+            return torch.from_numpy(parts[0]), torch.from_numpy(parts[1]), torch.from_numpy(parts[2])
+        phi, psi = self.phi, self.psi
+        if step.relative:
+            phi, psi = torch.where(a > 0, phi - a.log(), 0), torch.where(b > 0, psi - b.log(), 0)
+        penalty = reg * step.objective(phi, psi, a, b, self.rows, self.cols) - self.transport
+        dtype = self.plan.dtype
+        return (reg * phi).to(dtype), (reg * psi).to(dtype), penalty.to(dtype)
 
     def take(self, which: Tensor) -> Plans:
         """Some of the problems; no iterations yet."""
@@ -53,16 +68,8 @@ class Plans(Solution):
             getattr(self, name)[which] = getattr(other, name)
 
 
-def _less_log(potential: Tensor, weight: Tensor) -> Tensor:
-    """``potential - log weight``, 0 where there is no weight."""
-    least, most = torch.stack(weight.aminmax()).tolist()
-    if least == most:
-        return potential - math.log(most)
-    return torch.where(weight > 0, potential - weight.log(), 0)
-
-
 def solve_matrices(
-    cost: Tensor, a: Tensor, b: Tensor, step: Marginal, *, reg: float, max_iter: int, tol: float
+    cost: Tensor, a: Tensor, b: Tensor, step: Marginal, *, reg: float, max_iter: int, tol: float, uniform: bool = False
 ) -> Plans:
     """Solve, and check the plans against what they claim.
 
@@ -77,15 +84,43 @@ def solve_matrices(
         reg: regularisation > 0.
         max_iter: rounds.
         tol: stop when a round would move less than this share of the mass.
+        uniform: whether the weights are all above 0 anyway.
 
     Raises:
         ValueError: forbidden pairs leave no plan with the marginals.
     """
     tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
-    if not (float(a.amin()) > 0 and float(b.amin()) > 0):
+    if not uniform and not (float(a.amin()) > 0 and float(b.amin()) > 0):
         cost = torch.where((a > 0)[:, :, None] & (b > 0)[:, None, :], cost, torch.inf)
     cost = step.with_mass(cost, a, b, reg)
     return _compiled_first(cost, a, b, step, reg, max_iter, tol, partial(_solved, step=step, reg=reg, tol=tol))
+
+
+def uniform_mass(cost: Tensor, step: Marginal, *, reg: float, max_iter: int, tol: float) -> Tensor | None:
+    """The plan ``(n, m)`` of a problem with uniform weights, if the compiled kernel is all that it takes; else None.
+
+    Arguments are those of `solve_matrices`; the costs ``(n, m)`` are checked here.
+    """
+    n, m = cost.shape
+    if cost.device.type != "cpu" or n * m > _CACHED or not fast_paths.get():
+        return None
+    least, most = (float(extreme) for extreme in cost.aminmax())
+    checks.cost_range(cost, least, most)
+    if not step.ordinary(least, most, reg):
+        return None
+    from mbot.kernels.scaling import iterate
+
+    tol = max(tol, 8 * torch.finfo(cost.dtype).eps)
+    weights = np.full((1, n), 1 / n), np.full((1, m), 1 / m)
+    plan, *_, share, _ = iterate(
+        cost.contiguous().numpy()[None], *weights, *step.compiled(), reg, _budget(max_iter, n, m), tol
+    )
+    return torch.from_numpy(plan[0]) if 0 <= share[0] <= tol else None
+
+
+def _budget(max_iter: int, n: int, m: int) -> int:
+    """Rounds that a problem gets in the compiled kernel."""
+    return min(max_iter, _BUDGET + 2 * n + _CHEAP // (n * m))
 
 
 def _compiled_first(
@@ -97,7 +132,7 @@ def _compiled_first(
     most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
     if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
         return others(cost, a, b, max_iter=max_iter)
-    found = _compiled(cost, a, b, step, reg, min(max_iter, _BUDGET + 2 * n), tol)
+    found = _compiled(cost, a, b, step, reg, _budget(max_iter, n, m), tol)
     if bool(found.converged.all()):
         return found
     untried, slow = found.error < 0, ~found.converged & (found.iterations < max_iter)
@@ -257,6 +292,8 @@ def _compiled(cost: Tensor, a: Tensor, b: Tensor, step: Marginal, reg: float, bu
 
     c, rows, cols = (part.contiguous().numpy() for part in (cost, a, b))
     found = iterate(c, rows, cols, *step.compiled(), reg, budget, tol)
-    plan, phi, psi, row_mass, col_mass, transport, error, iterations = (torch.from_numpy(part) for part in found)
-    converged = (error >= 0) & (error <= tol)
+    share = found[6]
+    plan, phi, psi, row_mass, col_mass, transport, error, iterations, converged = (
+        torch.from_numpy(part) for part in (*found, (share >= 0) & (share <= tol))
+    )
     return Plans(phi, psi, error, iterations, converged, plan=plan, rows=row_mass, cols=col_mass, transport=transport)

@@ -22,6 +22,7 @@ class Marginal(ABC):
     """The condition on row (or column) masses of a problem; the defaults are those of fixed and bounded masses."""
 
     relaxes = False  # whether over-relaxed steps converge
+    relative = True  # whether potentials are reported relative to the weights
 
     @property
     def negligible(self) -> float:
@@ -45,6 +46,10 @@ class Marginal(ABC):
         """The terms of ``phi`` in the dual objective, in units of reg, up to a constant: ``(B,)``."""
 
     @abstractmethod
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """The objective in units of reg, ``(B,)``, from potentials as they are reported and the plan's marginals."""
+
+    @abstractmethod
     def least(self, weight: Tensor) -> Tensor:
         """Mass that must move, ``(B,)``."""
 
@@ -59,6 +64,10 @@ class Marginal(ABC):
     def lowered(self, log_weight: Tensor, amount: Tensor) -> Tensor:
         """Log-weights ``(B, n)`` at which potentials lowered by ``amount`` ``(B, 1)`` solve the problem."""
         return log_weight
+
+    def ordinary(self, least: float, most: float, reg: float) -> bool:
+        """Whether costs in this range are such that all plans of bounded weights have masses that are numbers."""
+        return most < math.inf
 
     def with_mass(self, cost: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
         """The costs, ``+inf`` where no plan has a mass that is a number of float64.
@@ -94,6 +103,10 @@ class Balanced(Marginal):
     def dual(self, phi: Tensor, log_weight: Tensor) -> Tensor:
         """``<weight, phi>``."""
         return (log_weight.exp() * phi).sum(-1)
+
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """The dual value: its error is of second order in the potentials'."""
+        return (a * phi).sum(-1) + (b * psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
 
     def least(self, weight: Tensor) -> Tensor:
         """All of it."""
@@ -143,6 +156,11 @@ class KLRelaxed(Marginal):
         """``-ratio sum weight exp((log weight - phi) / ratio)``."""
         return -self.ratio * self._terms(phi, log_weight).exp().sum(-1)
 
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Entropy relative to ``a ⊗ b``, the cost, and what the masses pay."""
+        entropy = (rows * phi).sum(-1) + (cols * psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
+        return entropy + self.ratio * (_divergence(rows, a) + _divergence(cols, b))
+
     def least(self, weight: Tensor) -> Tensor:
         """None of it."""
         return torch.zeros_like(weight[:, 0])
@@ -161,14 +179,17 @@ class KLRelaxed(Marginal):
         """``log weight - amount / (1 + ratio)``."""
         return log_weight - amount / (1 + self.ratio)
 
+    def ordinary(self, least: float, most: float, reg: float) -> bool:
+        """See `Marginal`."""
+        return max(most, -least) <= 50.0 * reg * (1 + 2 * self.ratio)
+
     def with_mass(self, cost: Tensor, a: Tensor, b: Tensor, reg: float) -> Tensor:
         """See `Marginal`. By optimality ``(1 + 2 ratio) log P_ij <= (1 + ratio) log (a_i b_j) - C_ij / reg``.
 
         The total mass reaches the largest of these bounds.
         """
         least, most = cost.aminmax()
-        room, stiff = 50.0 * reg * (1 + 2 * self.ratio), a.amax() * b.amax() > 1e10
-        if float(most) <= room and float(-least) <= room and not bool(stiff):
+        if self.ordinary(float(least), float(most), reg) and float(a.amax()) * float(b.amax()) <= 1e10:
             return cost
         share = (1 + self.ratio) / (1 + 2 * self.ratio)
         bound = share * (a.log()[:, :, None] + b.log()[:, None, :]) - cost.double() / (reg * (1 + 2 * self.ratio))
@@ -189,6 +210,8 @@ class KLRelaxed(Marginal):
 @dataclass(frozen=True)
 class UpperBounded(Marginal):
     """Row masses are at most their weights, and their sum is ``total``."""
+
+    relative = False
 
     total: float
 
@@ -232,6 +255,10 @@ class UpperBounded(Marginal):
         weight = log_weight.exp()
         return (weight * phi).sum(-1) - (weight.sum(-1) - self.total) * level
 
+    def objective(self, phi: Tensor, psi: Tensor, a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+        """Entropy of the plan, and the cost."""
+        return (rows * phi).sum(-1) + (cols * psi).sum(-1)
+
     def least(self, weight: Tensor) -> Tensor:
         """The mass."""
         return torch.full_like(weight[:, 0], self.total)
@@ -242,3 +269,8 @@ class UpperBounded(Marginal):
         sums = torch.where(mass > 0, mass.log() - relative, -torch.inf)
         # Where the level is infinite all points are full, those without mass too.
         return torch.minimum(log_weight, (self._level(sums, log_weight) + sums).nan_to_num(torch.inf)).exp()
+
+
+def _divergence(x: Tensor, p: Tensor) -> Tensor:
+    """Generalised Kullback-Leibler divergence over the last axis, with 0 log 0 = 0."""
+    return (x.xlogy(x) - x.xlogy(p) - x + p).sum(-1)

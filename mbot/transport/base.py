@@ -60,6 +60,13 @@ class Transport(ABC):
         with torch.no_grad(), full_float32():
             return self._solve(cost, a, b)
 
+    def uniform_mass(self, cost: Tensor) -> Tensor | None:
+        """The plan of one small problem ``(n, m)`` between points of equal weights, without the rest of a `Plan`.
+
+        None where it does not come faster so, or did not converge; `plan` has it then.
+        """
+        return None
+
     @abstractmethod
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         """Plans of checked costs ``(…, n, m)``; weights are float64 ``(…, n)`` and ``(…, m)``, or None if uniform."""

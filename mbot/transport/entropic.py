@@ -11,7 +11,7 @@ from mbot import checks, convergence
 from mbot.cost import Cost
 from mbot.eager import outside_graphs
 from mbot.plan import Plan
-from mbot.solvers.entropic import Plans, solve_matrices
+from mbot.solvers.entropic import Plans, solve_matrices, uniform_mass
 from mbot.solvers.marginals import Balanced
 from mbot.transport.base import Transport, flat_weights, weighted_points
 from mbot.transport.large_clouds import entropic_values, too_large
@@ -73,17 +73,20 @@ class EntropicOT(Transport):
         f, g = entropic_potentials(plan, cost, a, b, self.reg, 1.0)
         return f - f.mean(-1, keepdim=True), g - g.mean(-1, keepdim=True)
 
+    def uniform_mass(self, cost: Tensor) -> Tensor | None:
+        """See `Transport`."""
+        return uniform_mass(cost, Balanced(), reg=self.reg, max_iter=self.max_iter, tol=self.tol)
+
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
         uniform = a is None and b is None
         a, b = flat_weights(cost, a, b)
         b = b if uniform else checks.equal_totals(a, b)
-        found = solve_matrices(flat, a, b, Balanced(), reg=self.reg, max_iter=self.max_iter, tol=self.tol)
-        found = found.relative_to(a, b)
-        # The dual value: its error is of second order in the potentials'.
-        mass = 1.0 if uniform else a.sum(-1) * b.sum(-1)
-        value = torch.linalg.vecdot(a, found.phi) + torch.linalg.vecdot(b, found.psi) - found.rows.sum(-1) + mass
-        return plan_of("EntropicOT", cost, found, self.reg * value, self.reg, self.max_iter)
+        step = Balanced()
+        found = solve_matrices(
+            flat, a, b, step, reg=self.reg, max_iter=self.max_iter, tol=self.tol, uniform=uniform
+        )  # fmt: skip
+        return plan_of("EntropicOT", cost, found, found.report(step, a, b, self.reg), self.reg, self.max_iter)
 
 
 def entropic_potentials(plan: Plan, cost: Tensor, a: Tensor, b: Tensor, reg: float, rate: float) -> list[Tensor]:
@@ -99,22 +102,18 @@ def entropic_potentials(plan: Plan, cost: Tensor, a: Tensor, b: Tensor, reg: flo
     return sides
 
 
-def plan_of(name: str, cost: Tensor, found: Plans, objective: Tensor, reg: float, max_iter: int) -> Plan:
+def plan_of(
+    name: str, cost: Tensor, found: Plans, report: tuple[Tensor, Tensor, Tensor], reg: float, max_iter: int
+) -> Plan:
     """The loop's result as a dense `Plan` of the cost's batch shape, with a warning where it did not converge."""
     batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
-    mass = found.plan.reshape(*batch, n, m)
-
-    def potential(p: Tensor) -> Tensor:
-        return (reg * p).reshape(*batch, -1).to(cost.dtype)
-
+    f, g, penalty = report
+    parts = [found.plan, found.converged, found.error, found.iterations, f, g, penalty]
+    if len(batch) != 1:
+        parts = [part.reshape((*batch, *part.shape[1:])) for part in parts]
+    mass, converged, error, iterations, f, g, penalty = parts
     plan = Plan(
-        mass,
-        (n, m),
-        converged=found.converged.reshape(batch),
-        error=found.error.reshape(batch),
-        iterations=found.iterations.reshape(batch),
-        potentials=(potential(found.phi), potential(found.psi)),
-        penalty=(objective - found.transport).reshape(batch).to(cost.dtype),
+        mass, (n, m), converged=converged, error=error, iterations=iterations, potentials=(f, g), penalty=penalty
     )
     convergence.warn_unconverged(
         name, plan, f"Raise max_iter (now {max_iter}), raise reg (now {reg:g}, in cost units), or loosen tol."

@@ -119,9 +119,9 @@ class PartialOT(Transport):
 
     def _entropic(self, cost: Tensor, a: Tensor, b: Tensor, mass: float) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
-        found = solve_matrices(flat, a, b, UpperBounded(mass), reg=self.reg, max_iter=self.max_iter, tol=self.tol)
-        objective = (found.rows * found.phi).sum(-1) + (found.cols * found.psi).sum(-1)
-        return plan_of("PartialOT", cost, found, self.reg * objective, self.reg, self.max_iter)
+        step = UpperBounded(mass)
+        found = solve_matrices(flat, a, b, step, reg=self.reg, max_iter=self.max_iter, tol=self.tol)
+        return plan_of("PartialOT", cost, found, found.report(step, a, b, self.reg), self.reg, self.max_iter)
 
 
 def _with_dummies(cost: Tensor, a: Tensor, b: Tensor, mass: float) -> Solution:

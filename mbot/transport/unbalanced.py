@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mbot import checks
 from mbot.plan import Plan
-from mbot.solvers.entropic import solve_matrices
+from mbot.solvers.entropic import solve_matrices, uniform_mass
 from mbot.solvers.marginals import KLRelaxed
 from mbot.transport.base import Transport, flat_weights
 from mbot.transport.entropic import entropic_potentials, plan_of
@@ -62,23 +63,23 @@ class UnbalancedOT(Transport):
             slopes.append(self.reg_marginal * (1 - share) + self.reg * (total[..., None] - share))
         return slopes[0], slopes[1]
 
+    def uniform_mass(self, cost: Tensor) -> Tensor | None:
+        """See `Transport`."""
+        step = KLRelaxed(self.reg_marginal / self.reg)
+        return uniform_mass(cost, step, reg=self.reg, max_iter=self.max_iter, tol=self.tol)
+
     def _solve(self, cost: Tensor, a: Tensor | None, b: Tensor | None) -> Plan:
         flat = cost.reshape(-1, *cost.shape[-2:])
+        uniform = a is None and b is None
         a, b = flat_weights(cost, a, b)
-        # Weights scaled to one total have the same plan, and potentials that do not drift apart where totals differ.
-        ratio = b.sum(-1, keepdim=True) / a.sum(-1, keepdim=True)
         step = KLRelaxed(self.reg_marginal / self.reg)
-        scaled = a * ratio.sqrt(), b / ratio.sqrt()
-        found = solve_matrices(flat, *scaled, step, reg=self.reg, max_iter=self.max_iter, tol=self.tol)
-        found = found.relative_to(*scaled)
-        rows, cols = found.rows, found.cols
-        entropy = (rows * found.phi).sum(-1) + (cols * found.psi).sum(-1) - rows.sum(-1) + a.sum(-1) * b.sum(-1)
-        objective = self.reg * entropy + self.reg_marginal * (_kl(rows, a) + _kl(cols, b))
-        shift = step.ratio * ratio.log() / 2
-        found.phi, found.psi = found.phi - shift, found.psi + shift
-        return plan_of("UnbalancedOT", cost, found, objective, self.reg, self.max_iter)
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Generalised KL divergence over the last axis, with 0 log 0 = 0."""
-    return (p.xlogy(p) - p.xlogy(q) - p + q).sum(-1)
+        solve = partial(solve_matrices, step=step, reg=self.reg, max_iter=self.max_iter, tol=self.tol)
+        if uniform:
+            found = solve(flat, a, b, uniform=True)
+        else:
+            # Scaled to one total they have the same plan, and potentials that do not drift apart where totals differ.
+            ratio = b.sum(-1, keepdim=True) / a.sum(-1, keepdim=True)
+            found = solve(flat, a * ratio.sqrt(), b / ratio.sqrt())
+            shift = (1 + step.ratio) * ratio.log() / 2
+            found.phi, found.psi = found.phi - shift, found.psi + shift
+        return plan_of("UnbalancedOT", cost, found, found.report(step, a, b, self.reg), self.reg, self.max_iter)

@@ -161,6 +161,37 @@ def test_high_dimensions_give_a_plan_where_the_plain_kernel_underflows():
             np.testing.assert_allclose(pi.sum(0), 1 / 32, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["sinkhorn", "unbalanced", "partial"])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (40, 40), (30, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pairs_of_small_batches_are_those_of_the_map(monkeypatch, method, n, m, dtype):
+    """They are drawn without a `Plan`."""
+    x0, x1 = (points.to(dtype) for points in clouds(n, m))
+    sampler, made = OTPlanSampler(method, reg=0.3), []
+    mass = sampler.transport.uniform_mass(mbot.pairwise_cost(x0, x1))
+    np.testing.assert_array_equal(mass.numpy(), sampler.get_map(x0, x1).astype(mass.numpy().dtype))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(sampler.transport), "plan", lambda *_: made.append(1))
+        pairs = sampler.sample_plan(x0, x1)
+    monkeypatch.setattr(type(sampler.transport), "uniform_mass", lambda *_: None)
+    for ours, theirs in zip(pairs, sampler.sample_plan(x0, x1), strict=True):
+        assert len(ours) == n
+        assert ours.equal(theirs)
+    assert not made
+
+
+def test_small_batches_that_do_not_converge_or_cost_too_much_are_left_to_the_map():
+    x0, x1 = clouds(20)
+    for method in ("sinkhorn", "unbalanced"):
+        sampler = OTPlanSampler(method, reg=1e-3)
+        assert sampler.transport.uniform_mass(mbot.pairwise_cost(x0, x1) * 1e6) is None
+        assert sampler.transport.uniform_mass(torch.full((2, 2), torch.inf)) is None
+        with pytest.raises(ValueError, match="NaN"):
+            sampler.transport.uniform_mass(torch.tensor([[torch.nan]]))
+    assert mbot.EntropicOT(0.01, max_iter=2).uniform_mass(mbot.pairwise_cost(x0, x1)) is None
+    assert mbot.ExactOT().uniform_mass(mbot.pairwise_cost(x0, x1)) is None
+
+
 def test_an_empty_plan_falls_back_to_the_uniform_one_with_a_warning_that_can_be_silenced():
     x0, x1 = clouds(6)
     with pytest.warns(mbot.ConvergenceWarning, match="moves no mass"):

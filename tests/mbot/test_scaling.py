@@ -280,6 +280,53 @@ def test_over_relaxed_rounds_are_fewer():
     scale, new = np.array([1.0, 1e250, 2.0, 0.0]), np.array([1.01, 0.99e250, 4.0, 0.0])
     scaling._beyond(new, scale, 1.5)
     np.testing.assert_allclose(new, [1.01**1.5, 0.99**1.5 * 1e250, 4.0, 0.0], rtol=1e-6)
+    scale, new = np.array([1.0, 1.0, 1.0, 0.0]), np.array([1.1, 0.9, 1.0, 0.0])
+    scaling._extrapolate(new[:3], scale[:3], 4.0, np.empty(3, np.int64))
+    np.testing.assert_allclose(new, [1.1**4, 0.9**4, 1.0, 0.0])
+    scale, new = np.array([1.0, 2.0, 0.0]), np.array([np.exp(1.0), 2.0 * np.exp(-0.5), 0.0])
+    scaling._extrapolate(new, scale, 100.0, np.empty(3, np.int64))
+    np.testing.assert_allclose(new, [np.exp(12.0), 2 * np.exp(-6.0), 0.0])  # in the same direction, and no farther
+
+
+def relaxed_step(sums, weight):
+    return weight / sums ** (50 / 51)
+
+
+def bounded_step(sums, weight):
+    """Scalings of at most a level, found by bisection, at which 0.8 of the mass moves."""
+    low, high = np.zeros((len(sums), 1)), (weight / sums).max(1, keepdims=True)
+    for _ in range(80):
+        level = (low + high) / 2
+        less = np.minimum(weight, level * sums).sum(1, keepdims=True) < 0.8
+        low, high = np.where(less, level, low), np.where(less, high, level)
+    return np.minimum(weight / sums, high)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameter", "step"),
+    [(scaling.KL_RELAXED, 50.0, relaxed_step), (scaling.UPPER_BOUNDED, 0.8, bounded_step)],
+    ids=["relaxed", "bounded"],
+)
+def test_extrapolated_rounds_are_fewer(kind, parameter, step):
+    """Than plain ones, which lead to the same plan."""
+    x = torch.randn(20, 24, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cost = pairwise_cost(x, x.flip(1) * 0.7 + 1)
+    cost -= cost.amin((1, 2), keepdim=True)
+    reg, weight = 0.05 * float(cost.mean()), np.full((20, 24), 1 / 24)
+    plan, *_, error, rounds = scaling.iterate(cost.numpy(), weight, weight, kind, parameter, reg, 3000, 1e-9)
+    kernel, u, v, needed = np.exp(-cost.numpy() / reg), weight, weight, np.zeros(20)
+    for _ in range(1000):
+        before, sums = u, np.einsum("pij,pj->pi", kernel, v)
+        u = step(sums, weight)
+        needed += (sums * abs(u - before)).sum(1) > 1e-9 * (sums * before).sum(1)
+        v = step(np.einsum("pij,pi->pj", kernel, u), weight)
+        if kind == scaling.KL_RELAXED:
+            rows, cols = ((weight * (weight / scale) ** (1 / parameter)).sum(1, keepdims=True) for scale in (u, v))
+            u, v = u * (rows / cols) ** (parameter / 2), v / (rows / cols) ** (parameter / 2)
+    plain = u[:, :, None] * kernel * v[:, None, :]
+    assert (error <= 1e-9).all()
+    assert 1.5 * rounds.mean() < needed.mean() < 900
+    np.testing.assert_allclose(plan, plain, atol=1e-7)
 
 
 def test_a_newton_step_is_one():
