@@ -187,7 +187,7 @@ def match_from(cost, price, epsilon, col_of, room):  # type: ignore[no-untyped-d
 @compiled(**OPTIONS)
 def _solve(flat, starts, sizes, points, capped, begin, stop, column, row_dual, col_dual):  # type: ignore[no-untyped-def]
     """Problems ``begin:stop``; problem p is ``flat[starts[p]:]`` as a square of ``sizes[p]`` rows."""
-    largest = sizes[begin]
+    largest = 1
     for p in range(begin, stop):
         largest = max(largest, sizes[p])
     room = room_for(largest)

@@ -163,6 +163,12 @@ def test_constant_huge_and_tiny_costs():
     )
 
 
+def test_no_problems_have_no_matchings():
+    from mbot.kernels.assignment import assign
+
+    assert [len(part) for part in assign(np.empty(0), np.empty(0, np.int64))] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("dtypes", [(np.float32, np.float32), (np.float32, np.float64), (np.float64, np.float64)])
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 def test_the_kernel_scans_rows_of_any_length(dtypes, levels):
