@@ -228,7 +228,7 @@ class OTPlanSampler:
             return self.generator
         copy = torch.Generator()
         copy.set_state(torch.get_rng_state())
-        seed = torch.rand(1, generator=copy, dtype=torch.float64)
+        seed = torch.rand(1, generator=copy, dtype=torch.float64, device="cpu")  # whatever the default device is
         return copy.manual_seed(int(seed.view(torch.int64)))
 
 
