@@ -21,6 +21,7 @@ _WIDE = 2e3  # costs spread over more regularisations than this need float64, an
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
 _REFINE = 50  # rounds on plans whose potentials have too few digits
 _BUDGET = 400  # rounds (and two a row of costs) in the compiled kernel, and before forbidden pairs are examined
+_COMPILED = ("cpu", torch.float32), ("cpu", torch.float64)  # costs that the compiled kernel takes
 _CHEAP = 1 << 18  # cells that the kernel goes through in less time than the driver needs to begin: more of its rounds
 
 
@@ -101,9 +102,10 @@ def uniform_mass(cost: Tensor, step: Marginal, *, reg: float, max_iter: int, tol
 
     Arguments are those of `solve_matrices`; the costs ``(n, m)`` are checked here.
     """
-    n, m = cost.shape
-    if cost.device.type != "cpu" or n * m > _CACHED or not fast_paths.get():
+    kind = cost.device.type, cost.dtype
+    if kind not in _COMPILED or cost.ndim != 2 or not 0 < cost.numel() <= _CACHED or not fast_paths.get():
         return None
+    cost, (n, m) = cost.detach(), cost.shape
     least, most = (float(extreme) for extreme in cost.aminmax())
     checks.cost_range(cost, least, most)
     if not step.ordinary(least, most, reg):

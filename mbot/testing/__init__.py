@@ -22,8 +22,9 @@ def check_transport(transport: Transport, *, device: torch.device | str = "cpu")
     batch is its problems one by one, and no problems have no plans; the same call gives the same plan; renamed points
     give the renamed plan; a point of weight zero is as if it were not there; inputs stay as they are; gradients in the
     points are those of the value, and so are those in the weights and second derivatives, or they are an error (finite
-    differences in float64); a callable cost and a named one agree; half precision is computed in float32; settings are
-    frozen, compare, hash, pickle and print.
+    differences in float64); a callable cost and a named one agree; half precision is computed in float32;
+    ``uniform_mass`` is the plan's, and ``entropic_reg`` its regularisation, where there are any; settings are frozen,
+    compare, hash, pickle and print.
 
     Args:
         transport: the transport, at the settings to check: with a tolerance far below 1e-6, if it iterates.
@@ -48,7 +49,8 @@ def check_coupling(coupling: Coupling, *, device: torch.device | str = "cpu") ->
     Pairs are int64 indices in range, on the samples' device, and give the samples by ``apply``; weights are
     non-negative with mean 1 and no gradient; equal inputs and generators give equal pairs, whatever was coupled before
     and whatever torch's own generator holds; inputs stay as they are, contiguous or not; unequal batches are paired or
-    refused with a ValueError; bad samples are refused; settings are frozen, compare, pickle and print.
+    refused with a ValueError; bad samples are refused; ``entropic_reg`` is None, NaN, or above 0; settings are frozen,
+    compare, pickle and print.
 
     Args:
         coupling: the coupling, at the settings to check. It gets integer classes as the targets' conditions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -129,5 +130,11 @@ def _refused(coupling: Coupling, device: torch.device) -> None:
         raise AssertionError(f"{coupling!r}: {what} is not refused")
 
 
-COUPLING_CHECKS = (_pairs, _unequal, _repeated, _inputs, _refused)
+def _entropic_reg(coupling: Coupling, device: torch.device) -> None:
+    reg = coupling.entropic_reg
+    good = reg is None or reg > 0 or math.isnan(reg)
+    require(good, f"{coupling!r}: entropic_reg is {reg!r}; it is None, NaN, or a regularisation > 0")
+
+
+COUPLING_CHECKS = (_pairs, _unequal, _repeated, _inputs, _refused, _entropic_reg)
 """Functions of a coupling and a device."""

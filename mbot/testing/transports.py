@@ -202,8 +202,36 @@ def _half(transport: Transport, device: torch.device) -> None:
         close(transport(x, y), transport(x.float(), y.float()), says)
 
 
+def _uniform_mass(transport: Transport, device: torch.device) -> None:
+    for n, m in _SIZES:
+        for dtype in (torch.float32, torch.float64):
+            x, y = _clouds(n=n, m=m, device=device, dtype=dtype)
+            cost = pairwise_cost(x, y)
+            mass = transport.uniform_mass(cost.clone().requires_grad_())
+            if mass is not None:
+                says = case(transport, "uniform_mass is not the plan", cost=cost)
+                require(not mass.requires_grad, f"{says}: it requires gradients")
+                close(mass, _plan(transport, cost).to_dense(), says)
+
+
+def _entropic_reg(transport: Transport, device: torch.device) -> None:
+    """Plans ``a b exp((f + g - C) / reg)`` with the marginals a and b: ``reg log P + C`` is a sum of f and g."""
+    reg = transport.entropic_reg
+    if reg is None:
+        return
+    x, y = _clouds(n=4, m=5, device=device)
+    cost = pairwise_cost(x, y)
+    cost *= 4 * reg / cost.amax()  # every pair has mass
+    mass = _plan(transport, cost).to_dense()
+    says = case(transport, f"entropic_reg is {reg!r}, and the plan is not the entropic one", cost=cost)
+    for sums, size in ((mass.sum(1), 4), (mass.sum(0), 5)):
+        close(sums, torch.full_like(sums, 1 / size), says)
+    sides = mass.log() + cost / reg
+    close(sides + sides.mean(), sides.mean(0) + sides.mean(1, keepdim=True), says)
+
+
 TRANSPORT_CHECKS = (
     _plans, _batches, _no_problems, _renamed, _weightless, _gradients, _gradients_in_the_weights, _second_derivatives,
-    _callable_cost, _half,
+    _callable_cost, _half, _uniform_mass, _entropic_reg,
 )  # fmt: skip
 """Functions of a transport and a device."""

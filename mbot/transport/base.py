@@ -61,9 +61,10 @@ class Transport(ABC):
             return self._solve(cost, a, b)
 
     def uniform_mass(self, cost: Tensor) -> Tensor | None:
-        """The plan of one small problem ``(n, m)`` between points of equal weights, without the rest of a `Plan`.
+        """The masses ``(n, m)`` of `plan` for one small problem with uniform weights, without the rest of a `Plan`.
 
-        None where it does not come faster so, or did not converge; `plan` has it then.
+        None where they do not come faster so, for any other costs, and without convergence: ask `plan` then. A subclass
+        that has other plans than its parent overrides it.
         """
         return None
 

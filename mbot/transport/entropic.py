@@ -73,6 +73,7 @@ class EntropicOT(Transport):
         f, g = entropic_potentials(plan, cost, a, b, self.reg, 1.0)
         return f - f.mean(-1, keepdim=True), g - g.mean(-1, keepdim=True)
 
+    @outside_graphs
     def uniform_mass(self, cost: Tensor) -> Tensor | None:
         """See `Transport`."""
         return uniform_mass(cost, Balanced(), reg=self.reg, max_iter=self.max_iter, tol=self.tol)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.eager import outside_graphs
 from mbot.plan import Plan
 from mbot.solvers.entropic import solve_matrices, uniform_mass
 from mbot.solvers.marginals import KLRelaxed
@@ -63,6 +64,7 @@ class UnbalancedOT(Transport):
             slopes.append(self.reg_marginal * (1 - share) + self.reg * (total[..., None] - share))
         return slopes[0], slopes[1]
 
+    @outside_graphs
     def uniform_mass(self, cost: Tensor) -> Tensor | None:
         """See `Transport`."""
         step = KLRelaxed(self.reg_marginal / self.reg)

@@ -28,7 +28,9 @@ def taken(pair):
 def of_transport(t):
     def every_call(x, y):
         cost = mbot.pairwise_cost(x, y)
-        return t(x, y) + t.value(cost) + (t.plan(cost).to_dense() * cost).sum()
+        mass = t.uniform_mass(cost)
+        fast = 0 if mass is None else (mass * cost).sum()
+        return t(x, y) + t.value(cost) + (t.plan(cost).to_dense() * cost).sum() + fast
 
     return every_call
 

@@ -170,6 +170,18 @@ def test_what_is_wrong_is_told(parts, says):
     assert "x0 = " in str(caught.value) or "x0 in place" in str(caught.value)
 
 
+@pytest.mark.parametrize("reg", [0.0, -1.0])
+def test_a_wrong_regularisation_is_told(reg):
+    @dataclass(frozen=True)
+    class Wrong(Right):
+        entropic_reg = reg
+
+    Wrong.__qualname__ = "Wrong"
+    globals()["Wrong"] = Wrong  # pickles by name
+    with pytest.raises(AssertionError, match="entropic_reg is"):
+        check_coupling(Wrong())
+
+
 def test_what_is_no_coupling_is_told():
     with pytest.raises(AssertionError, match=r"derived from mbot\.Coupling"):
         check_coupling(lambda x0, x1: None)

@@ -164,6 +164,36 @@ class Sparse(mbot.EntropicOT):
 
 
 @dataclass(frozen=True)
+class InheritsTheMass(mbot.EntropicOT):
+    """Another plan than that of its parent, whose ``uniform_mass`` it has."""
+
+    def _solve(self, cost, a, b):
+        return mbot.EntropicOT(2 * self.reg, tol=self.tol)._solve(cost, a, b)
+
+    entropic_reg = None
+
+    def __call__(self, x, y, a=None, b=None, cost="sqeuclidean"):
+        return mbot.EntropicOT(2 * self.reg, tol=self.tol)(x, y, a, b, cost)
+
+    def weight_slopes(self, plan, cost, a, b):
+        return mbot.EntropicOT(2 * self.reg, tol=self.tol).weight_slopes(plan, cost, a, b)
+
+
+@dataclass(frozen=True)
+class HasAnotherReg(mbot.EntropicOT):
+    @property
+    def entropic_reg(self):
+        return 2 * self.reg
+
+
+@dataclass(frozen=True)
+class HasOtherMarginals(mbot.UnbalancedOT):
+    @property
+    def entropic_reg(self):
+        return self.reg
+
+
+@dataclass(frozen=True)
 class Raises(Right):
     def mass(self, cost, a, b):
         if cost.shape[-1] == 7:
@@ -207,6 +237,9 @@ def test_sparse_plans_with_a_penalty_have_no_second_derivatives():
         (WrongPotentials(), "gradients in the weights are not those of the value"),
         (DropsWeights(), "gradients in the weights .* there are none, and no error"),
         (HalfOfTheSecond(0.5, tol=1e-11), "neither those of the value nor an error"),
+        (InheritsTheMass(0.5, tol=1e-11), "uniform_mass is not the plan"),
+        (HasAnotherReg(0.5, tol=1e-11), "entropic_reg is 1.0, and the plan is not the entropic one"),
+        (HasOtherMarginals(0.5, 1.0, tol=1e-11), "entropic_reg is 0.5, and the plan is not the entropic one"),
         (mbot.SlicedOT(), "derived from mbot.Transport"),
         (mbot.EntropicOT(0.5, tol=0.1), "finite|gradients|another plan|of a batch|renamed|weight"),
     ],

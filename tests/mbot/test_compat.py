@@ -192,6 +192,25 @@ def test_small_batches_that_do_not_converge_or_cost_too_much_are_left_to_the_map
     assert mbot.ExactOT().uniform_mass(mbot.pairwise_cost(x0, x1)) is None
 
 
+@pytest.mark.parametrize("method", ["sinkhorn", "unbalanced"])
+def test_costs_that_the_short_cut_does_not_take_are_left_to_the_plan(method):
+    transport, cost = OTPlanSampler(method, reg=0.5).transport, torch.rand(3, 4)
+    for other in (cost.half(), cost.bfloat16(), cost.round().long(), cost[None], cost[:0], cost[0]):
+        assert transport.uniform_mass(other) is None
+    mass = transport.uniform_mass(cost.clone().requires_grad_())
+    assert not mass.requires_grad
+    assert torch.equal(mass, transport.uniform_mass(cost))
+
+
+@pytest.mark.parametrize("method", ["exact", "sinkhorn", "unbalanced"])
+def test_samplers_draw_from_the_cpu_whatever_the_default_device_is(method):
+    x0, x1 = clouds(8)
+    expected = OTPlanSampler(method, reg=0.5).sample_plan(x0, x1)
+    with torch.device("meta"):
+        found = OTPlanSampler(method, reg=0.5).sample_plan(x0, x1)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_an_empty_plan_falls_back_to_the_uniform_one_with_a_warning_that_can_be_silenced():
     x0, x1 = clouds(6)
     with pytest.warns(mbot.ConvergenceWarning, match="moves no mass"):
