@@ -190,7 +190,7 @@ def _exchange(cost, col_of, group_cost, group_row, left, entered):  # type: igno
 
 
 @compiled(**OPTIONS)
-def _one_more(cost, price, col_of, row_of, dist, reach, closed, taker, zero, group_cost, group_row):  # type: ignore[no-untyped-def]
+def _one_more(cost, price, col_of, row_of, dist, reach, closed, taker, group_cost, group_row):  # type: ignore[no-untyped-def]
     """Turn an optimal matching into one with one pair more, along the shortest path from D to R. Returns D's level."""
     n = cost.shape[0]
     for j in range(n):
@@ -291,7 +291,7 @@ def _end(flat, excess, q, column, row_dual, col_dual):  # type: ignore[no-untype
         )
         for e in range(1 + more):
             if e == 1:
-                theta = _one_more(cost, price, col_of, row_of, dist, reach, closed, taker, zero, group_cost, group_row)
+                theta = _one_more(cost, price, col_of, row_of, dist, reach, closed, taker, group_cost, group_row)
             _write(cost, theta, tau, price, col_of, column[p, e], row_dual[p])
 
 

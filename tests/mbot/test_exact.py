@@ -198,7 +198,8 @@ def test_the_kernel_relaxes_rows_of_any_length(dtype, levels):
         dist[price == -np.inf] = np.inf
         through = row - price - 0.5
         shorter, nearest = through < dist, np.minimum(dist, through)
-        least, column = relaxed(row, price, 0.5, dist, parent, 3)
+        longer = np.append(row, np.full(9, -1000, dtype))  # as many columns count as there are distances
+        least, column = relaxed(longer, price, 0.5, dist, parent, 3)
         np.testing.assert_array_equal(dist, nearest)
         np.testing.assert_array_equal(parent, np.where(shorter, 3, 7))
         assert least == nearest.min() == nearest[column]
