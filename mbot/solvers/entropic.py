@@ -134,7 +134,10 @@ def _compiled_first(
     most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
     if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
         return others(cost, a, b, max_iter=max_iter)
-    found = _compiled(cost, a, b, step, reg, _budget(max_iter, n, m), tol)
+    budget = _budget(max_iter, n, m)
+    if not forbidden and bool(cost.amax() == torch.inf):  # which pairs are of use is asked before many rounds
+        budget = min(max_iter, _BUDGET + 2 * n)
+    found = _compiled(cost, a, b, step, reg, budget, tol)
     if bool(found.converged.all()):
         return found
     untried, slow = found.error < 0, ~found.converged & (found.iterations < max_iter)
