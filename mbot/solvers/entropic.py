@@ -121,8 +121,9 @@ def uniform_mass(cost: Tensor, step: Marginal, *, reg: float, max_iter: int, tol
 
 
 def _budget(max_iter: int, n: int, m: int) -> int:
-    """Rounds that a problem gets in the compiled kernel."""
-    return min(max_iter, _BUDGET + 2 * n + _CHEAP // (n * m))
+    """Rounds that a problem gets in the compiled kernel; most are left to the driver, which has ways of its own."""
+    least = _BUDGET + 2 * n
+    return min(max_iter, max(least, min(least + _CHEAP // (n * m), max_iter // 4)))
 
 
 def _compiled_first(
