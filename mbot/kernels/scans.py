@@ -1,4 +1,4 @@
-"""Scans of a row of costs less prices: minima, the second least, sums; nine tenths of an assignment's run time."""
+"""Scans of a row of costs less prices: minima, the second least, sums; most of the run time of a matching."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ _FLAGS = ("nnan", "nsz")
 class _Vectors:
     """Vectors of 32 bytes of the entries of ``row - price``, in the price's type.
 
-    Written in LLVM's vector instructions, which exist on every target: numba leaves a minimum loop scalar, and these
-    scans are nine tenths of the run time.
+    Written in LLVM's vector instructions, which exist on every target: numba leaves a minimum loop scalar.
     """
 
     def __init__(self, context, builder, signature, args):  # type: ignore[no-untyped-def]
