@@ -19,6 +19,7 @@ from mbot.solvers.support import large_entries, usable_pairs
 
 _WIDE = 2e3  # costs spread over more regularisations than this need float64, and a look at the largest
 _CACHED = 1 << 18  # cells of a problem that a core's cache holds in float64, for the compiled kernel
+_MOST = 1 << 21  # cells of a problem from which on the driver is the faster way
 _REFINE = 50  # rounds on plans whose potentials have too few digits
 _BUDGET = 400  # rounds (and two a row of costs) in the compiled kernel, and before forbidden pairs are examined
 _COMPILED = ("cpu", torch.float32), ("cpu", torch.float64)  # costs that the compiled kernel takes
@@ -131,9 +132,9 @@ def _compiled_first(
     others: Callable[..., Plans], forbidden: bool = False,
 ) -> Plans:  # fmt: skip
     """Plans by the compiled kernel, and by ``others``, a function like `_solved`, where it does not finish."""
-    problems, n, m = cost.shape
-    most = _CACHED if problems < torch.get_num_threads() else 8 * _CACHED  # a problem has one thread in the kernel
-    if cost.device.type != "cpu" or n * m > most or not fast_paths.get():
+    _, n, m = cost.shape
+    # A problem has one thread in the kernel, which still is the faster way for one alone.
+    if cost.device.type != "cpu" or n * m > _MOST or not fast_paths.get():
         return others(cost, a, b, max_iter=max_iter)
     budget = _budget(max_iter, n, m)
     if not forbidden and bool(cost.amax() == torch.inf):  # which pairs are of use is asked before many rounds

@@ -235,3 +235,19 @@ def test_large_problem_in_float32_keeps_its_marginals():
     # the documented stopping rule: L1 error of the marginals, 1e-6 by default
     assert float((plan.row_mass().double() - 1 / 600).abs().sum()) < 2e-6
     np.testing.assert_allclose(plan.col_mass()[0].numpy(), 1 / 500, rtol=1e-4)
+
+
+def test_one_problem_is_solved_by_the_kernel_whatever_the_threads(monkeypatch):
+    """The driver would be several times slower there, and only where torch has more than one thread."""
+    from mbot.solvers import entropic
+
+    sizes, kernel = [], entropic._compiled
+    monkeypatch.setattr(entropic, "_compiled", lambda cost, *rest: (sizes.append(cost.shape), kernel(cost, *rest))[1])
+    x = torch.randn(2, 700, 3, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert bool(EntropicOT(5.0).plan(mbot.pairwise_cost(x[0], x[1])).converged)
+    finally:
+        torch.set_num_threads(threads)
+    assert sizes == [(1, 700, 700)]
