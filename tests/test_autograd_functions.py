@@ -91,34 +91,32 @@ def test_every_function_is_known():
     assert all((ROOT / path).exists() for path in ELSEWHERE.values())
 
 
+def applied(name):
+    """The value of a Function, and its real inputs by position, which require gradients."""
+    torch.manual_seed(0)
+    inputs = KNOWN[name][0]()
+    module, _, function = name.partition(":")
+    real = {
+        i: part.detach().requires_grad_()
+        for i, part in enumerate(inputs)
+        if isinstance(part, torch.Tensor) and part.is_floating_point()
+    }
+    apply = getattr(importlib.import_module(module), function).apply
+    return apply(*(real.get(i, part) for i, part in enumerate(inputs))), real
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_inputs_that_may_require_gradients_get_them(name):
-    torch.manual_seed(0)
-    make, constants = KNOWN[name]
-    inputs = make()
-    module, _, function = name.partition(":")
-    apply = getattr(importlib.import_module(module), function).apply
-    real = [i for i, part in enumerate(inputs) if isinstance(part, torch.Tensor) and part.is_floating_point()]
-    for i in real:
-        inputs[i] = inputs[i].detach().requires_grad_()
-    value = apply(*inputs)
-    found = torch.autograd.grad(value.sum(), [inputs[i] for i in real], allow_unused=True)
-    assert [i for i, grad in zip(real, found, strict=True) if grad is None] == list(constants)
+    value, real = applied(name)
+    found = torch.autograd.grad(value.sum(), list(real.values()), allow_unused=True)
+    assert [i for i, grad in zip(real, found, strict=True) if grad is None] == list(KNOWN[name][1])
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_gradients_are_linear_in_the_one_that_comes_in(name):
     """A loss may be subtracted, or cancelled by others: signs and zeros are no special case."""
-    torch.manual_seed(0)
-    make, constants = KNOWN[name]
-    inputs = make()
-    module, _, function = name.partition(":")
-    apply = getattr(importlib.import_module(module), function).apply
-    real = [i for i, part in enumerate(inputs) if isinstance(part, torch.Tensor) and part.is_floating_point()]
-    for i in real:
-        inputs[i] = inputs[i].detach().requires_grad_(i not in constants)
-    value = apply(*inputs)
-    wanted = [inputs[i] for i in real if i not in constants]
+    value, real = applied(name)
+    wanted = [part for i, part in real.items() if i not in KNOWN[name][1]]
 
     def back(grad):
         return torch.autograd.grad(value, wanted, grad, retain_graph=True)
