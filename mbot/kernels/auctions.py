@@ -1,8 +1,4 @@
-"""Auctions with epsilon-scaling (Bertsekas 1988) in float32: prices that are nearly optimal, for the exact finish.
-
-Several rows bid on the same prices: their scans overlap in the processor. Prices only fall, so a bid stays valid unless
-one before it wants the same column.
-"""
+"""Auctions with epsilon-scaling (Bertsekas 1988) in float32: prices that are nearly optimal, for the exact finish."""
 
 from __future__ import annotations
 
@@ -14,6 +10,28 @@ from minibatch_transport import compiled
 _TOGETHER = 4  # rows that bid at a time
 _FACTOR, _LAST, _LEAST = 0.13, 0.015, 1e-5  # of the steps: about their ratio, the last one times n, and its bound
 _FIRST_PARTIAL, _FACTOR_PARTIAL, _LAST_PARTIAL = 0.05, 0.15, 0.15  # the first step, their ratio, the last one times n
+
+
+@compiled(**OPTIONS, inline="always")
+def _scanned(cost, price, queue, head, waiting, first, second, wanted):  # type: ignore[no-untyped-def]
+    """Bids of the rows at the head of the queue: their two smallest costs and columns; returns how many there are.
+
+    They bid on the same prices, as their scans overlap in the processor.
+    """
+    n, together = cost.shape[0], min(waiting, _TOGETHER)
+    for k in range(together):
+        at = head + k
+        first[k], second[k], wanted[k] = two_smallest(cost[queue[at - n if at >= n else at]], price, n)
+    return together
+
+
+@compiled(**OPTIONS, inline="always")
+def _outdated(wanted, k):  # type: ignore[no-untyped-def]
+    """Whether a bid before the k-th wants its column. Prices only fall, so any other bid stays valid."""
+    clash = False
+    for other in range(k):
+        clash |= wanted[other] == wanted[k]
+    return clash
 
 
 @compiled(**OPTIONS)
@@ -32,16 +50,10 @@ def auction(cost, price, epsilon, col_of, row_of, queue):  # type: ignore[no-unt
             queue[i] = i
         head, waiting, bids = 0, n, 0
         while waiting > 0 and bids < 64 * n:  # the bound only guards against price wars; the finish is exact
-            together = min(waiting, _TOGETHER)
-            for k in range(together):
-                at = head + k
-                first[k], second[k], wanted[k] = two_smallest(cost[queue[at - n if at >= n else at]], price, n)
-            for k in range(together):
-                i, j, clash = queue[head], wanted[k], False
-                for other in range(k):
-                    clash |= wanted[other] == j
-                if clash:
+            for k in range(_scanned(cost, price, queue, head, waiting, first, second, wanted)):
+                if _outdated(wanted, k):
                     break
+                i, j = queue[head], wanted[k]
                 head = head + 1 if head + 1 < n else 0
                 waiting -= 1
                 bids += 1
@@ -119,16 +131,10 @@ def partial_auction(cost, price, open_price, level, zero, best, row_of, queue, t
                 supply -= 1
                 bids += 1
                 continue
-            together = min(waiting, _TOGETHER)
-            for k in range(together):
-                at = head + k
-                first[k], second[k], wanted[k] = two_smallest(cost[queue[at - n if at >= n else at]], price, n)
-            for k in range(together):
-                i, j, clash = queue[head], wanted[k], False
-                for other in range(k):
-                    clash |= wanted[other] == j
-                if clash:
+            for k in range(_scanned(cost, price, queue, head, waiting, first, second, wanted)):
+                if _outdated(wanted, k):
                     break
+                i, j = queue[head], wanted[k]
                 head = head + 1 if head + 1 < n else 0
                 waiting -= 1
                 bids += 1
