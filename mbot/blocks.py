@@ -41,8 +41,8 @@ class PlanBlock:
         where: where its values are in the table of all.
         values: ``(k, k')``, or ``(k, 1)`` of pairs; without gradient.
         plan: of batch shape ``(k, k')``, or ``(k,)`` of pairs.
-        costs: of a dense plan those of all pairs, ``(k n, k' m)`` or ``(k, n, m)`` of pairs of mini-batches, None where
-            they do not differentiate; of a sparse one those of its entries, without gradient.
+        costs: of a dense plan those of all pairs, ``(k n, k' m)`` or as the plan's masses, None where they do not
+            differentiate; of a sparse one those of its entries, without gradient.
         x: ``(k, n, d)`` mini-batches.
         y: ``(k', m, d)``, or ``(k, m, d)`` of pairs.
         cost: name of the ground cost.
@@ -81,28 +81,59 @@ class PlanBlock:
         weight = weight.reshape(self.plan.batch_shape)
         if self.costs is None:
             return (weight * self.values.reshape(weight.shape)).sum()
-        return self._transported(weight, self.costs) + (weight * self.plan.penalty).sum()
-
-    def _transported(self, weight: Tensor, costs: Tensor) -> Tensor:
-        plan = self.plan
-        if plan.is_sparse:
-            x, y, (n, m) = self.x.flatten(0, 1), self.y.flatten(0, 1), plan.size
-            at = torch.nonzero(weight, as_tuple=True)
-            row, col, mass = (part[at] for part in plan.entries())
-            row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
-            mass, matched = (weight[at][:, None] * mass).flatten(), costs[at].flatten()
-            total = matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
-            return total if plan.piecewise_constant else first_order(total)
-        mass = plan.mass * weight[..., None, None]
-        if not self.aligned:
-            mass = mass.transpose(1, 2).reshape(costs.shape)
-        total = (mass * costs).sum()
+        if self.plan.is_sparse:
+            return self._matched(weight, self.costs) + (weight * self.plan.penalty).sum()
+        if has_tangent(self.costs) or has_tangent(weight):
+            moved = (_laid_out(self.plan.mass, weight, self.costs.shape) * self.costs).sum()
+            return moved + (weight * self.plan.penalty).sum()
+        total: Tensor = _PlanTotal.apply(self.costs, weight, self.plan.mass, self.values.reshape(weight.shape))
         return first_order(total) if total.requires_grad else total
+
+    def _matched(self, weight: Tensor, costs: Tensor) -> Tensor:
+        """The part of sparse plans' transport costs."""
+        plan = self.plan
+        x, y, (n, m) = self.x.flatten(0, 1), self.y.flatten(0, 1), plan.size
+        at = torch.nonzero(weight, as_tuple=True)
+        row, col, mass = (part[at] for part in plan.entries())
+        row, col = (at[0][:, None] * n + row).flatten(), (at[-1][:, None] * m + col).flatten()
+        mass, matched = (weight[at][:, None] * mass).flatten(), costs[at].flatten()
+        total = matched_values(x, y, row, col, mass, matched, 1, self.cost)[0]
+        return total if plan.piecewise_constant else first_order(total)
 
     def entries(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows and columns inside the mini-batches, and weighted masses: ``(k, k', e)``, or ``(k, e)`` of pairs."""
         row, col, mass = self.plan.entries()
         return row, col, weight.reshape(*self.plan.batch_shape, 1) * mass
+
+
+def _laid_out(mass: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+    """Weighted masses ``(k, k', n, m)`` where the costs of their pairs are, ``(k n, k' m)``, if not there already."""
+    if mass.ndim == len(shape):
+        return mass * weight[..., None, None]
+    mass, weight = mass.transpose(1, 2), weight[:, None, :, None]
+    if torch.is_grad_enabled():
+        return (mass * weight).reshape(shape)
+    return torch.mul(mass, weight, out=mass.new_empty(mass.shape)).view(shape)  # in one pass
+
+
+class _PlanTotal(torch.autograd.Function):
+    """Forward: the weighted sum of known values ``(k, k')``. Backward: the masses of their plans, as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, costs: Tensor, weight: Tensor, mass: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(costs, weight, mass, values)
+        return (weight * values).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        costs, weight, mass, values = ctx.saved_tensors
+        of_costs, of_weight = ctx.needs_input_grad[:2]
+        return (
+            _laid_out(mass, grad * weight, costs.shape) if of_costs else None,
+            grad * values if of_weight else None,
+            None,
+            None,
+        )
 
 
 @dataclass(frozen=True)

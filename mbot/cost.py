@@ -60,14 +60,21 @@ class _Squared(torch.autograd.Function):
             x, y = x - centre, y - centre
         with no_autocast(x):
             sides = [
-                (2 * (part.sum(-1, keepdim=True) * own - product(part, other))).sum_to_size(own.shape).to(given.dtype)
-                if needed
-                else None
+                (2 * _displaced(own, other, part)).sum_to_size(given.shape).to(given.dtype) if needed else None
                 for own, other, part, needed, given in zip(
                     (x, y), (y, x), (grad, grad.mT), ctx.needs_input_grad[:2], ctx.saved_tensors, strict=True
                 )
             ]
         return (*sides, None)
+
+
+def _displaced(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """``sum_j weight_ij (x_i - y_j)``, ``(…, n, d)``, for points that are centred."""
+    if x.shape[-1] > DIRECT_FEATURES:
+        return weight.sum(-1, keepdim=True) * x - product(weight, y)
+    y = torch.cat((torch.ones_like(y[..., :1]), y), -1)  # sums and products in one pass over the weights
+    total, moved = product(y.mT, weight.mT).mT.split((1, x.shape[-1]), -1)
+    return total * x - moved
 
 
 def _centre(x: Tensor, y: Tensor) -> Tensor:
@@ -117,7 +124,8 @@ def certain_share(dtype: torch.dtype) -> float:
 
 def _direct(x: Tensor, y: Tensor) -> Tensor:
     """Squared distances of points with few features, feature by feature."""
-    apart = (p.unsqueeze(-1) - q.unsqueeze(-2) for p, q in zip(x.unbind(-1), y.unbind(-1), strict=True))
+    x, y = x.mT.contiguous(), y.mT.contiguous()  # numbers in a row are subtracted by vectors
+    apart = (p.unsqueeze(-1) - q.unsqueeze(-2) for p, q in zip(x.unbind(-2), y.unbind(-2), strict=True))
     if _asked(x, y):
         return functools.reduce(torch.add, (difference.square() for difference in apart))
     squared = next(apart).square_()

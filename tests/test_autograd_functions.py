@@ -54,6 +54,11 @@ def grid():
     return [x, y, torch.rand(2, 3, dtype=torch.float64), match_grid(x, y, 4)]
 
 
+def planned():
+    mass, costs = torch.rand(2, 3, 4, 5, dtype=torch.float64), points(2, 3, 4, 5)
+    return [costs, torch.rand(2, 3, dtype=torch.float64), mass, (mass * costs).sum((-2, -1))]
+
+
 def squared():
     x, y = points(4, 3), points(5, 3)
     return [x, y, (x[:, None] - y).square().sum(-1)]
@@ -69,6 +74,7 @@ def clouds():
 # Those that are no tensors, or of integers, need not be named. Each other one must get a gradient.
 KNOWN = {
     "mbot.blocks:_MatchedTotal": (grid, ()),
+    "mbot.blocks:_PlanTotal": (planned, (2, 3)),  # masses, and values known from the costs
     "mbot.envelope:_MatchedValues": (matched, (5,)),  # costs, known from the points
     "mbot.envelope:_FirstOrder": (lambda: [points(2), points(2, 3), points(2, 4), points(2, 3), points(2, 4)], (3, 4)),
     "mbot.cost:_Squared": (squared, (2,)),  # the costs, known from the points
