@@ -33,6 +33,7 @@ DIRECT_FEATURES = 4
 # Relative error that the smallest costs may have.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}
 _SAMPLE = 16  # points of a cloud by which its centre is judged
+_MANY = 1 << 18  # numbers of two clouds; copies of fewer cost less than to judge
 _FEW = 4  # pairs a point that are computed by differences
 _CELLS = 1 << 22  # entries of the largest float64 matrix (32 MB) that is made on the careful way
 
@@ -136,9 +137,9 @@ def _direct(x: Tensor, y: Tensor) -> Tensor:
 
 def _near_the_origin(x: Tensor, y: Tensor) -> bool:
     """Whether the centre of two clouds is small against their spread, by a few points; centring would copy both."""
-    if x.ndim > 2 or y.ndim > 2 or x.device.type != "cpu":  # copies of small problems are cheap; a device is waited for
+    if x.ndim > 2 or y.ndim > 2 or x.device.type != "cpu":  # a device would be waited for
         return False
-    if not len(x) or len(x) + len(y) <= 2 * _SAMPLE:  # a process may have none; of few points asking costs as much
+    if not len(x) or x.numel() + y.numel() <= _MANY:  # a process may have none
         return False
     with torch.no_grad():
         some = [points[:: -(-len(points) // _SAMPLE)] for points in (x, y)]
