@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,16 +52,34 @@ def _value_of(arguments: list[str], flag: str) -> str | None:
 
 @contextmanager
 def processes(device: str, timeout: float) -> Iterator[bool]:
-    """Join the processes of ``torchrun``, where it started this one; yields whether this is the first."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several:
-        backend = "nccl" if torch.cuda.is_available() and device != "cpu" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    """Join the processes of ``torchrun``, where it started this one; yields whether this is the first.
+
+    Afterwards no thread of the group is left: gloo's may still hold tensors, and one that asks for the interpreter lock
+    to drop them while the interpreter ends aborts the process. They end with the last reference to the group, which
+    wrapped models have (they are in cycles, and in the frames that an error has passed through), and functions that
+    torch defines while there is a group.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        yield True
+        return
+    importlib.import_module("torch.distributed.nn.functional")  # wrapping a model would; the group is a default there
+    backend = "nccl" if torch.cuda.is_available() and device != "cpu" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
-        yield not several or dist.get_rank() == 0
+        yield dist.get_rank() == 0
+    except BaseException as error:
+        _clear_frames(error)
+        raise
     finally:
-        if several:
-            dist.destroy_process_group()
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Forget the local variables where an error, and those behind it, came from."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def wait_for_all() -> None:

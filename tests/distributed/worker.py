@@ -1,16 +1,20 @@
 """What one process of the distributed tests does; started by torchrun. Arguments: the task, the folder."""
 
+import gc
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 import flows
 import mbot
+from flows.commands.common import processes
 from flows.folder_lock import FolderLock
 from tests.flows.toy_run import trainer, weights
 
@@ -129,7 +133,9 @@ def train(folder, rank):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    {"batches": batches, "train": train, "sharded": sharded}[sys.argv[1]](Path(sys.argv[2]), dist.get_rank())
-    dist.barrier()
-    dist.destroy_process_group()
+    with processes("cpu", 600):
+        world = weakref.ref(dist.group.WORLD)
+        {"batches": batches, "train": train, "sharded": sharded}[sys.argv[1]](Path(sys.argv[2]), dist.get_rank())
+        dist.barrier()
+    assert not [model for model in gc.get_objects() if type(model) is DistributedDataParallel]
+    assert world() is None or sys.argv[1] == "sharded"  # torch keeps the meshes of sharded tensors in its caches

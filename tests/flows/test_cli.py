@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import contextlib
 import functools
 import json
 import os
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import flows
 import flows.evaluation
@@ -21,7 +24,7 @@ import mbot
 from flows import build, checkpoint, config
 from flows import settings as files
 from flows.__main__ import main
-from flows.commands.common import parse
+from flows.commands.common import parse, processes
 from flows.config import TrainConfig
 from flows.models import parameter_count
 from flows.settings import ConfigError
@@ -112,6 +115,37 @@ def test_a_signal_saves_and_the_exit_code_says_so(number, workers, tmp_path):
     last = checkpoint.latest(run / "checkpoints")
     assert f"saved as {last}; run the same command with --resume to go on" in said
     assert checkpoint.load(last)["step"] > 0
+
+
+def fail_behind(error, work):
+    """Call work; raise an error in place of one that it raises."""
+    try:
+        work()
+    except KeyError as behind:
+        raise error from (behind if isinstance(error, ValueError) else None)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("caused"), OSError("in the context")])
+def test_no_thread_of_the_processes_outlives_them(error, monkeypatch):
+    """A wrapped model that is in a cycle, or in the frames of an error, would keep the group and its threads."""
+    options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    monkeypatch.setattr(dist, "init_process_group", functools.partial(dist.init_process_group, **options))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alive = []
+
+    def train():
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        model.cycle = [model]
+        alive.append(weakref.ref(model))
+        if error is not None:
+            raise KeyError
+
+    with contextlib.suppress(ValueError, OSError), processes("cpu", 60) as first:
+        assert first
+        alive.append(weakref.ref(dist.group.WORLD))
+        fail_behind(error, train)
+    assert not dist.is_initialized()
+    assert [one() for one in alive] == [None, None]
 
 
 def test_torchrun_trains_and_only_the_first_process_writes(tmp_path):
