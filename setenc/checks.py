@@ -185,14 +185,23 @@ def same_chunks(first: int, second: int) -> None:
         )
 
 
-def same_state(first: SetState, second: SetState, size: Tensor, dtype: torch.dtype, what: str) -> None:
+def same_counts(first: Tensor, second: Tensor) -> None:
+    """Every pass of a pooling over a user's chunks sees as many elements, or the same sum of weights."""
+    if second is not first and not torch.allclose(first, second, rtol=1e-9, atol=0):
+        raise ValueError(
+            f"every pass over the chunks must see the same elements; the first saw {first.tolist()[:8]} of each set, a "
+            f"later one {second.tolist()[:8]}. The callable must return a fresh iterator over all of them each time"
+        )
+
+
+def same_state(first: SetState, second: SetState, sizes: Sequence[Tensor], dtype: torch.dtype, what: str) -> None:
     """Both passes over the same elements give the same state, up to rounding in the extractor's ``dtype``.
 
-    ``size`` is the largest feature of a chunk.
+    ``sizes`` ``(B, H, K)`` of each part are what rounding is relative to: features, times the mass of sums.
     """
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 1e-2)
     close = True
-    for a, b in zip(first.parts, second.parts, strict=True):
+    for a, b, size in zip(first.parts, second.parts, sizes, strict=True):
         if a.selects:
             gap = torch.where(a.peak == b.peak, 0, (a.peak - b.peak).abs())
             near = (gap <= tolerance * (size + a.peak.abs())).all() & (a.count - b.count <= tolerance * a.count).all()
@@ -202,7 +211,7 @@ def same_state(first: SetState, second: SetState, size: Tensor, dtype: torch.dty
             # below, exponentials of the same logits are subnormal numbers with few digits, or zero.
             mass = a.mass + torch.finfo(a.mass.dtype).eps
             near = ((a.mass - b.mass).abs_() <= tolerance * mass).all()
-            limit = torch.addcmul(a.total.abs(), mass[..., None], size).mul_(tolerance)
+            limit = (a.total.abs() + size[..., None]).mul_(tolerance)
             near = near & ((a.total - b.total).abs_() <= limit).all()
         close = close and bool(near)
     if not close:

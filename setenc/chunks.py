@@ -10,6 +10,7 @@ from torch import Tensor
 
 from setenc import checks
 from setenc.ragged import Ragged, is_ragged
+from setenc.random import DRAWS
 
 
 class Chunk(NamedTuple):
@@ -103,7 +104,8 @@ class RaggedSource(Source):
         self.order = None
         if draws is not None:
             self.chunks_of_set = parts
-            key = torch.rand(len(parts), self.count, generator=torch.Generator().manual_seed(seed)).to(parts.device)
+            random = torch.Generator().manual_seed(DRAWS + seed)
+            key = torch.rand(len(parts), self.count, generator=random).to(parts.device)
             missing = torch.arange(self.count, device=parts.device) >= parts[:, None]
             self.order = key.masked_fill(missing, 2).argsort(1)
 

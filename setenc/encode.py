@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from setenc import checks
 from setenc.chunks import Chunk, source_of
 from setenc.encoder import UMBC
 from setenc.ragged import Ragged
+from setenc.random import RANKS
 from setenc.ranks import together
 from setenc.second_pass import Run, two_passes
 from setenc.state import SetState
@@ -137,8 +139,9 @@ def _state(
             )
         facts["batch size"] = len(first.x)
     state = enc.init_state(facts["batch size"], generator=generator, group=group)
-    own = seed if group is None else seed + dist.get_rank(group) * 2**48
+    own = seed if group is None else seed + dist.get_rank(group) * RANKS
     chunks = chain((first,), chunks)
+    counts: list[Tensor] = []
     for index in range(enc.pooling.num_passes):
         if index:
             # Chunks are drawn anew: what one draw estimates goes into what the next one does.
@@ -147,6 +150,8 @@ def _state(
             chunks = iter(source)
         with together(group, device):
             state = _local(Run(enc, source, state, own, index), gradient, chunks, draws, group)
+            counts.append(state.count)
+            checks.same_counts(counts[0], state.count)
         state = state if group is None else state.all_reduce(group)
     return state
 
@@ -158,7 +163,8 @@ def _local(
     if gradient in ("exact", "sampled"):
         return two_passes(run, chunks, draws, group)
     source = run.source.x
-    attached = source is not None and source.requires_grad
+    # Forward-mode derivatives need no requires_grad.
+    attached = source is not None and (source.requires_grad or forward_ad._current_level >= 0)
     # The graph may hold on to a chunk.
     copied = run.source.reuses_memory and torch.is_grad_enabled()
     state = run.start

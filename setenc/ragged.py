@@ -52,8 +52,14 @@ class Ragged:
         if isinstance(sets, Tensor):
             if sets.layout != torch.jagged:
                 raise TypeError(f"a nested tensor must have the layout torch.jagged; got a tensor of {sets.layout}")
+            if isinstance(sets.shape[1], int):
+                raise ValueError(f"sets of a nested tensor must differ in their first dimension; got {sets.shape}")
             nested: Any = sets
-            return cls(nested.values(), nested.offsets())
+            values, offsets, lengths = nested.values(), nested.offsets(), nested.lengths()
+            if lengths is None:
+                return cls(values, offsets)
+            owner, position = _ranges(lengths)  # its sets are windows of the values
+            return cls(values[offsets[owner] + position], torch.nn.functional.pad(lengths.cumsum(0), (1, 0)))
         sets = [checks.as_tensor(s) for s in sets] if isinstance(sets, Sequence) else sets
         if not isinstance(sets, Sequence) or not sets or not all(isinstance(s, Tensor) and s.ndim >= 1 for s in sets):
             raise TypeError(

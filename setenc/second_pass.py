@@ -19,7 +19,7 @@ from setenc import checks
 from setenc.chunks import Chunk, Source
 from setenc.encoder import UMBC
 from setenc.ragged import Ragged
-from setenc.random import seeded
+from setenc.random import DRAWS, seeded
 from setenc.ranks import together
 from setenc.state import SetState
 
@@ -55,7 +55,7 @@ def two_passes(run: Run, chunks: Iterable[Chunk], draws: int | None, group: dist
     """The state of all chunks; backward calls the extractor again, on all of them or on ``draws`` drawn ones."""
     second = SecondPass(run, draws, group)
     state = run.start.detach()
-    random = torch.Generator().manual_seed(run.seed + run.index)
+    random = torch.Generator().manual_seed(DRAWS + run.seed + run.index)
     with torch.no_grad(), run.autocast():
         for t, chunk, part in run.stream(chunks):
             second.note(t, state, part)
@@ -171,8 +171,8 @@ class SecondPass:
         }
         if self.draws is not None:
             gradients = tuple(g * self.scale.reshape(-1, *[1] * (g.ndim - 1)) for g in gradients)
-        seen, size = self.state.empty(), self.state.parts[0].peak.new_zeros(())
-        first, sized = True, False
+        seen, first = self.state.empty(), True
+        sizes = [torch.zeros_like(part.mass) for part in self.state.parts]
         for t, chunk, expected in self._chunks():
             part, found, features = self._chunk(t, chunk, gradients, parameters, first)
             first = first and not found
@@ -181,14 +181,14 @@ class SecondPass:
                     sums[i][chunk.index] = gradient.to(sums[i].dtype)
                 else:
                     sums[i] += gradient
-            if features is not None and features.numel() and not sized:
-                size, sized = features.detach().abs().amax().to(size), True
             if expected is None:
                 seen = self._joined(seen, part, t)
+                sizes = [size + own for size, own in zip(sizes, self._sizes(t, part, features), strict=True)]
             else:
-                checks.same_state(expected.relative_to(self.state), part, size, self.run.dtype, f"chunk {t}")
+                own = self._sizes(t, part, features)
+                checks.same_state(expected.relative_to(self.state), part, own, self.run.dtype, f"chunk {t}")
         if self.draws is None:
-            checks.same_state(self.state, seen, size, self.run.dtype, "the set")
+            checks.same_state(self.state, seen, sizes, self.run.dtype, "the set")
         return [
             sums[i].to(leaf.dtype) if leaf is not None and i in sums else None for i, leaf in enumerate(self.leaves)
         ]
@@ -206,6 +206,17 @@ class SecondPass:
                 peak = torch.where(origin == t, peak if entry is None else peak.gather(2, entry), mine.peak)
                 parts.append(mine.replace(peak=peak, count=count))
         return seen.with_parts(parts)
+
+    def _sizes(self, t: int, state: SetState, features: Tensor | None) -> list[Tensor]:
+        """What rounding in chunk ``t`` is relative to, for each part of its ``state``; see `checks.same_state`."""
+        if features is None or not features.numel():
+            return [torch.zeros_like(part.mass) for part in state.parts]
+        # A mass of 1 at least, in all chunks, loses what is below its eps.
+        size = features.detach().abs().amax()
+        return [
+            size.to(part.mass) * (part.mass.detach() + torch.finfo(part.mass.dtype).eps if o is None else o == t)
+            for part, o in zip(state.parts, self.origins, strict=True)
+        ]
 
     def _chunks(self) -> Iterator[tuple[int, Chunk, SetState | None]]:
         if self.draws is not None:

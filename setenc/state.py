@@ -139,8 +139,14 @@ class SetState:
         """Merge streams: row ``b`` goes to row ``index[b]`` of a state of ``size`` streams."""
         rows = index[:, None, None].expand_as(self.peak)
         peak = self.peak.new_full((size, *self.peak.shape[1:]), -torch.inf)
-        peak = peak.scatter_reduce(0, rows, self.peak, "amax")
+        peak = peak.scatter_reduce(0, rows, self.peak.detach(), "amax")
         scale = _scale(self.peak, peak[index])
+        if self.is_maximum:
+            # The gradient of equal ones goes to the first, as in a merge.
+            number = torch.arange(len(index), device=index.device)[:, None, None].expand_as(rows)
+            none = torch.full_like(peak, len(index), dtype=torch.int64)
+            first = none.scatter_reduce(0, rows, torch.where(self.peak == peak[index], number, len(index)), "amin")
+            peak = torch.cat((self.peak, peak[:1])).gather(0, first).where(first < none, peak)
 
         def add(values: Tensor) -> Tensor:
             return values.new_zeros((size, *values.shape[1:])).index_add(0, index, values)
@@ -196,6 +202,9 @@ class SetState:
     def to(self, device: torch.device | str) -> SetState:
         """On another device."""
         return self.map(lambda tensor: tensor.to(device))
+
+    def __copy__(self) -> SetState:
+        return self.map(lambda tensor: tensor)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SetState:
         return self.clone()

@@ -82,7 +82,6 @@ KNOWN = {
     "mbot.transport.large_clouds:_Value": (clouds, (2, 4, 5)),  # value and potentials, which are solutions
     "mbot.distributed.ranks:_Gathered": (lambda: [points(4, 3), OneRank(), [4]], ()),
     "mbot.distributed.ranks:_Summed": (lambda: [points(4, 3), OneRank()], ()),
-    "setenc.encoder:_Reached": (lambda: [points(3), points(2), points(4)], ()),
 }
 # Refuses all gradients; a pass over a stream; a collective of a process group. Their own tests are named.
 ELSEWHERE = {

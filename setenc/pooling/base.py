@@ -81,7 +81,7 @@ class Pooling(nn.Module):
         """
         log_weights, values = self._scores(features, slots)
         with full_precision(features.device):
-            return _accumulate(log_weights, values, offset, peak, onto)
+            return accumulate(log_weights, values, offset, peak, onto)
 
     def _checked_part(
         self, features: Tensor, slots: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None
@@ -311,7 +311,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def _accumulate(
+def accumulate(
     log_weights: Tensor, values: Tensor, offset: Tensor | None, peak: Tensor | None, onto: Parts | None
 ) -> Parts:
     """`Pooling._part` of log-weights ``(B, H, K, n)``, overwritten, and values ``(B, H or 1, n, V)``.
@@ -324,6 +324,7 @@ def _accumulate(
         peak = log_weights.detach().amax(-1)
         if onto is not None:
             peak = torch.maximum(peak, onto[2])
+        peak = peak if offset is None else found(peak, offset)
     shift = peak if offset is None else _finite(peak)
     # In place where autograd does not need the logarithms: allocating costs more than the exponentials.
     in_place = not (log_weights.requires_grad and torch.is_grad_enabled())
@@ -338,6 +339,15 @@ def _accumulate(
     scale = (onto[2] - shift).exp_()
     total = (onto[0] * scale[..., None]).view(*rows.shape[:2], values.shape[-1]).baddbmm(rows, values)
     return total.view(*peak.shape, values.shape[-1]), torch.addcmul(mass, onto[1], scale), peak
+
+
+def found(peak: Tensor, offset: Tensor | None) -> Tensor:
+    """The ``peak`` ``(B, H, K)`` of elements with these logarithms of weights, NaN where none of them reaches it.
+
+    -inf says that there is no element, and must not come from an overflow below all numbers.
+    """
+    nothing = peak == -torch.inf
+    return torch.where(nothing if offset is None else nothing & (offset.amax(-1) != -torch.inf), torch.nan, peak)
 
 
 def normalised(norm: nn.Module, pooled: Tensor, dtype: torch.dtype) -> Tensor:
@@ -365,7 +375,9 @@ def log_of_weights(mask: Tensor | None, weights: Tensor | None, dtype: torch.dty
     """Logarithms ``(B, 1, 1, n)`` of the elements' weights, -inf at padding; None where all are 1."""
     if weights is not None:
         some = weights != 0
-        offset = torch.where(some, torch.where(some, weights.to(dtype), 1).log(), -torch.inf)
+        # In the better dtype of both: a weight may be too small or too large for the state, its logarithm is not.
+        weights = weights.to(torch.promote_types(weights.dtype, dtype))
+        offset = torch.where(some, torch.where(some, weights, 1).log(), -torch.inf).to(dtype)
     elif mask is not None:
         offset = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     else:

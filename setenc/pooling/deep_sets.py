@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from setenc import checks
-from setenc.pooling.base import Parts, Pooling, full_precision, normalised
+from setenc.pooling.base import Parts, Pooling, accumulate, found, full_precision, normalised
 from setenc.state import SetState, larger
 
 
@@ -41,14 +41,18 @@ class DeepSetsPooling(Pooling):
         values = self.value(features).to(self._dtype)
         if self.reduce == "max":
             if offset is not None:
-                offset = offset[:, 0, 0, :, None]
                 # A weight does not scale a maximum; one that is no weight (NaN by now) is not lost.
-                values = values + torch.where(offset == -torch.inf, offset, 0 * offset)
-            peak = values.max(1).values[..., None]
+                logs = offset[:, 0, 0, :, None]
+                values = values + torch.where(logs == -torch.inf, logs, 0 * logs)
+            peak = found(values.max(1).values[..., None], offset)
             if onto is not None:
                 peak = larger(onto[2], peak)
             return peak.new_zeros(*peak.shape, 0), torch.zeros_like(peak), peak
-        # Sums need no running maximum: they are relative to a peak of 0.
+        if self.reduce == "mean":
+            logs = values.detach().new_zeros(values.shape[0], 1, 1, values.shape[1])
+            with full_precision(values.device):
+                return accumulate(logs, values[:, None], offset, peak, onto)
+        # A sum is in units of a weight of 1.
         with full_precision(values.device):
             weights = values.new_ones(*values.shape[:2]) if offset is None else offset[:, 0, 0].exp()
             total, mass = (weights[:, None] @ values)[:, None], weights.sum(1)[:, None, None]

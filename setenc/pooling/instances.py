@@ -65,8 +65,8 @@ class InstancePooling(Pooling):
         with full_precision(features.device):
             score, bias = (t.to(self._dtype) for t in self.score.parameters())
             scores = (features @ score[0] + bias)[:, None]
-            # An instance whose features or weight are not finite becomes NaN and comes first.
-            scores = scores + 0 * features.detach().sum(-1)[:, None]
+            # An instance whose score or weight is not finite becomes NaN and comes first; -inf says that there is none.
+            scores = scores + 0 * scores.detach()
             if offset is not None:
                 offset = offset[:, 0]
                 scores = scores + torch.where(offset == -torch.inf, offset, 0 * offset)
@@ -160,6 +160,7 @@ class DSMILPooling(Pooling):
         # The query, the score and the features of the critical instance, and whether there is one.
         score = torch.where(state.peak[:, 0] == -torch.inf, 0, state.peak[:, 0])
         slots = torch.cat((asks, score, instance, state.mass[:, 0]), 1)
+        slots = checks.finite(slots) if checks.may_look(slots) else slots
         return SetState(
             instance.detach().new_zeros(*shape, self.value_dim), zero, zero - torch.inf, 0 * state.count, slots
         )

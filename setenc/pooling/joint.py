@@ -31,6 +31,8 @@ class JointPooling(Pooling):
         for pooling in poolings:
             if not isinstance(pooling, Pooling):
                 raise TypeError(f"every pooling must be a setenc Pooling; got {type(pooling).__name__}")
+        # Those of a joint pooling are poolings of this one: a state has parts, and they have none.
+        poolings = tuple(p for each in poolings for p in (each.poolings if type(each) is JointPooling else (each,)))
         sizes = {(pooling.in_dim, pooling.out_dim) for pooling in poolings}
         if len(poolings) < 2 or len(sizes) > 1:
             raise ValueError(

@@ -324,7 +324,8 @@ class SlotPooling(Pooling):
         bias = self._map(1)[1][:, None]
         if offset is None:
             # A softmax over the set does not see the shifts.
-            means = F.scaled_dot_product_attention(queries.to(keys.dtype), keys, values)
+            queries = queries.to(keys.dtype)
+            means = _overflowed(F.scaled_dot_product_attention(queries, keys, values), queries, keys[:, :, :1])
             checks.finite_features(features, means)
             return self._finish(means + bias, slots)
         # Half-precision kernels would take the offset in half precision, and make NaN of a set without elements.
@@ -332,7 +333,8 @@ class SlotPooling(Pooling):
             q, k, v = (t.to(offset.dtype) for t in (queries, keys, values))
             empty = (offset == -torch.inf).all(-1, keepdim=True)
             logs = offset.masked_fill(empty, 0).expand(-1, -1, self.num_slots, -1)
-            means = F.scaled_dot_product_attention(q, k, v, logs) + bias
+            real = offset.argmax(-1, keepdim=True).expand(-1, self.num_heads, -1, self.head_dim)
+            means = _overflowed(F.scaled_dot_product_attention(q, k, v, logs), q, k.gather(2, real)) + bias
         checks.finite_features(features, means)
         return self._finish(means.masked_fill(empty, 0), slots)
 
@@ -342,3 +344,13 @@ class SlotPooling(Pooling):
             f"{super().extra_repr()}, num_heads={self.num_heads}, activation={self.activation!r}, "
             f"slots={'random' if self.random_slots else 'learned'!r}, residual={self.residual}"
         )
+
+
+def _overflowed(means: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Means ``(B, H, K, d)`` by a kernel, NaN where the logits of all elements overflow: kernels make 0 of them.
+
+    ``keys`` ``(B, H, 1, d)`` are those of one of the elements.
+    """
+    with torch.no_grad():
+        lost = (means == 0).all(-1, keepdim=True) & ~(queries @ keys.mT).isfinite()
+    return means.masked_fill(lost, torch.nan)

@@ -244,3 +244,46 @@ def test_elements_of_any_size_in_every_form(size, x):
     forms = (enc, lambda x: enc(list(x)), partial(setenc.encode, enc, chunk_size=6, gradient="exact"))
     for form in forms:
         torch.testing.assert_close(form(size * x).double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: setenc.DeepSetsPooling(3, 8, "max"),
+        lambda: setenc.InstancePooling(3, 8, 2),
+        lambda: setenc.DSMILPooling(3, 8),
+        lambda: setenc.SlotPooling(3, 8, 4, output_norm=False),
+        lambda: setenc.SlotPooling(3, 8, 40, num_heads=8),
+    ],
+    ids=["max", "instances", "critical instance", "slots", "many slots"],
+)
+def test_elements_whose_logits_overflow_are_not_taken_for_none(make, masked):
+    """Below all numbers is -inf, which stands for no element: as a result of elements it is an error."""
+    torch.manual_seed(0)
+    pooling = make().eval()
+    with torch.no_grad():
+        for name, parameter in pooling.named_parameters():
+            if name.endswith(("score.weight", "value.weight")):
+                parameter.fill_(-1e8 if "key" in name else -1e12)
+        if hasattr(pooling, "slot_mean"):
+            pooling.query.weight.zero_()
+            pooling.query.bias.fill_(1e8)
+    x, enc = torch.full((2, 3, 3), 1e28), setenc.UMBC(None, pooling, None).eval()
+    mask = torch.tensor([[True, True, False], [True, True, True]]) if masked else None
+    for call in (
+        lambda: enc(x, mask),
+        lambda: setenc.encode(enc, x, chunk_size=2, gradient="exact", mask=mask),
+        lambda: enc(list(x)),
+    ):
+        with pytest.raises(ValueError, match="must be finite"):
+            call()
+        with torch.no_grad(), pytest.raises(ValueError, match="must be finite"):
+            call()
+
+
+def test_instances_whose_features_have_a_sum_that_overflows():
+    pooling = setenc.InstancePooling(3, 8)
+    x = torch.tensor([3e38, 3e38, -3e38]).expand(1, 2, 3)
+    expected = pooling.double()(x.double())
+    torch.testing.assert_close(pooling.float()(x).double(), expected, rtol=1e-3, atol=0)

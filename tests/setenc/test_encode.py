@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import setenc
 from setenc import encode
+from setenc.random import DRAWS, RANKS
 
 POOLINGS = {
     **{
@@ -293,6 +294,37 @@ def test_draws_are_uniform():
         hits += chosen
     # Binomial(400, 2/5): standard deviation 9.8
     assert float((hits - 160).abs().max()) < 45
+
+
+@pytest.mark.parametrize("form", ["tensor", "ragged"])
+def test_noise_does_not_tell_which_chunks_are_drawn(form):
+    """Averages over the draws are unbiased whatever the noise in the extractor."""
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            noise.append(torch.rand(x.shape[:2]).flatten()[:2])
+            return x
+
+    enc = setenc.UMBC(Noise(), setenc.DeepSetsPooling(2, 2), None, probe=False)
+    x = torch.randn(1, 2, 2, requires_grad=True)
+    first, drawn = [], []
+    for seed in range(400):
+        noise = []
+        torch.manual_seed(seed)
+        data = x if form == "tensor" else setenc.Ragged(x[0], torch.tensor([0, 2]))
+        (found,) = torch.autograd.grad(encode(enc, data, chunk_size=1, gradient="sampled").sum(), x)
+        drawn.append(bool(found[0, 0].any()))
+        first.append(float(noise[0][0]))
+    first, drawn = torch.tensor(first), torch.tensor(drawn)
+    # Uniform numbers, 200 on each side: their means are 0.029 apart, one standard deviation.
+    assert abs(float(first[drawn].mean() - first[~drawn].mean())) < 0.12
+
+
+def test_seeds_of_ranks_chunks_and_draws_are_different_streams():
+    seeds = [5 + rank * RANKS + chunk for rank in range(64) for chunk in range(64)]
+    seeds += [DRAWS + seed for seed in seeds]
+    numbers = {int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))) for seed in seeds}
+    assert len(numbers) == len(seeds)
 
 
 def test_the_same_seed_gives_the_same_draw_and_every_mode_the_same_value():

@@ -1,5 +1,7 @@
 """UMBC: streams against whole sets, images and tokens as elements, sizes, BatchNorm, ragged batches, decoders."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -121,6 +123,38 @@ def test_ragged_forms_and_checks():
         setenc.Ragged.of([torch.randn(2, 2), torch.randn(2, 3)])
     with pytest.raises(TypeError, match="non-empty list"):
         setenc.Ragged.of([])
+
+
+def test_ragged_windows_of_nested_tensors():
+    """Sets that are windows of longer ones, and those that differ in another dimension."""
+    x = torch.randn(3, 10, 2, requires_grad=True)
+    starts, sizes = [0, 2, 1], [3, 8, 9]
+    nested = torch.nested.narrow(x, 1, torch.tensor(starts), torch.tensor(sizes), layout=torch.jagged)
+    expected = torch.cat([x[b, s : s + n] for b, (s, n) in enumerate(zip(starts, sizes, strict=True))])
+    ragged = setenc.Ragged.of(nested)
+    assert ragged.sizes.tolist() == sizes
+    assert torch.equal(ragged.values, expected)
+    assert torch.equal(torch.autograd.grad(ragged.values.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0])
+    turned = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(2, 4)], layout=torch.jagged).transpose(1, 2)
+    with pytest.raises(ValueError, match="differ in their first dimension"):
+        setenc.Ragged.of(turned)
+
+
+def test_the_gradient_of_equal_maxima_of_a_ragged_set_goes_to_the_first():
+    enc = setenc.UMBC(None, setenc.DeepSetsPooling(2, 4, "max"), None)
+    x = torch.ones(5, 70, 2, requires_grad=True)
+    expected = torch.autograd.grad(enc(x).sum(), x)
+    assert expected[0][:, 1:].abs().sum() == 0
+    found = torch.autograd.grad(enc(setenc.Ragged(x.flatten(0, 1), torch.arange(0, 351, 70))).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_copies_of_a_state_keep_its_gradients():
+    enc = encoder()
+    state = enc.update(enc.init_state(3), torch.randn(3, 5, 2, dtype=torch.float64))
+    for made in (copy.copy(state), copy.deepcopy(state)):
+        assert torch.equal(enc.readout(made), enc.readout(state))
+        assert made.total.requires_grad
 
 
 def test_windows_cut_each_set_into_its_own_chunks():

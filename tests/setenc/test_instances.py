@@ -157,6 +157,41 @@ def test_joined_poolings_are_each_by_itself():
     torch.testing.assert_close(joint.readout(same), expected)
 
 
+def test_joint_poolings_of_joint_poolings_are_one():
+    inner = setenc.JointPooling(setenc.SlotPooling(4, 6, 2, num_heads=2), setenc.InstancePooling(4, 6))
+    pooling = setenc.JointPooling(inner, setenc.DeepSetsPooling(4, 6)).double().eval()
+    assert [type(p).__name__ for p in pooling.poolings] == ["SlotPooling", "InstancePooling", "DeepSetsPooling"]
+    enc, (x, mask) = setenc.UMBC(None, pooling, None), bags()
+    expected = torch.cat((inner(x, mask), pooling.poolings[2](x, mask)), 1)
+    for out in (
+        enc(x, mask),
+        setenc.encode(enc, x, chunk_size=4, gradient="exact", mask=mask),
+        enc([row[own] for row, own in zip(x, mask, strict=True)]),
+    ):
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "exact", "sampled"])
+@pytest.mark.parametrize("given", ["spent", "shorter", "other weights"])
+def test_both_passes_over_a_stream_see_the_same_elements(mode, given):
+    """The second pass over an iterator that is used up sees none, and would read an empty bag."""
+    enc, (x, _) = setenc.UMBC(None, setenc.DSMILPooling(4, 6).double(), None), bags()
+    calls, once = [], iter(x.split(4, 1))
+
+    def chunks():
+        calls.append(None)
+        if given == "spent":
+            return once
+        weights = torch.full((3, 4), float(len(calls)))
+        parts = x.split(4, 1)
+        if given == "shorter":
+            return iter(parts[len(calls) - 1 :])
+        return iter([(c, None, weights[:, : c.shape[1]]) for c in parts])
+
+    with pytest.raises(ValueError, match="every pass over the chunks must see the same elements"):
+        setenc.encode(enc, chunks, gradient=mode)
+
+
 def test_what_cannot_be_joined():
     slots, instance = setenc.SlotPooling(4, 8, 3), setenc.InstancePooling(4, 8)
     for bad in ((), (slots,), (slots, setenc.InstancePooling(4, 6)), (slots, setenc.InstancePooling(3, 8))):

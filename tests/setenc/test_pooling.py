@@ -253,3 +253,32 @@ def test_attention_of_a_memory_map_is_streamed(make, tmp_path):
     assert float(counts[0, mask[0]].sum()) == pytest.approx(1, abs=1e-5)
     with pytest.raises(TypeError, match=r"must be a torch.Tensor"):
         enc.attention(state, [[1.0]])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda a=a: setenc.SlotPooling(3, 8, 4, activation=a) for a in ("softmax", "sigmoid")),
+        lambda: setenc.DeepSetsPooling(3, 8, "mean"),
+        lambda: setenc.DeepSetsPooling(3, 8, "max"),
+        lambda: setenc.GatedAttentionPooling(3, 8),
+        lambda: setenc.InstancePooling(3, 8, 2),
+        lambda: setenc.DSMILPooling(3, 8),
+    ],
+    ids=["softmax", "sigmoid", "mean", "max", "gated", "instances", "critical instance"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_any_size_weigh_in_proportion(make, dtype):
+    """A mean sees ratios of weights only, also of those beyond the numbers of its own dtype."""
+    pooling, x = make().eval(), torch.randn(2, 6, 3)
+    weights = torch.rand(2, 6, dtype=dtype) + 0.5
+    expected = pooling(x, weights=weights)
+    for size in (1e-36, 1e38) if dtype == torch.float32 else (1e-250, 1e-60, 1e60, 1e250):
+        given = size * weights
+        torch.testing.assert_close(pooling(x, weights=given), expected, rtol=1e-4, atol=1e-4)
+        state = pooling.init_state(2)
+        for again in range(pooling.num_passes):
+            state = pooling.next_pass(state) if again else state
+            for part in (slice(0, 2), slice(2, 6)):
+                state = pooling.update(state, x[:, part], weights=given[:, part])
+        torch.testing.assert_close(pooling.readout(state), expected, rtol=1e-4, atol=1e-4)

@@ -1,11 +1,13 @@
 """What changes between the forward and the backward of `encode`: the right gradient, or an error that says which."""
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -215,6 +217,37 @@ def test_rounding_is_not_taken_for_other_data(mode, size, shift, dtype):
         encode(enc, x, chunk_size=1500, gradient=mode).float().sum().backward()
 
 
+@pytest.mark.parametrize("mode", ["exact", "sampled"])
+@every_pooling
+def test_rounding_is_that_of_the_largest_elements_wherever_they_come(mode, pooling):
+    """The first chunk is 0, later ones cancel: their rounding is large beside the first and beside the sum."""
+    g = torch.Generator().manual_seed(0)
+    half = 1e3 * torch.randn(1, 301, 2, generator=g)
+    x = torch.cat((torch.zeros(1, 50, 2), half, -half[:, torch.randperm(301, generator=g)]), 1)
+    enc = encoder(nn.Linear(2, 8, bias=False), pooling).float()
+    with torch.no_grad():
+        for name, parameter in enc.pooling.named_parameters():
+            if "slot_mean" in name or "query" in name or "bias" in name:
+                parameter.mul_(1e-6)
+    for _ in range(5):
+        encode(enc, x, chunk_size=50, gradient=mode).sum().backward()
+
+
+def test_one_large_element_does_not_hide_that_the_others_change():
+    enc = encoder(nn.Linear(2, 8), POOLINGS["mean"]).float()
+    x = torch.randn(1, 120, 2)
+    calls = []
+
+    def chunks():
+        calls.append(None)
+        large = torch.full((1, 1, 2), 1e5)
+        return iter((large, *(x + 0.5 * (len(calls) > 1)).split(40, 1)))
+
+    out = encode(enc, chunks, gradient="exact")
+    with pytest.raises(ValueError, match="the state of the set differs"):
+        out.sum().backward()
+
+
 # --- parameters ----------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +354,27 @@ def test_transforms_of_functions_are_refused():
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch"):
         torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+
+
+@pytest.mark.parametrize("mode", ["full", "none", "exact", "sampled"])
+@pytest.mark.parametrize("frozen", [False, True])
+@every_pooling
+def test_forward_mode_derivatives_are_right_or_refused(mode, frozen, pooling):
+    enc, x = encoder(pooling=pooling).eval().requires_grad_(not frozen), sets()[0]
+    direction = torch.randn_like(x)
+
+    def run(x):
+        return encode(enc, x, gradient=mode, chunk_size=5)
+
+    with torch.no_grad():
+        expected = (run(x + 1e-6 * direction) - run(x - 1e-6 * direction)) / 2e-6
+    refused = pytest.raises((NotImplementedError, RuntimeError), match="autograd")
+    with refused if mode in ("exact", "sampled") else nullcontext():
+        found = torch.func.jvp(run, (x,), (direction,))[1]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    with refused if mode in ("exact", "sampled") else nullcontext(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(run(forward_ad.make_dual(x, direction))).tangent
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @every_mode
