@@ -25,7 +25,8 @@ def averaged_model(model: nn.Module, decay: float, steps: Callable[[], int], sca
     """The average ``a + (1 - d^scale) (w - a)`` of weights and buffers, ``d = min(decay, (1 + n) / (10 + n))``.
 
     n is ``scale`` times the steps done. A batch of ``scale`` times the samples then averages over as many samples
-    (Busbridge et al. 2023, arXiv 2307.13813).
+    (Busbridge et al. 2023, arXiv 2307.13813). Buffers that have no average are those of the model: integers, booleans,
+    half precision, and entries that are not finite, such as the ``-inf`` of a mask.
 
     Args:
         model: its weights are in float32 or better.
@@ -45,9 +46,27 @@ def averaged_model(model: nn.Module, decay: float, steps: Callable[[], int], sca
 
     def average(averaged: Any, current: Any, count: Any) -> None:
         step = scale * steps()
-        get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)) ** scale)(averaged, current, count)
+        if _has_average(averaged[0]):
+            get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)) ** scale)(averaged, current, count)
 
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    return _Averaged(model, multi_avg_fn=average, use_buffers=True)
+
+
+class _Averaged(AveragedModel):
+    """An average whose buffers follow the model's where they have no average."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        super().update_parameters(model)
+        current = dict(model.named_buffers())
+        for name, buffer in self.module.named_buffers():
+            now = current[name].to(buffer.device)
+            buffer.copy_(torch.where(buffer.isfinite(), buffer, now) if _has_average(buffer) else now)
+
+
+def _has_average(values: torch.Tensor) -> bool:
+    """Whether a small step is not lost in rounding."""
+    return values.dtype.itemsize >= 4 and (values.is_floating_point() or values.is_complex())
 
 
 @contextmanager
