@@ -84,8 +84,13 @@ def has_conditions(dataset: Any, seed: int, collate: Collate | None = None) -> b
     return read(dataset, torch.tensor([0]), seed, collate)[1] is not None
 
 
-def all_conditions(dataset: Any, collate: Collate | None = None) -> Any:
-    """The conditions of all items; without their samples, where a data set keeps them apart."""
+def all_conditions(dataset: Any, seed: int, collate: Collate | None = None) -> Any:
+    """The conditions of all items, read as in `read`; without their samples, where a data set keeps them apart."""
+    with seeded(seed):
+        return _all_conditions(dataset, collate)
+
+
+def _all_conditions(dataset: Any, collate: Collate | None) -> Any:
     if isinstance(collate, Columns):
         return collate.conditions(dataset)
     served = _served_by(dataset)

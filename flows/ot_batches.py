@@ -317,11 +317,11 @@ class OTBatches:
         order = _order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
         begin = inside * self.world * self.ot_batch_size
         if inside < self.full:
-            rows = order[begin : begin + self.world * self.ot_batch_size]
+            rows = order[begin : begin + self.world * self.ot_batch_size].clone()  # the order is kept
             if every_rank:
                 return rows
             return rows.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
-        rows = order[begin:][: self.world * self.rest]
+        rows = order[begin:][: self.world * self.rest].clone()
         return rows if every_rank else rows.reshape(self.world, self.rest)[self.rank]
 
     def _positions(self, size: int) -> Tensor:

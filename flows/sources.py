@@ -110,13 +110,14 @@ class Sources:
         if self.size is None:
             raise ValueError("source_sampling='matched' draws from a data set or tensor of source samples: give source")
         if groups is None:
-            targets_have = has_conditions(dataset, derive_seed(self.seed, "look"), self.collate)
+            seed = derive_seed(self.seed, "look")
+            targets_have = has_conditions(dataset, seed, self.collate)
             if not (self.have_conditions and targets_have):
                 raise ValueError(
                     "source_sampling='matched' draws from the class of each target: source and dataset must be data "
                     "sets of (sample, condition); or give groups, those of all source samples and of all samples"
                 )
-            groups = all_conditions(self.source, self.collate), all_conditions(dataset, self.collate)
+            groups = all_conditions(self.source, seed, self.collate), all_conditions(dataset, seed, self.collate)
         check(groups[0], self.size, "groups[0]", "source")
         check(groups[1], len(dataset), "groups[1]", "dataset")
         return groups

@@ -382,6 +382,8 @@ def test_the_rate_warms_up_and_decays():
     assert rates[0] == [0.25, 0.5, 0.75] + [1.0] * 7
     assert rates[1][:3] == [0.25, 0.5, 0.75]
     assert rates[1][3:] == pytest.approx([(10 - s) / 7 for s in range(3, 10)])
+    with pytest.raises(ValueError, match="steps must be at least 1; got -10"):
+        flows.warmup_schedule(sgd, warmup=3, steps=-10)  # all rates would be 0
 
 
 def test_dropped_conditions():
