@@ -250,6 +250,10 @@ class CoupledLoader:
         if stream is not None:
             stream.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or one in another process, does background work of its own, from the same batch on."""
+        return {**self.__dict__, "_stream": None, "_served": None}
+
     def __del__(self) -> None:
         if getattr(self, "_stream", None) is not None:
             self.close()

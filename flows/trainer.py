@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from flows import checkpoint, sharded
-from flows.averaging import at_rest, averaged_model, check_decay
+from flows.averaging import Averaged, at_rest, check_decay
 from flows.checkpoint import CheckpointError
 from flows.folder_lock import FolderLock
 from flows.guidance import check_share, drop_conditions
@@ -159,7 +159,7 @@ class Trainer:
         sharded.check_sharded(model, ema, preview)
         decay = self.ema_decay
         scale = loader.batch_size * self.accumulate * self.world / self.ema_batch if self.ema_batch else 1.0
-        self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step, scale)
+        self.averaged = None if decay is None else Averaged(model, decay, scale)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
         called: Any = torch.compile(model) if compile else model

@@ -5,19 +5,20 @@ import torch
 from torch import nn
 
 import flows
-from flows.averaging import averaged_model
+from flows.averaging import Averaged
 from tests.flows.toy_run import trainer, weights
 
 
 def remaining(scale, steps, decay=0.99, first=2000):
     """What is left of old weights in the average, some steps after they changed from 1 to 0."""
-    model, done = nn.Linear(1, 1, bias=False).double(), first
-    average = averaged_model(model, decay, lambda: done, scale)
-    for value, number in ((1.0, 1), (0.0, steps)):
-        nn.init.constant_(model.weight, value)
-        for _ in range(number):
-            average.update_parameters(model)
-            done += 1
+    model = nn.Linear(1, 1, bias=False).double()
+    average = Averaged(model, decay, scale)
+    nn.init.ones_(model.weight)
+    average.update_parameters(model)
+    average.n_averaged.fill_(first + 1)
+    nn.init.zeros_(model.weight)
+    for _ in range(steps):
+        average.update_parameters(model)
     return float(average.module.weight)
 
 

@@ -1,5 +1,7 @@
 """CoupledLoader: what it serves, that nobody can tell who computed it, and that it goes on where it stopped."""
 
+import copy
+import pickle
 import random
 import subprocess
 import sys
@@ -434,3 +436,16 @@ def test_bad_settings(change, error, says):
 def test_bad_items(dataset, source, error, says):
     with pytest.raises(error, match=says):
         next(iter(loader(dataset, source=source)))
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_a_copy_of_a_loader_goes_on_by_itself(clone):
+    data = TensorDataset(torch.arange(24.0)[:, None])
+    first = CoupledLoader(data, None, mbot.OTCoupling(), 2, 4)
+    for _ in range(3):
+        first.next_batch()
+    second = clone(first)
+    for _ in range(14):
+        mine, its = first.next_batch(), second.next_batch()
+        assert torch.equal(mine.x0, its.x0)
+        assert torch.equal(mine.x1, its.x1)

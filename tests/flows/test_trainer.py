@@ -1,5 +1,6 @@
 """The trainer: exact resumption whatever happened, clean stops, nothing half-written."""
 
+import copy
 import csv
 import enum
 import multiprocessing
@@ -507,3 +508,17 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(tmp_path):
     assert run.fit().step == STEPS
     run.steps += 1
     assert run.fit().step == STEPS + 1
+
+
+@pytest.mark.parametrize("done", [0, 7])
+def test_a_copy_trains_as_the_original(done, straight):
+    """Averages too, whose decay rises with the steps of their own trainer."""
+    run = trainer(steps=max(done, 1))
+    if done:
+        run.fit()
+    run.steps = STEPS
+    state = torch.get_rng_state()
+    for one in (copy.deepcopy(run), run):
+        torch.set_rng_state(state)
+        one.fit()
+        assert torch.equal(weights(one), straight)
