@@ -68,7 +68,10 @@ def read(dataset: Any, index: Tensor, seed: int, collate: Collate | None = None)
             return parts(dataset[index] if served is TensorDataset else dataset.rows(index))
         many = served is not None and "__getitems__" in vars(served)
         items = dataset.__getitems__(rows) if many else [dataset[row] for row in rows]
-    return parts(_collate(items) if collate is None else collate(items))
+    if collate is not None:
+        return parts(collate(items))
+    with torch.no_grad():  # a worker stacks into shared memory, which autograd refuses
+        return parts(_collate(items))
 
 
 def parts(batch: Any) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ class CoupledLoader:
     """Batches of coupled noise and data from any data set, coupled ahead of the training step.
 
     Iterating yields the `CoupledBatch`es of one epoch (the rest of it after an interruption or `load_state_dict`);
-    iterate again for the next. Each sample appears at most once an epoch.
+    iterate again for the next. Each sample appears at most once an epoch. No gradients reach what samples were made of.
 
     With ``num_workers=0`` samples are fetched in the calling thread and coupled in a background thread (mbot's solvers
     release the interpreter lock); with workers, processes fetch and couple. With a ``device`` other than the CPU,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+import flows
 import mbot
 from flows import CoupledLoader
 from flows.datasets import ImageData
@@ -449,3 +450,21 @@ def test_a_copy_of_a_loader_goes_on_by_itself(clone):
         mine, its = first.next_batch(), second.next_batch()
         assert torch.equal(mine.x0, its.x0)
         assert torch.equal(mine.x1, its.x1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_have_no_history(workers):
+    """Latents of an encoder: their graph would be gone after one step, and a worker would wait for ever to send it."""
+    encoder = torch.nn.Linear(2, 2)
+    latents = encoder(torch.randn(24, 2))
+    rows = [(latents[i], latents[i, :1]) for i in range(24)]
+    for data, source in (
+        (TensorDataset(latents, latents[:, :1]), latents),
+        (rows, rows),
+        (TensorDataset(latents), lambda n, g: encoder(torch.randn(n, 2, generator=g))),
+        (flows.PairedDataset(latents, latents, {"a": latents[:, :1]}), None),
+    ):
+        batch = CoupledLoader(data, source, batch_size=6, num_workers=workers).next_batch()
+        parts = batch.x0, batch.x1, batch.y0, *(batch.y.values() if isinstance(batch.y, dict) else [batch.y])
+        assert not any(part.requires_grad for part in parts if part is not None)
+    assert encoder.weight.grad is None
