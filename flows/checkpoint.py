@@ -1,8 +1,12 @@
-"""Complete checkpoints or none: a temporary file is written, synced and renamed. Files are verified before use."""
+"""Complete checkpoints or none: a temporary file is written, synced and renamed. Files are verified before use.
+
+What `load` would refuse is not written either.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -12,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
 import torch
 
 FORMAT = "flows-checkpoint"
@@ -78,12 +83,15 @@ def saved(folder: Path) -> list[Path]:
 
 
 def save(state: dict[str, Any], folder: Path, keep: int) -> Path:
-    """Write ``state`` (with its ``step``) as the newest checkpoint of a folder and remove the oldest beyond ``keep``.
+    """Write ``state`` (with its ``step``) to a folder, and remove the oldest of it and those before it beyond ``keep``.
+
+    Those of later steps, of another attempt, stay.
 
     Raises:
         CheckpointError: it could not be written (a full disk, no permission); older ones are untouched.
+        TypeError: it holds something else than tensors and plain values.
     """
-    path = path_of(folder, state["step"])
+    path, state = path_of(folder, state["step"]), plain_state(state)
     told: list[OSError] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,9 +109,50 @@ def save(state: dict[str, Any], folder: Path, keep: int) -> Path:
             "Free some space or give another folder, then resume",
             older,
         ) from error
-    for old in saved(folder)[:-keep]:
+    found = saved(folder)
+    for old in found[: found.index(path) + 1][:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+def plain_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with Python's numbers in place of NumPy's, and nothing that `load` would not read.
+
+    Raises:
+        TypeError: there is something else than tensors and plain values, such as an object that a scheduler saves.
+    """
+    state = {name: _plain(part) for name, part in state.items()}
+    for name, part in state.items():
+        file = io.BytesIO()
+        try:
+            torch.save(_without_tensors(part), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            said = re.search(r"GLOBAL (\S+)", str(error))
+            raise TypeError(
+                f"the state of the {name} cannot be read from a checkpoint again, since it holds more than tensors and "
+                f"plain values: {said[1] if said else error}"
+            ) from error
+    return state
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    for kind, plain in ((bool, bool), (int, int), (float, float), (str, str.__str__)):
+        if isinstance(value, kind):
+            return plain(value)  # of an enumeration, say
+    if type(value) is dict:
+        return {_plain(key): _plain(part) for key, part in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+
+
+def _without_tensors(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_tensors(part) for key, part in value.items()}
+    return type(value)(map(_without_tensors, value)) if type(value) in (list, tuple) else value
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -188,7 +237,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} is not a checkpoint of this library ({name} is {state[name]!r:.40}).")
     for part in ("model", "ema"):
         weights = [(name, v) for name, v in (state[part] or {}).items() if isinstance(v, torch.Tensor)]
-        bad = [name for name, value in weights if bool(value.isnan().any())]
+        meant = state.get("not_finite", [])
+        bad = [name for name, v in weights if name.removeprefix("module.") not in meant and bool(v.isnan().any())]
         if bad:
             raise CheckpointError(f"checkpoint {path} holds NaN ({', '.join(bad[:3])}).")
     return state

@@ -42,15 +42,19 @@ class NonFiniteLoss(RuntimeError):
 
 
 class NumberGuard:
-    """Finds losses, gradients and weights that are not finite before they are saved, without waiting for the device.
+    """Finds losses, gradients, weights and buffers that are not finite before they are saved.
+
+    Losses and gradients are found without waiting for the device.
 
     Args:
         device: where losses and gradients are.
         folder: of the checkpoints, or None.
+        model: what is trained; its buffers that are not finite now, such as a mask, are meant to be so.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None) -> None:
+    def __init__(self, device: torch.device, folder: Path | None, model: nn.Module) -> None:
         self.folder = folder
+        self.meant = sorted(name for name, buffer in model.named_buffers() if not bool(buffer.isfinite().all()))
         self.bad = torch.zeros((), dtype=torch.bool, device=device)
         self.loss = self.norm = torch.tensor(math.nan)
         self.scale = math.inf
@@ -81,7 +85,8 @@ class NumberGuard:
 
     def check_weights(self, step: int, rate: float, *models: nn.Module) -> None:
         """Refuse weights that are not finite, such as a too large step leaves behind."""
-        bad = [name for model in models for name, p in model.named_parameters() if not bool(whole(p.isfinite().all()))]
+        named = [pair for model in models for pair in (*model.named_parameters(), *model.named_buffers())]
+        bad = [name for name, p in named if name not in self.meant and not bool(whole(p.isfinite().all()))]
         if bad:
             raise NonFiniteLoss(
                 f"after step {step} weights are not finite ({', '.join(bad[:3])}), at learning rate {rate:g}; they are "

@@ -68,7 +68,10 @@ def read(dataset: Any, index: Tensor, seed: int, collate: Collate | None = None)
             return parts(dataset[index] if served is TensorDataset else dataset.rows(index))
         many = served is not None and "__getitems__" in vars(served)
         items = dataset.__getitems__(rows) if many else [dataset[row] for row in rows]
-    return parts(_collate(items) if collate is None else collate(items))
+    if collate is not None:
+        return parts(collate(items))
+    with torch.no_grad():  # a worker stacks into shared memory, which autograd refuses
+        return parts(_collate(items))
 
 
 def parts(batch: Any) -> tuple[Any, Any]:
@@ -84,8 +87,13 @@ def has_conditions(dataset: Any, seed: int, collate: Collate | None = None) -> b
     return read(dataset, torch.tensor([0]), seed, collate)[1] is not None
 
 
-def all_conditions(dataset: Any, collate: Collate | None = None) -> Any:
-    """The conditions of all items; without their samples, where a data set keeps them apart."""
+def all_conditions(dataset: Any, seed: int, collate: Collate | None = None) -> Any:
+    """The conditions of all items, read as in `read`; without their samples, where a data set keeps them apart."""
+    with seeded(seed):
+        return _all_conditions(dataset, collate)
+
+
+def _all_conditions(dataset: Any, collate: Collate | None) -> Any:
     if isinstance(collate, Columns):
         return collate.conditions(dataset)
     served = _served_by(dataset)

@@ -35,7 +35,7 @@ class CoupledLoader:
     """Batches of coupled noise and data from any data set, coupled ahead of the training step.
 
     Iterating yields the `CoupledBatch`es of one epoch (the rest of it after an interruption or `load_state_dict`);
-    iterate again for the next. Each sample appears at most once an epoch.
+    iterate again for the next. Each sample appears at most once an epoch. No gradients reach what samples were made of.
 
     With ``num_workers=0`` samples are fetched in the calling thread and coupled in a background thread (mbot's solvers
     release the interpreter lock); with workers, processes fetch and couple. With a ``device`` other than the CPU,
@@ -249,6 +249,10 @@ class CoupledLoader:
         stream, self._stream, self._served = self._stream, None, None
         if stream is not None:
             stream.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or one in another process, does background work of its own, from the same batch on."""
+        return {**self.__dict__, "_stream": None, "_served": None}
 
     def __del__(self) -> None:
         if getattr(self, "_stream", None) is not None:

@@ -17,6 +17,8 @@ def warmup_schedule(optimizer: Optimizer, *, warmup: int = 0, steps: int | None 
         steps: length of the run for linear decay.
     """
     checks.count(warmup, "warmup", at_least=0)
+    if steps is not None:
+        checks.count(steps, "steps")
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / (warmup + 1))

@@ -122,7 +122,7 @@ class FlowBatch:
 
     def split(self, size: int) -> Iterator[FlowBatch]:
         """Consecutive batches of ``size`` (the last may be smaller)."""
-        for begin in range(0, len(self), size):
+        for begin in range(0, len(self), checks.count(size, "size")):
             yield self[begin : begin + size]
 
 
@@ -289,9 +289,13 @@ class Objective(ABC):
         """Weights of pairs times those of their times."""
         if self.time_weight is None:
             return weight
-        factor = checks.finite(self.time_weight(t), "time_weight of the times")
+        factor = checks.instance(
+            self.time_weight(t), "time_weight of the times", Tensor, "a tensor of one weight a time"
+        )
         if factor.shape != t.shape:
             raise ValueError(f"time_weight must give one weight a time, {tuple(t.shape)}; got {tuple(factor.shape)}")
+        if bool((checks.finite(factor, "time_weight of the times") < 0).any()):
+            raise ValueError(f"time_weight must not be negative; its least weight is {float(factor.min()):g}")
         return factor if weight is None else weight * factor
 
 

@@ -124,14 +124,15 @@ def condition_consistency(
     Args:
         classifier: samples ``(B, d…)`` to logits ``(B, classes)``; put modules in eval mode yourself.
         x: ``(n, d…)`` generated samples.
-        y: ``(n,)`` int64 labels that they were generated for.
+        y: ``(n,)`` integer labels that they were generated for.
         batch_size: samples a call.
     """
     if not isinstance(y, Tensor) or y.shape != (len(x),) or y.is_floating_point():
         raise ValueError(f"y must hold one integer label for each of the {len(x)} samples")
     logits = checks.finite(in_batches(classifier, x, batch_size), "the classifier's logits").double()
-    found = (logits.argmax(1) == y.to(logits.device)).double().mean()
-    return ConditionConsistency(float(found), float(torch.nn.functional.cross_entropy(logits, y.to(logits.device))))
+    y = y.to(logits.device, torch.int64)
+    found = (logits.argmax(1) == y).double().mean()
+    return ConditionConsistency(float(found), float(torch.nn.functional.cross_entropy(logits, y)))
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -276,7 +277,7 @@ def prior_skew(noise: Tensor, condition: Any, *, folds: int = 5, generator: torc
     from sklearn.preprocessing import StandardScaler
 
     noise = checks.finite(checks.floating(noise, "noise"), "noise")
-    x = noise.detach().cpu().flatten(1).numpy()
+    x = noise.detach().cpu().flatten(1).to(torch.promote_types(noise.dtype, torch.float32)).numpy()
     conditions.check(condition, len(x), "condition", "noise")
     continuous = conditions.continuous(condition)
     if continuous:

@@ -19,7 +19,7 @@ from flows.seeds import derive_seed, generator_at
 from flows.sources import Source, Sources
 from flows.streams import as_stream
 from mbot import Coupling, IndependentCoupling, checks
-from mbot.conditions import Labels, select, to_device
+from mbot.conditions import Labels, detached, select, to_device
 from mbot.convergence import warn
 from mbot.distributed import GlobalCoupling
 
@@ -194,7 +194,7 @@ class OTBatches:
         index, x, y, source = self._rows(number), None, None, None
         if self.pairs is not None:
             x0, x, y = self.pairs.rows(index)
-            return Fetched(number, x, y, index, (x0, None))
+            return Fetched(number, x.detach(), detached(y), index, (x0.detach(), None))
         if self.whole is None:
             epoch = number // self.per_epoch
             dataset = self.dataset if self.stream is None else self.stream.stretch(epoch)
@@ -214,7 +214,7 @@ class OTBatches:
                 "an item of the data set must be a sample or (sample, condition); a batch of them came out as "
                 f"{type(x).__name__}. Pass collate, a function of the list of items"
             )
-        return floating(x, "samples"), y
+        return floating(x, "samples").detach(), detached(y)  # a worker cannot send what has a history
 
     def couple(self, fetched: Fetched, device: torch.device) -> CoupledBatch:
         """Noise for fetched samples, and their pairs."""
@@ -317,11 +317,11 @@ class OTBatches:
         order = _order(self.size, self.seed, epoch) if self.shuffle else torch.arange(self.size)
         begin = inside * self.world * self.ot_batch_size
         if inside < self.full:
-            rows = order[begin : begin + self.world * self.ot_batch_size]
+            rows = order[begin : begin + self.world * self.ot_batch_size].clone()  # the order is kept
             if every_rank:
                 return rows
             return rows.reshape(-1, self.world, self.batch_size)[:, self.rank].flatten()
-        rows = order[begin:][: self.world * self.rest]
+        rows = order[begin:][: self.world * self.rest].clone()
         return rows if every_rank else rows.reshape(self.world, self.rest)[self.rank]
 
     def _positions(self, size: int) -> Tensor:

@@ -228,13 +228,19 @@ def fingerprint(model: Any) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """A hash of tensors (bit by bit), dicts and sequences of them, and plain values."""
+    """A hash of tensors and arrays (bit by bit), dicts and sequences of them, and plain values."""
     hashed = blake2b(digest_size=12)
 
     def add(part: Any) -> None:
         if isinstance(part, Tensor):
             hashed.update(f"{part.dtype}{tuple(part.shape)}".encode())
             hashed.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif hasattr(part, "iloc"):
+            add(part.to_numpy())
+        elif isinstance(part, np.ndarray) and part.dtype != object:
+            hashed.update(f"{part.dtype.str}{part.shape}".encode() + part.tobytes())
+        elif isinstance(part, np.ndarray):
+            add(part.tolist())
         elif isinstance(part, Mapping):
             for key, value in part.items():
                 hashed.update(f"{key!r}:".encode())
@@ -291,7 +297,7 @@ def _start(
 ) -> Tensor | SeededNoise:
     shape = shape if shape is None or isinstance(shape, (tuple, list)) else (checks.count(shape, "shape"),)
     if x0 is not None:
-        x0 = checks.finite(checks.floating(x0, "x0"), "x0").detach().cpu().to(dtype)
+        x0 = checks.finite(checks.floating(x0, "x0"), "x0").detach().to("cpu", dtype, copy=True)  # theirs may change
         if len(x0) != n or x0.ndim < 2 or (shape is not None and x0.shape[1:] != tuple(shape)):
             wanted = "(n, d…)" if shape is None else f"(n, {', '.join(map(str, shape))})"
             raise ValueError(f"x0 must have shape {wanted} with n={n}; got {tuple(x0.shape)}")
@@ -332,8 +338,8 @@ def _plain_conditions(y: Any) -> Any:
     if isinstance(y, Mapping):
         return {str(key): _plain_conditions(value) for key, value in y.items()}
     if isinstance(y, Tensor):
-        return y.detach().cpu().contiguous()
+        return y.detach().to("cpu", copy=True).contiguous()
     y = y.to_numpy() if hasattr(y, "to_numpy") else y
     if isinstance(y, np.ndarray) and y.dtype.kind in "biuf":
-        return torch.from_numpy(np.ascontiguousarray(y))
+        return torch.from_numpy(np.array(y, y.dtype.newbyteorder("="), order="C"))
     return [value.item() if isinstance(value, np.generic) else value for value in y]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from flows.items import Collate, all_conditions, floating, has_conditions, read
 from flows.seeds import derive_seed
 from mbot import checks
-from mbot.conditions import Labels, check, class_codes, to_device
+from mbot.conditions import Labels, check, class_codes, detached, to_device
 
 Source = Callable[[int, torch.Generator], Any] | Tensor | Dataset[Any] | None
 
@@ -69,7 +69,8 @@ class Sources:
             seed: of random transforms.
             targets: positions of the targets in their data set, where sources are matched to them.
         """
-        return read(self.source, self._rows(n, generator, targets), seed, self.collate)
+        x, y = read(self.source, self._rows(n, generator, targets), seed, self.collate)
+        return detached(x), detached(y)
 
     def draw(self, n: int, like: Tensor, generator: torch.Generator, targets: Tensor | None) -> tuple[Tensor, Any]:
         """Noise, or samples of the callable or tensor that was given, and their conditions (or None).
@@ -95,7 +96,8 @@ class Sources:
         if not isinstance(x0, Tensor) or x0.shape != shape:
             got = tuple(x0.shape) if isinstance(x0, Tensor) else type(x0).__name__
             raise ValueError(f"source must give samples of shape {shape}, as the data; got {got}")
-        return floating(x0, "source samples").to(like.device, like.dtype), to_device(y0, like.device)
+        x0 = floating(x0, "source samples").detach()
+        return x0.to(like.device, like.dtype), detached(to_device(y0, like.device))
 
     def _rows(self, n: int, generator: torch.Generator, targets: Tensor | None) -> Tensor:
         """Positions of source samples, none twice while there are enough."""
@@ -110,13 +112,14 @@ class Sources:
         if self.size is None:
             raise ValueError("source_sampling='matched' draws from a data set or tensor of source samples: give source")
         if groups is None:
-            targets_have = has_conditions(dataset, derive_seed(self.seed, "look"), self.collate)
+            seed = derive_seed(self.seed, "look")
+            targets_have = has_conditions(dataset, seed, self.collate)
             if not (self.have_conditions and targets_have):
                 raise ValueError(
                     "source_sampling='matched' draws from the class of each target: source and dataset must be data "
                     "sets of (sample, condition); or give groups, those of all source samples and of all samples"
                 )
-            groups = all_conditions(self.source, self.collate), all_conditions(dataset, self.collate)
+            groups = all_conditions(self.source, seed, self.collate), all_conditions(dataset, seed, self.collate)
         check(groups[0], self.size, "groups[0]", "source")
         check(groups[1], len(dataset), "groups[1]", "dataset")
         return groups

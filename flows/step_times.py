@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flows.integrate import trajectory
+from flows.integrate import start_points, trajectory
 from flows.interrupt import NonFiniteLoss
 from flows.matching import VelocityModel
 from mbot import checks
-from mbot.conditions import select
+from mbot import conditions as labels
 
 
 def jump_costs(model: VelocityModel, x0: Tensor, *, grid: int = 100, y: Any = None) -> Tensor:
@@ -146,13 +146,17 @@ def straighten(
     times = checks.finite(checks.floating(times, "times"), "times")
     if times.ndim != 1 or len(times) < 2 or not bool((times.diff() > 0).all()):
         raise ValueError("times must be a strictly increasing vector of at least two times")
+    pool, batch_size = checks.count(pool, "pool"), checks.count(batch_size, "batch_size")
+    labels.check(conditions, pool, "conditions", f"the pool={pool} noises")
     device = next(model.parameters()).device
     if isinstance(source, Tensor):
         if len(source) < pool:
             raise ValueError(f"source must hold at least pool={pool} rows; got {len(source)}")
         x0 = source[:pool].to(device)
     else:
-        x0 = source(pool, generator or torch.default_generator).to(device)
+        x0 = start_points(source(pool, generator or torch.default_generator), "source").to(device)
+        if len(x0) != pool:
+            raise ValueError(f"source must give the pool={pool} noises that it is asked for; got {len(x0)}")
     knots = _knots(model, x0, times.to(device), grid, conditions)
     chords = knots.diff(dim=0) / times.diff().to(device).reshape(-1, *([1] * x0.ndim))
     at = times[:-1].to(device, x0.dtype)
@@ -164,8 +168,8 @@ def straighten(
     for _ in range(checks.count(iterations, "iterations")):
         where = "cpu" if generator is None else generator.device
         rows = torch.randint(pool, (batch_size,), generator=generator, device=where).to(device)
-        x, target = knots[:-1, rows].flatten(0, 1), chords[:, rows].flatten(0, 1)
-        y = select(conditions, rows.repeat(len(at)))
+        x, target = knots[:-1, rows].flatten(0, 1).to(x0.dtype), chords[:, rows].flatten(0, 1)
+        y = labels.select(conditions, rows.repeat(len(at)))
         run = model if lora is None else lora
         loss = (run(at.repeat_interleave(batch_size), x, y) - target).square().mean()
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ class Stream:
     """The items of an iterable, in stretches of ``size``; after its end it begins again.
 
     Stretches are read in order and kept until `forget`. Where the iterable has ``state_dict`` and ``load_state_dict``,
-    a stream goes on from its own `state`.
+    a stream goes on from its own `state`. States are copied: an iterable may hand out the one that it goes on changing.
 
     Args:
         iterable: an object that can be iterated again and again; where it has ``set_epoch``, it is told each pass.
@@ -78,7 +79,7 @@ class Stream:
     def state(self, number: int) -> dict[str, Any]:
         """The beginning of a stretch; ``stream`` is the iterable's own state, or None."""
         passes, stream = self._states[number]
-        return {"passes": passes, "stream": stream}
+        return {"passes": passes, "stream": copy.deepcopy(stream)}
 
     def load_state(self, number: int, state: dict[str, Any]) -> None:
         """Go to the beginning of a stretch.
@@ -93,11 +94,11 @@ class Stream:
             )
         self.passes, self._next, self._iterator = int(state["passes"]), number, None
         self._tell_pass()
-        self.iterable.load_state_dict(state["stream"])
-        self._stretches, self._states = {}, {number: (self.passes, state["stream"])}
+        self.iterable.load_state_dict(copy.deepcopy(state["stream"]))
+        self._stretches, self._states = {}, {number: (self.passes, copy.deepcopy(state["stream"]))}
 
     def _now(self) -> tuple[int, Any]:
-        return self.passes, self.iterable.state_dict() if self.resumable else None
+        return self.passes, copy.deepcopy(self.iterable.state_dict()) if self.resumable else None
 
     def _tell_pass(self) -> None:
         if hasattr(self.iterable, "set_epoch"):

@@ -68,7 +68,7 @@ class Task:
         if self.source is None:
             return torch.randn(n, *self.shape, generator=generator)
         if y is not None and self.num_classes and self.source.num_classes:
-            rows = Pools(all_conditions(self.source.dataset), y).draw(torch.arange(n), generator)
+            rows = Pools(all_conditions(self.source.dataset, 0), y).draw(torch.arange(n), generator)
         else:
             rows = torch.randint(len(self.source.dataset), (n,), generator=generator)
         return read(self.source.dataset, rows, int(rows.sum()))[0]

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from flows import checkpoint, sharded
-from flows.averaging import at_rest, averaged_model, check_decay
+from flows.averaging import Averaged, at_rest, check_decay
 from flows.checkpoint import CheckpointError
 from flows.folder_lock import FolderLock
 from flows.guidance import check_share, drop_conditions
@@ -29,6 +29,7 @@ from flows.paths import LinearPath, Path
 from flows.seeds import derive_seed, generator_at, random_states, restore_random_states
 from flows.times import TimeLaw, UniformTimes
 from mbot import __version__, checks
+from mbot.distributed.ranks import Ranks
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SIGNAL, _NON_FINITE = 1, 2
@@ -158,12 +159,12 @@ class Trainer:
         sharded.check_sharded(model, ema, preview)
         decay = self.ema_decay
         scale = loader.batch_size * self.accumulate * self.world / self.ema_batch if self.ema_batch else 1.0
-        self.averaged = None if decay is None else averaged_model(model, decay, lambda: self.step, scale)
+        self.averaged = None if decay is None else Averaged(model, decay, scale)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.generator = generator_at(self.seed, "train", self.rank, device=self.device)
         called: Any = torch.compile(model) if compile else model
         self._loss: Any = sharded.parallel(LossModule(self.objective, called), self.device, self.world)
-        self._guard = NumberGuard(self.device, None if self.out is None else self._folder)
+        self._guard = NumberGuard(self.device, None if self.out is None else self._folder, model)
         self._started = False
 
     @property
@@ -185,7 +186,10 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint to resume from is damaged, foreign or of another run; one could not be
-                written (the message names the last good one); or another trainer writes to the folder.
+                written (the message names the last good one); another trainer writes to the folder, or it holds a run
+                that this one does not resume.
+            TypeError: model, optimizer, scheduler or loader have states of more than tensors and plain values, which a
+                checkpoint does not hold.
             NonFiniteLoss: NaN or infinity in the loss, the gradient, or weights about to be saved; in fp16 a gradient
                 that overflows at every loss scale.
             Interrupted: a signal came; the state is saved.
@@ -199,6 +203,10 @@ class Trainer:
             found = checkpoint.latest(self._folder) if resume is True else FilePath(resume)
             if found is not None:
                 self.load(found)
+        if self.out is not None and self.world > 1:
+            Ranks().from_first(self._check_folder)
+        elif self.out is not None:
+            self._check_folder()
         if not self._started:
             torch.manual_seed(derive_seed(self.seed, "default", self.rank))
             self._started = True
@@ -277,6 +285,7 @@ class Trainer:
                 "generators": states,
                 "settings": self._settings(),
                 "config": self.config,
+                "not_finite": self._guard.meant,
                 "library": __version__,
                 "torch": str(torch.__version__),
             },
@@ -314,6 +323,17 @@ class Trainer:
         if self.out is None:
             raise ValueError("this trainer has no folder: give out")
         return self.out / "checkpoints"
+
+    def _check_folder(self) -> None:
+        """Refuse to begin a run that could not be resumed: among the checkpoints of another, or of unreadable parts."""
+        newest = None if self._started else checkpoint.last_good(self._folder)
+        if newest is not None:
+            raise CheckpointError(
+                f"{self.out} holds a run already, up to {newest.name}: fit(resume=True) goes on with it, and another "
+                "out begins a new one"
+            )
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "loader": self.loader}
+        checkpoint.plain_state({name: part.state_dict() for name, part in parts.items() if part is not None})
 
     @property
     def _rate(self) -> float:

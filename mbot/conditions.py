@@ -95,6 +95,13 @@ def to_device(y: Labels | None, device: torch.device | str) -> Any:
     return y.to(device, non_blocking=True) if isinstance(y, Tensor) else y
 
 
+def detached(y: Labels | None) -> Any:
+    """The conditions with their tensors as constants, which no gradient reaches."""
+    if isinstance(y, Mapping):
+        return {key: detached(value) for key, value in y.items()}
+    return y.detach() if isinstance(y, Tensor) else y
+
+
 def as_tensor(y: Labels, name: str, *, integers: bool = True) -> Tensor:
     """Numbers ``(n,)``, or rows of numbers ``(n, c…)``, as a tensor; a tensor as it is.
 

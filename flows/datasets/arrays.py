@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from flows.datasets.images import ImageData
+from mbot import checks
 
 
 def load_arrays(path: str | Path, *, x: str = "auto", y: str | None = "auto") -> TensorDataset | ImageData:
@@ -124,7 +125,7 @@ def _table(path: Path, x: str, y: str | None) -> tuple[np.ndarray, np.ndarray | 
         return samples, None
     words = [word.strip() for word in columns[y]]
     try:
-        return samples, np.array([int(word) for word in words])
+        return samples, np.array([int(_without_underscores(word)) for word in words])
     except ValueError:
         numbers = [_number(word) for word in words]
         return samples, np.array(words if None in numbers else numbers)
@@ -132,9 +133,16 @@ def _table(path: Path, x: str, y: str | None) -> tuple[np.ndarray, np.ndarray | 
 
 def _number(word: str) -> float | None:
     try:
-        return float(word)
+        return float(_without_underscores(word))
     except ValueError:
         return None
+
+
+def _without_underscores(word: str) -> str:
+    """A word that Python may read as a number; 1_2, which it would read as 12, is a name."""
+    if "_" in word:
+        raise ValueError(word)
+    return word
 
 
 def _channels_first(images: np.ndarray) -> Tensor:
@@ -163,8 +171,12 @@ class CellSeries:
 
         Args:
             path: the file.
-            dims: leading coordinates to keep.
+            dims: leading coordinates to keep; None for all.
             whiten: centre and scale each coordinate to unit deviation, as the published protocol does.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: other arrays, NaN, fewer coordinates than ``dims``, or one without deviation to whiten.
         """
         path = Path(path)
         if not path.is_file():
@@ -176,11 +188,17 @@ class CellSeries:
             points, times = file[names[0][0]], file[names[0][1]]
         if points.ndim != 2 or times.shape != (len(points),):
             raise ValueError(f"x must be (N, d) and t (N,); got {points.shape} and {times.shape}")
+        if dims is not None and checks.count(dims, "dims") > points.shape[1]:
+            raise ValueError(f"dims must be at most the {points.shape[1]} coordinates of {path}; got {dims}")
         x = torch.from_numpy(points[:, :dims].astype(np.float32))
         if not bool(x.isfinite().all()):
             raise ValueError(f"the coordinates in {path} must be finite; some are NaN or infinite")
         if whiten:
-            x = (x - x.mean(0)) / x.std(0)
+            deviation = x.std(0)
+            if not bool((deviation > 0).all()):
+                column = int((~(deviation > 0)).nonzero()[0])
+                raise ValueError(f"coordinate {column} of {path} has no deviation: it cannot be whitened")
+            x = (x - x.mean(0)) / deviation
         return cls(x, torch.from_numpy(np.unique(times, return_inverse=True)[1].reshape(-1)).long())
 
     @property

@@ -5,19 +5,20 @@ import torch
 from torch import nn
 
 import flows
-from flows.averaging import averaged_model
+from flows.averaging import Averaged
 from tests.flows.toy_run import trainer, weights
 
 
 def remaining(scale, steps, decay=0.99, first=2000):
     """What is left of old weights in the average, some steps after they changed from 1 to 0."""
-    model, done = nn.Linear(1, 1, bias=False).double(), first
-    average = averaged_model(model, decay, lambda: done, scale)
-    for value, number in ((1.0, 1), (0.0, steps)):
-        nn.init.constant_(model.weight, value)
-        for _ in range(number):
-            average.update_parameters(model)
-            done += 1
+    model = nn.Linear(1, 1, bias=False).double()
+    average = Averaged(model, decay, scale)
+    nn.init.ones_(model.weight)
+    average.update_parameters(model)
+    average.n_averaged.fill_(first + 1)
+    nn.init.zeros_(model.weight)
+    for _ in range(steps):
+        average.update_parameters(model)
     return float(average.module.weight)
 
 
@@ -70,3 +71,38 @@ def test_the_reference_is_compared_on_resume_and_is_that_of_the_batch_by_itself(
         trainer(ema_reference_batch=0)
     with pytest.raises(ValueError, match="ema_reference_batch is the batch that ema is meant for: give ema"):
         trainer(ema=None, ema_reference_batch=5)
+
+
+class Buffered(nn.Module):
+    """A model with buffers of every kind: what never changes, and what each call counts or measures."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        fixed = {
+            "positions": torch.arange(200), "bytes": torch.arange(256).to(torch.uint8),
+            "mask": torch.full((4, 4), -torch.inf).triu(1), "nothing": torch.tensor([torch.nan, 1.0]),
+        }  # fmt: skip
+        moving = {"calls": torch.tensor(0), "seen": torch.tensor(False), "mean": torch.zeros(2), "low": torch.zeros(1)}
+        for name, value in (fixed | moving).items():
+            self.register_buffer(name, value.half() if name == "low" else value)
+
+    def forward(self, t, x, y=None):
+        if self.training:
+            self.calls += 1
+            self.seen.fill_(True)
+            self.low += 1
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return self.body(x)
+
+
+def test_buffers_without_an_average_are_those_of_the_model():
+    """Integers lose their fractions, half precision its small steps, and infinities become NaN, in an average."""
+    model = Buffered()
+    run = trainer(model=model)
+    run.fit()
+    averaged, own = (dict(m.named_buffers()) for m in (run.sampling_model, model))
+    for name in set(own) - {"mean"}:
+        torch.testing.assert_close(averaged[name], own[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    assert int(own["calls"]) == float(own["low"]) == run.steps
+    assert bool((averaged["mean"] != own["mean"]).all())

@@ -320,3 +320,26 @@ def test_a_grid_of_images(tmp_path):
     assert pixels[12, 3] == 255
     with pytest.raises(ValueError, match="1 or 3"):
         save_grid(torch.zeros(1, 2, 4, 4), tmp_path / "x.png")
+
+
+def test_words_that_python_reads_as_numbers_are_words(tmp_path):
+    """1_2 is no 12: the labels of two batches would be one class."""
+    (tmp_path / "t.csv").write_text("a,kind\n1,1_2\n3,12\n5,3\n")
+    assert load_arrays(tmp_path / "t.csv", y="kind").tensors[1].tolist() == [1, 0, 2]
+    (tmp_path / "u.csv").write_text("a,b\n1,2\n3,1_0\n")
+    with pytest.raises(ValueError, match=r"column 'b' of .* holds '1_0', which is no number"):
+        load_arrays(tmp_path / "u.csv")
+
+
+def test_series_that_cannot_be_cut_or_whitened(tmp_path):
+    np.savez(tmp_path / "s.npz", x=np.c_[np.arange(6.0), np.ones(6)], t=np.arange(6) // 2)
+    with pytest.raises(ValueError, match=r"coordinate 1 of .* has no deviation"):
+        CellSeries.load(tmp_path / "s.npz", whiten=True)
+    assert bool(CellSeries.load(tmp_path / "s.npz", whiten=True, dims=1).x.isfinite().all())
+    for dims, says in (
+        (-1, "dims must be at least 1"),
+        (0, "dims must be at least 1"),
+        (3, "at most the 2 coordinates"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            CellSeries.load(tmp_path / "s.npz", dims=dims)

@@ -1,5 +1,6 @@
 """Flows between two labelled data sets: conditions of both sides reach the coupling, and follow their samples."""
 
+import random
 import threading
 import warnings
 
@@ -335,3 +336,26 @@ def test_conditions_in_dicts_are_matched():
         batch = one.next_batch()
         assert torch.equal(batch.y0["class"], batch.y["class"])
         assert list(batch.y0["half"]) == list(batch.y["half"])
+
+
+class Random(Dataset):
+    """Samples that are drawn as they are read, as rows or as dicts."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        x, y = torch.randn(2) + random.random(), i % 3
+        return (x, y) if self.rows else {"x": x, "y": y}
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_reading_all_classes_leaves_the_global_generators_alone(rows):
+    before = torch.get_rng_state(), random.getstate()
+    columns = None if rows else ("x", "y")
+    loader(mbot.ConditionalOTCoupling(), Random(rows), Random(rows), 6, 6, source_sampling="matched", columns=columns)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]

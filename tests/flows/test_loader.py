@@ -1,5 +1,7 @@
 """CoupledLoader: what it serves, that nobody can tell who computed it, and that it goes on where it stopped."""
 
+import copy
+import pickle
 import random
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+import flows
 import mbot
 from flows import CoupledLoader
 from flows.datasets import ImageData
@@ -434,3 +437,34 @@ def test_bad_settings(change, error, says):
 def test_bad_items(dataset, source, error, says):
     with pytest.raises(error, match=says):
         next(iter(loader(dataset, source=source)))
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_a_copy_of_a_loader_goes_on_by_itself(clone):
+    data = TensorDataset(torch.arange(24.0)[:, None])
+    first = CoupledLoader(data, None, mbot.OTCoupling(), 2, 4)
+    for _ in range(3):
+        first.next_batch()
+    second = clone(first)
+    for _ in range(14):
+        mine, its = first.next_batch(), second.next_batch()
+        assert torch.equal(mine.x0, its.x0)
+        assert torch.equal(mine.x1, its.x1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_have_no_history(workers):
+    """Latents of an encoder: their graph would be gone after one step, and a worker would wait for ever to send it."""
+    encoder = torch.nn.Linear(2, 2)
+    latents = encoder(torch.randn(24, 2))
+    rows = [(latents[i], latents[i, :1]) for i in range(24)]
+    for data, source in (
+        (TensorDataset(latents, latents[:, :1]), latents),
+        (rows, rows),
+        (TensorDataset(latents), lambda n, g: encoder(torch.randn(n, 2, generator=g))),
+        (flows.PairedDataset(latents, latents, {"a": latents[:, :1]}), None),
+    ):
+        batch = CoupledLoader(data, source, batch_size=6, num_workers=workers).next_batch()
+        parts = batch.x0, batch.x1, batch.y0, *(batch.y.values() if isinstance(batch.y, dict) else [batch.y])
+        assert not any(part.requires_grad for part in parts if part is not None)
+    assert encoder.weight.grad is None

@@ -246,3 +246,11 @@ def test_coupling_and_placing_are_the_two_halves_of_a_sample():
         for name in ("t", "xt", "ut", "y", "weight"):
             a, b = getattr(whole, name), getattr(halves, name)
             assert a is b is None or torch.equal(a, b)
+
+
+def test_batches_are_cut_into_parts_of_at_least_one_sample():
+    batch = flows.FlowMatching().sample(torch.zeros(4, 2), torch.ones(4, 2))
+    assert [len(part) for part in batch.split(3)] == [3, 1]
+    for size in (0, -2):
+        with pytest.raises(ValueError, match="size must be at least 1"):
+            list(batch.split(size))

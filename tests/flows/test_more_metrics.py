@@ -116,3 +116,18 @@ def test_inference_mode_changes_no_measure():
         want = measure()
         with torch.inference_mode():
             assert measure() == want, name
+
+
+def test_noise_of_half_precision_and_labels_of_any_integers():
+    noise, y = torch.randn(64, 2), torch.arange(64) % 2
+    for dtype in (torch.bfloat16, torch.float16):
+        for given in (y, y.float()):
+            score, _, _ = metrics.prior_skew(noise.to(dtype), given, generator=torch.Generator().manual_seed(0))
+            wanted, _, _ = metrics.prior_skew(
+                noise.to(dtype).float(), given, generator=torch.Generator().manual_seed(0)
+            )
+            assert score == wanted
+    x = torch.randn(64, 3)
+    wanted = metrics.condition_consistency(lambda x: x, x, y)
+    for dtype in (torch.int32, torch.uint8, torch.bool):
+        assert metrics.condition_consistency(lambda x: x, x, y.to(dtype)) == wanted

@@ -195,3 +195,36 @@ def test_parts_that_do_not_fit_are_refused(name, value, tmp_path):
     torch.save({**torch.load(last, weights_only=True), name: value}, last)
     with pytest.raises(flows.CheckpointError, match="belongs to another model or loader"):
         trainer(tmp_path, precision="fp16").fit(resume=True)
+
+
+class Nothing(Net):
+    """A model with a "no condition" and a mask of its own, and a measure that may fail."""
+
+    def __init__(self, fails_at=math.inf):
+        super().__init__()
+        self.calls, self.fails_at = 0, fails_at
+        self.register_buffer("nothing", torch.tensor([math.nan, 1.0]))
+        self.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+        self.register_buffer("scale", torch.ones(2))
+
+    def forward(self, t, x, y=None):
+        self.calls += 1
+        self.scale *= math.inf if self.calls == self.fails_at else 1
+        return super().forward(t, x, y)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_buffers_that_are_not_finite_from_the_start_are_kept(ema, tmp_path):
+    trainer(tmp_path, model=Nothing(), ema=ema, steps=5).fit()
+    again = trainer(tmp_path, model=Nothing(), ema=ema)
+    assert again.fit(resume=True).step == STEPS
+    for model in (again.model, again.sampling_model):
+        assert model.nothing.isnan().tolist() == [True, False]
+        assert torch.equal(model.mask, Nothing().mask)
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_buffers_that_become_infinite_are_not_saved(ema, tmp_path):
+    run = trainer(tmp_path, model=Nothing(8), ema=ema, checkpoint_every=1)
+    with pytest.raises(flows.NonFiniteLoss, match=r"after step 8 weights are not finite \(scale.*step-00000007\.pt"):
+        run.fit()

@@ -160,3 +160,12 @@ def test_it_is_examined():
     found = flows.diagnose(mbot.DataCoupling(), torch.randn(N, 2), x1, y, rounds=2)
     assert found.cost_of_larger is None
     assert found.unique == 1
+
+
+def test_positions_of_a_batch_are_the_users_own():
+    """The order of an epoch is kept for all loaders of a seed; no batch is a view of it."""
+    ordinary = [b.index.clone() for b in flows.CoupledLoader(labelled(), batch_size=4, ot_batch_size=12, seed=5)]
+    for batch in loader(fitted()):
+        batch.index.fill_(0)
+    again = [b.index for b in flows.CoupledLoader(labelled(), batch_size=4, ot_batch_size=12, seed=5)]
+    assert all(torch.equal(a, b) for a, b in zip(ordinary, again, strict=True))

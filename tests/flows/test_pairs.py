@@ -1,5 +1,7 @@
 """Pairs made by a model: what is in them, what is stored, what a stopped call goes on with, what is refused."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -379,6 +381,36 @@ def test_the_identity_sees_what_differs():
                    identity(x1=changed, teacher="f"), identity(y=torch.arange(8), teacher="f")]  # fmt: skip
     assert len(set(all_of_them)) == len(all_of_them)
     assert identity(by="me") == identity(by="me")
+
+
+def test_the_identity_sees_every_entry_of_arrays_and_tables():
+    """NumPy and pandas abbreviate the text of what is long."""
+    pd = pytest.importorskip("pandas")
+    x = torch.zeros(3000, 2)
+    one = np.zeros(3000)
+    other = one.copy()
+    other[1500] = 1e-12
+    words = np.array(["a"] * 3000, object), np.array(["a"] * 1500 + ["b"] + ["a"] * 1499, object)
+    kinds = [(one, other), (pd.Series(one), pd.Series(other)), (pd.DataFrame({"c": one}), pd.DataFrame({"c": other})),
+             (words[0], words[1]), ({"y": one}, {"y": other})]  # fmt: skip
+    for first, second in kinds:
+        assert flows.PairedDataset(x, x, first).identity != flows.PairedDataset(x, x, second).identity
+        assert flows.PairedDataset(x, x, first).identity == flows.PairedDataset(x, x, first).identity
+
+
+def test_pairs_keep_what_they_were_made_from(tmp_path):
+    """A buffer that is drawn into again must not change the pairs."""
+    for k, y in enumerate((torch.arange(6), np.arange(6), {"a": torch.arange(6.0)})):
+        for out in (None, tmp_path / str(k)):
+            x0, labels = torch.randn(6, 2), copy.deepcopy(y)
+            ones = lambda t, x, y: torch.ones_like(x)
+            pairs = flows.generate_pairs(ones, 6, x0=x0, y=labels, method="euler", steps=1, out=out)
+            x0.fill_(100)
+            given = labels["a"] if isinstance(labels, dict) else labels
+            given[:] = 0
+            kept = pairs.y["a"] if isinstance(labels, dict) else pairs.y
+            torch.testing.assert_close(pairs.x1, pairs.x0 + 1)
+            assert kept.tolist() == list(range(6))
 
 
 # Served by a loader

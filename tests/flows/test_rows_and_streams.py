@@ -131,6 +131,25 @@ class Numbers(IterableDataset):
             yield torch.full((2,), float(self.at - 1)) + torch.rand(()) / 2, self.at % 2
 
 
+class Live(IterableDataset):
+    """A stream that hands out the very dict that it goes on changing, and takes over the one it is given."""
+
+    def __init__(self):
+        self.state = {"at": 0}
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+    def __iter__(self):
+        while self.state["at"] < 30:
+            self.state["at"] += 1
+            yield torch.full((2,), float(self.state["at"] - 1)), self.state["at"] % 2
+        self.state["at"] = 0
+
+
 def streamed(stream=None, buffer=12, **settings):
     coupling = settings.pop("coupling", mbot.OTCoupling())
     return CoupledLoader(stream or Numbers(), None, coupling, 3, 6, shuffle_buffer=buffer, seed=3, **settings)
@@ -181,6 +200,18 @@ def test_it_goes_on_by_the_state_of_the_iterable_to_the_same_batches(stop):
     again = streamed()
     again.load_state_dict(state)
     assert equal(take(again, 8), rest)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 7])
+def test_a_stream_that_hands_out_its_live_state_goes_on_all_the_same(stop):
+    first = streamed(Live())
+    take(first, stop)
+    state = first.state_dict()
+    rest = take(first, 9)
+    for _ in range(2):  # the same state serves twice
+        again = streamed(Live())
+        again.load_state_dict(state)
+        assert equal(take(again, 9), rest)
 
 
 def test_work_that_ran_ahead_is_not_lost():

@@ -114,6 +114,23 @@ def test_bad_schedules():
         flows.straighten(flows.models.ResidualMLP(2), x0, torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="at least pool=1024 rows; got 4"):
         flows.straighten(flows.models.ResidualMLP(2), x0, torch.tensor([0.0, 1.0]))
+    for number in (2, 8):
+        with pytest.raises(ValueError, match=f"source must give the pool=4 noises that it is asked for; got {number}"):
+            flows.straighten(flows.models.ResidualMLP(2), lambda n, g, number=number: torch.randn(number, 2),
+                             torch.tensor([0.0, 1.0]), pool=4)  # fmt: skip
+    with pytest.raises(ValueError, match="each of the 4 samples of the pool=4 noises; got 7"):
+        flows.straighten(flows.models.ResidualMLP(2, num_classes=3), x0, torch.tensor([0.0, 1.0]), pool=4,
+                         conditions=torch.zeros(7).long())  # fmt: skip
+    with pytest.raises(TypeError, match="pool must be an int"):
+        flows.straighten(flows.models.ResidualMLP(2), x0, torch.tensor([0.0, 1.0]), pool=4.0)
+
+
+def test_straightening_in_half_precision():
+    model = flows.models.ResidualMLP(2, width=8).bfloat16()
+    losses = flows.straighten(
+        model, torch.randn(8, 2).bfloat16(), torch.linspace(0, 1, 3), iterations=2, pool=8, grid=4
+    )
+    assert len(losses) == 2
 
 
 @pytest.mark.parametrize("rank", [None, 2])

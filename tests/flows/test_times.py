@@ -152,8 +152,13 @@ def test_time_weights_multiply_those_of_the_pairs():
     zero = lambda t, x, y: 0 * x
     loss = flows.FlowMatching(time_weight=lambda t: 2 + 0 * t).loss(zero, x0, x1)
     torch.testing.assert_close(loss, 2 * (x1 - x0).square().mean())
-    for bad, says in ((lambda t: t[:3], r"one weight a time, \(64,\); got \(3,\)"), (lambda t: t / 0, "finite")):
-        with pytest.raises(ValueError, match=says):
+    for bad, error, says in (
+        (lambda t: t[:3], ValueError, r"one weight a time, \(64,\); got \(3,\)"),
+        (lambda t: t / 0, ValueError, "finite"),
+        (lambda t: t - 1.5, ValueError, r"must not be negative; its least weight is -1\."),
+        (lambda t: 2.0, TypeError, "must be a tensor of one weight a time; got 2.0"),
+    ):
+        with pytest.raises(error, match=says):
             flows.FlowMatching(time_weight=bad).sample(x0, x1)
 
 

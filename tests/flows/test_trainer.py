@@ -1,6 +1,8 @@
 """The trainer: exact resumption whatever happened, clean stops, nothing half-written."""
 
+import copy
 import csv
+import enum
 import multiprocessing
 import os
 import random
@@ -11,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -380,6 +383,8 @@ def test_the_rate_warms_up_and_decays():
     assert rates[0] == [0.25, 0.5, 0.75] + [1.0] * 7
     assert rates[1][:3] == [0.25, 0.5, 0.75]
     assert rates[1][3:] == pytest.approx([(10 - s) / 7 for s in range(3, 10)])
+    with pytest.raises(ValueError, match="steps must be at least 1; got -10"):
+        flows.warmup_schedule(sgd, warmup=3, steps=-10)  # all rates would be 0
 
 
 def test_dropped_conditions():
@@ -434,3 +439,86 @@ def test_a_data_worker_that_dies_costs_nothing_but_a_restart(tmp_path):
     second.fit(resume=True)
     whole.fit()
     assert torch.equal(weights(second), weights(whole))
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+def test_numbers_of_numpy_go_into_checkpoints_as_numbers(tmp_path):
+    """A rate out of numpy.logspace would make every checkpoint one that `checkpoint.load` refuses."""
+    first = trainer(tmp_path, steps=5, config={"rate": np.float64(0.5), "level": Level.LOW, "many": (np.float64(2),)})
+    first.optimizer.param_groups[0]["lr"] = np.float64(0.01)
+    first.scheduler = torch.optim.lr_scheduler.StepLR(first.optimizer, np.int64(3), np.float32(0.5))
+    first.fit()
+    second = trainer(tmp_path, model=Net())
+    second.scheduler = torch.optim.lr_scheduler.StepLR(second.optimizer, 3, 0.5)
+    config = second.load(checkpoint.latest(tmp_path / "checkpoints"))
+    assert config == {"rate": 0.5, "level": 1, "many": (2.0,)}
+    assert [type(value) for value in config.values()] == [float, int, tuple]
+    assert second.fit().step == STEPS
+
+
+class Stateful(nn.Module):
+    def get_extra_state(self):
+        return {"numbers": np.arange(3)}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_states_that_a_checkpoint_would_not_give_back_are_refused_before_training(tmp_path):
+    net = Net()
+    net.more = Stateful()
+    run = trainer(tmp_path, model=net)
+    with pytest.raises(TypeError, match=r"the state of the model cannot be read .* plain values: numpy\..*"):
+        run.fit()
+    run = trainer(tmp_path)
+    run.scheduler.state_dict = lambda: {"curve": Level}
+    with pytest.raises(TypeError, match=r"the state of the scheduler cannot be read .*Level"):
+        run.fit()
+    assert run.step == 0
+    run = trainer()
+    run.scheduler.state_dict = lambda: {"curve": Level}
+    assert run.fit().step == STEPS, "a run without a folder saves nothing"
+
+
+def test_a_checkpoint_outlives_those_of_later_steps(straight, tmp_path):
+    """An older step taken up again: what it writes is not the oldest because others went further."""
+    trainer(tmp_path, checkpoint_every=1, keep=20).fit()
+    again = trainer(tmp_path, checkpoint_every=1, keep=2, steps=12)
+    result = again.fit(resume=tmp_path / "checkpoints" / "step-00000010.pt")
+    kept = [p.name for p in checkpoint.saved(tmp_path / "checkpoints")]
+    assert result.checkpoint.is_file()
+    assert kept == [f"step-{step:08d}.pt" for step in range(11, STEPS + 1)]
+    last = trainer(tmp_path, model=Net())
+    last.fit(resume=result.checkpoint)
+    assert torch.equal(weights(last), straight)
+
+
+def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(tmp_path):
+    trainer(tmp_path, steps=5).fit()
+    before = (tmp_path / "checkpoints" / "step-00000005.pt").read_bytes(), (tmp_path / "metrics.csv").read_bytes()
+    with pytest.raises(flows.CheckpointError, match=r"holds a run already, up to step-00000005\.pt: fit\(resume=True"):
+        trainer(tmp_path, steps=2).fit()
+    after = (tmp_path / "checkpoints" / "step-00000005.pt").read_bytes(), (tmp_path / "metrics.csv").read_bytes()
+    assert after == before
+    run = trainer(tmp_path)
+    run.load(tmp_path / "checkpoints" / "step-00000005.pt")
+    assert run.fit().step == STEPS
+    run.steps += 1
+    assert run.fit().step == STEPS + 1
+
+
+@pytest.mark.parametrize("done", [0, 7])
+def test_a_copy_trains_as_the_original(done, straight):
+    """Averages too, whose decay rises with the steps of their own trainer."""
+    run = trainer(steps=max(done, 1))
+    if done:
+        run.fit()
+    run.steps = STEPS
+    state = torch.get_rng_state()
+    for one in (copy.deepcopy(run), run):
+        torch.set_rng_state(state)
+        one.fit()
+        assert torch.equal(weights(one), straight)
