@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from gpu_bench import Bench, Row, Tables, against, busy, clouds, uniform
+from gpu_peers import beside, flash_sinkhorn, linear_assignment
 
 import mbot
 from mbot.geometry import Points
@@ -25,66 +25,9 @@ from mbot.kernels import device_matching
 from mbot.kernels.device_streaming import triton_kernels
 
 BUDGET = 180.0  # seconds after which no further row is begun
-Row = dict[str, Any]
 
 
-class Bench:
-    """The device, the deadline, and how times and memory are taken."""
-
-    def __init__(self, device: str, quick: bool) -> None:
-        self.device, self.quick, self.began = torch.device(device), quick, time.perf_counter()
-        self.cuda = self.device.type == "cuda"
-
-    def sync(self) -> None:
-        """Wait for the device."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-    def seconds(self, call: Callable[[], Any], most: float = 3.0) -> float:
-        """Median of up to 7 runs in about ``most`` seconds, at least one, after one to compile that does not count."""
-        call()
-        found: list[float] = []
-        while len(found) < 7 and sum(found) < most:
-            self.sync()
-            start = time.perf_counter()
-            call()
-            self.sync()
-            found.append(time.perf_counter() - start)
-        return statistics.median(found)
-
-    def megabytes(self, call: Callable[[], Any]) -> float | str:
-        """Peak memory of the device in a call, beyond what it held before."""
-        if not self.cuda:
-            return "-"
-        self.sync()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        self.sync()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-    def row(self, facts: Row, measure: Callable[[Row], None]) -> Row:
-        """One row, which ``measure`` fills; a failure adds its text, and nothing is begun after the deadline."""
-        row = dict(facts)
-        if time.perf_counter() - self.began > BUDGET:
-            return row | {"note": "skipped: out of time"}
-        try:
-            measure(row)
-        except Exception as error:
-            traceback.print_exc()
-            if self.cuda:
-                torch.cuda.empty_cache()
-            row["note"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
-        return row
-
-
-def clouds(shape: tuple[int, ...], d: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(math.prod(shape) + d)
-    x, y = (torch.randn(*shape, d, generator=g) for _ in range(2))
-    return x.to(device), (y + 1).to(device)
-
-
-def batched(bench: Bench) -> list[Row]:
+def batched(bench: Bench, table: str) -> None:
     """256 problems, costs given."""
     count = 8 if bench.quick else 256
 
@@ -101,36 +44,44 @@ def batched(bench: Bench) -> list[Row]:
             "largest gap": float(device.error.max()),
         }  # fmt: skip
         if isinstance(transport, mbot.ExactOT):
-            row["kernels alone, s"] = bench.seconds(lambda: device_matching.match(cost)) if bench.cuda else "-"
+            row |= stages(bench, cost)
             row["torch-linear-assignment, s"] = linear_assignment(bench, cost)
 
     cases = [(m, d, mbot.ExactOT()) for m in (64, 128, 256) for d in (2, 64)]
     cases += [(128, d, mbot.PartialOT(0.8)) for d in (2, 64)]
     if bench.quick:
         cases = [(16, 2, mbot.ExactOT()), (16, 2, mbot.PartialOT(0.8))]
-    return [
-        bench.row(
-            {"transport": type(t).__name__, "problems": count, "m": m, "d": d},
-            lambda row, c=(m, d, t): measure(row, *c),
-        )
-        for m, d, t in cases
-    ]
+    for m, d, t in cases:
+        facts = {"transport": type(t).__name__, "problems": count, "m": m, "d": d}
+        bench.row(table, facts, lambda row, c=(m, d, t): measure(row, *c))
 
 
-def linear_assignment(bench: Bench, cost: torch.Tensor) -> float | str:
-    try:
-        import torch_linear_assignment as peer
+def stages(bench: Bench, cost: torch.Tensor) -> Row:
+    """The kernels alone, each stage of them, and their floor.
 
-        if bench.cuda and not peer._backend.has_cuda():  # would solve on the CPU
-            return "built without CUDA"
-        return bench.seconds(lambda: peer.batch_linear_assignment(cost))
-    except ImportError:
-        return "not installed"
-    except Exception as error:
-        return f"failed: {error}"[:120]
+    The floor: every cost read once, and as many exponentials as the start is scheduled to take.
+    """
+    if not bench.cuda:
+        return {}
+    row: Row = {"kernels alone, s": bench.seconds(lambda: device_matching.match(cost))}
+    kernels = device_matching.triton_kernels()
+    problems = device_matching.problems_of(cost, cost.shape[-1])
+    price = kernels.start(problems)
+    row["of it: start, s"] = bench.seconds(lambda: kernels.start(problems), 1.0)
+    _, want = kernels.scan(problems, price)
+    row["of it: two scans, s"] = 2 * bench.seconds(lambda: kernels.scan(problems, price), 1.0)
+    row_of, col_of = device_matching._first_pairs(problems, price, want.long())
+    row["of it: paths, s"] = bench.seconds(
+        lambda: kernels.finish(problems, price.clone(), row_of.clone(), col_of.clone()), 1.0
+    )
+    row["rows left to paths"] = float((col_of < 0).sum(1).double().mean())
+    levels, rounds = problems.schedule()
+    moved = cost.numel() * cost.element_size()
+    against(row, row["kernels alone, s"], bench.floor(moved=moved, exponentials=levels * rounds * cost.numel()))
+    return row
 
 
-def one_problem(bench: Bench) -> list[Row]:
+def one_problem(bench: Bench, table: str) -> None:
     """One large assignment, costs given."""
 
     def measure(row: Row, n: int, d: int) -> None:
@@ -146,12 +97,55 @@ def one_problem(bench: Bench) -> list[Row]:
             row["CPU / device"] = row["CPU path, s"] / row["device, s"]
             expected = float(transport.plan(host).cost(host).double())
             row["relative difference"] = abs(float(plan.cost(cost).double()) / expected - 1)
+        row |= stages(bench, cost[None])
 
     sizes = [(64, 2)] if bench.quick else [(1024, 2), (1024, 64), (4096, 2), (4096, 64), (16_384, 64)]
-    return [bench.row({"n": n, "d": d}, lambda row, c=(n, d): measure(row, *c)) for n, d in sizes]
+    for n, d in sizes:
+        bench.row(table, {"n": n, "d": d}, lambda row, c=(n, d): measure(row, *c))
 
 
-def streaming(bench: Bench) -> list[Row]:
+def classes(bench: Bench, table: str) -> None:
+    """C²OT of images, whole calls on the device, against the CPU and the official code where it is on the path."""
+    n, d, count = (64, 12, 3) if bench.quick else (6400, 3072, 10)
+
+    def measure(row: Row) -> None:
+        g = torch.Generator().manual_seed(0)
+        x0, x1 = (
+            torch.randn(n, d, generator=g),
+            torch.randn(n, d, generator=g).mul(0.5).add(torch.randn(n, 1, generator=g)),
+        )
+        y = torch.randint(0, count, (n,), generator=g)
+        coupling = mbot.ConditionalOTCoupling()
+        given = [t.to(bench.device) for t in (x0, x1, y)]
+
+        def ours() -> mbot.Pairs:
+            return coupling(given[0], given[1], y1=given[2])
+
+        row["device, s"] = bench.seconds(ours)
+        row["CPU, s"] = bench.seconds(lambda: coupling(x0, x1, y1=y), 1.0)
+        cost = coupling(x0, x1, y1=y).info["transport_cost"]
+        row["relative difference to the CPU"] = abs(ours().info["transport_cost"] / cost - 1)
+        row["error"] = ours().info["error"]
+        row["peak MB"] = bench.megabytes(ours)
+        row["share of the time the GPU is busy"] = busy(bench, ours)
+        pairs = n * n / count  # within the classes
+        against(row, row["device, s"], bench.floor(moved=4 * (2 * n * d + pairs), operations=2 * d * pairs))
+        try:
+            from c2ot.ot import OTConditionalPlanSampler
+        except ImportError:
+            row["official, s"] = "not installed"
+            return
+        onehot = torch.nn.functional.one_hot(y, count).float()
+        sampler = OTConditionalPlanSampler(condition_weight=1e6)
+        began = time.perf_counter()  # once: it takes many seconds
+        sampler.sample_plan_with_labels(x0, x1, onehot.clone(), onehot.clone())
+        row["official, s"] = time.perf_counter() - began
+        row["official / device"] = row["official, s"] / row["device, s"]
+
+    bench.row(table, {"n": n, "d": d, "classes": count}, measure)
+
+
+def streaming(bench: Bench, table: str) -> None:
     """Ten iterations at a fixed regularisation, from points."""
 
     def measure(row: Row, n: int, d: int, iterations: int, dtype: torch.dtype) -> None:
@@ -169,6 +163,8 @@ def streaming(bench: Bench) -> list[Row]:
             return psi[0]
 
         row |= {"fused, s": bench.seconds(run), "peak MB": bench.megabytes(run)}
+        pairs = 2 * iterations * n * n  # of points, in all passes
+        against(row, row["fused, s"], bench.floor(operations=2 * d * pairs, exponentials=pairs))
         if n <= 50_000 and dtype == torch.float32:
             row["tiles in torch, s"] = bench.seconds(lambda: run(tiles=True))
             exact = run(tiles=True)
@@ -177,57 +173,32 @@ def streaming(bench: Bench) -> list[Row]:
                 with patch.object(triton_kernels(), "PRECISION", "tf32x3"):
                     row["fused in 3 x TF32, s"] = bench.seconds(run)
                     row["that one's largest difference"] = float((run() - exact).abs().max())
-            row |= peers(bench, x, y, eps, iterations)
+            beside(bench, row, x, y, eps, iterations)
 
     f32, bf16 = torch.float32, torch.bfloat16
     cases = [(10_000, 64, 10, f32), (50_000, 64, 10, f32), (50_000, 64, 10, bf16), (50_000, 3, 10, f32),
              (1_000_000, 3, 1, f32)]  # fmt: skip
     if bench.quick:
         cases = [(500, 8, 2, f32)]
-    return [
-        bench.row(
-            {"n": n, "d": d, "iterations": k, "dtype": str(t).removeprefix("torch.")}, lambda row, c=c: measure(row, *c)
+    for n, d, k, t in cases:
+        facts = {"n": n, "d": d, "iterations": k, "dtype": str(t).removeprefix("torch.")}
+        bench.row(table, facts, lambda row, c=(n, d, k, t): measure(row, *c))
+
+
+def searched(bench: Bench, table: str) -> None:
+    """The fastest tiling that flash-sinkhorn finds: fifty compilations, so that it comes last."""
+    n, d = (500, 8) if bench.quick else (50_000, 64)
+
+    def measure(row: Row) -> None:
+        x, y = clouds((n,), d, bench.device)
+        row["flash-sinkhorn in TF32, tiling searched, s"] = flash_sinkhorn(
+            bench, x, y, 0.1 * d, 10, tf32=True, search=True
         )
-        for c in cases
-        for n, d, k, t in [c]
-    ]
+
+    bench.row(table, {"n": n, "d": d, "iterations": 10}, measure)
 
 
-def peers(bench: Bench, x: torch.Tensor, y: torch.Tensor, eps: float, iterations: int) -> Row:
-    """The packages that are installed, as many iterations each (geomloss: a schedule of about that length)."""
-    found: Row = {}
-    try:
-        from flash_sinkhorn import SamplesLoss
-
-        for tf32 in (True, False):
-            loss = SamplesLoss(
-                loss="sinkhorn", debias=False, use_epsilon_scaling=False, eps=eps, n_iters=iterations,
-                blur=math.sqrt(eps), allow_tf32=tf32,
-            )  # fmt: skip
-            name = f"flash-sinkhorn{' (TF32, its default)' if tf32 else ''}, s"
-            found[name] = bench.seconds(lambda loss=loss: loss(x, y))
-    except ImportError:
-        found["flash-sinkhorn, s"] = "not installed"
-    except Exception as error:
-        found["flash-sinkhorn, s"] = f"failed: {error}"[:120]
-    try:
-        import pykeops  # noqa: F401
-        from geomloss import SamplesLoss as Online
-
-        blur = math.sqrt(eps / 2)  # geomloss halves the squared distance
-        online = Online(
-            "sinkhorn", p=2, blur=blur, diameter=blur * 2 ** (iterations - 2), scaling=0.5, debias=False,
-            backend="online",
-        )  # fmt: skip
-        found["geomloss + KeOps, s"] = bench.seconds(lambda: online(x, y))
-    except ImportError:
-        found["geomloss + KeOps, s"] = "not installed"
-    except Exception as error:
-        found["geomloss + KeOps, s"] = f"failed: {error}"[:120]
-    return found
-
-
-def whole_sinkhorn(bench: Bench) -> list[Row]:
+def whole_sinkhorn(bench: Bench, table: str) -> None:
     """The coupling, and value and gradients of the transport, to convergence."""
     n = 500 if bench.quick else 10_000
 
@@ -251,17 +222,13 @@ def whole_sinkhorn(bench: Bench) -> list[Row]:
 
         row |= {"seconds": bench.seconds(call), "peak MB": bench.megabytes(call), "iterations": "-"}
 
-    name = "EntropicOT(0.3), value and gradient"
-    return [
-        bench.row({"what": "SinkhornCoupling(0.1)", "n": n, "d": 3}, coupling),
-        *(
-            bench.row({"what": name, "n": size, "d": 3}, lambda row, size=size: value(row, size))
-            for size in ((n,) if bench.quick else (n, 50_000))
-        ),
-    ]
+    bench.row(table, {"what": "SinkhornCoupling(0.1)", "n": n, "d": 3}, coupling)
+    for size in (n,) if bench.quick else (n, 50_000):
+        facts = {"what": "EntropicOT(0.3), value and gradient", "n": size, "d": 3}
+        bench.row(table, facts, lambda row, size=size: value(row, size))
 
 
-def grid_losses(bench: Bench) -> list[Row]:
+def grid_losses(bench: Bench, table: str) -> None:
     """Forward and backward against the double loop over `ot.emd`, on tensors of the device."""
     from mbot_losses import loop, step
 
@@ -291,57 +258,33 @@ def grid_losses(bench: Bench) -> list[Row]:
         row["share of the time the GPU is busy"] = busy(bench, call)
 
     names = ("BoMbOT(ExactOT)", "MiniBatchOT(ExactOT)", "MiniBatchOT(PartialOT(0.8))")
-    return [
-        bench.row({"loss": name, "k": k, "m": m, "d": d}, lambda row, c=(name, d): measure(row, *c))
-        for name in names
-        for d in ((2,) if bench.quick else (2, 64))
-    ]
+    for name in names:
+        for d in (2,) if bench.quick else (2, 64):
+            facts = {"loss": name, "k": k, "m": m, "d": d}
+            bench.row(table, facts, lambda row, c=(name, d): measure(row, *c))
 
 
-def busy(bench: Bench, call: Callable[[], Any]) -> float | str:
-    """Summed kernel time over wall time, from torch's profiler."""
-    if not bench.cuda:
-        return "-"
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    call()
-    bench.sync()
-    with profile(activities=[ProfilerActivity.CUDA]) as record:
-        start = time.perf_counter()
-        for _ in range(5):
-            call()
-        bench.sync()
-        wall = time.perf_counter() - start
-    device = sum(
-        event.self_device_time_total for event in record.key_averages() if event.device_type == DeviceType.CUDA
-    )
-    return device * 1e-6 / wall if device else "-"  # a machine without CUPTI records nothing
+def card(bench: Bench, table: str) -> None:
+    """What the floors in the other tables are computed from."""
+    bench.row(table, {}, lambda row: row.update(bench.ceilings))
 
 
-def uniform(table: list[Row]) -> list[Row]:
-    """Every row with every column, as tables are written."""
-    columns = list(dict.fromkeys(column for row in table for column in row))
-    return [{column: row.get(column, "") for column in columns} for row in table]
-
-
-def rows(
-    quick: bool = False, device: str = "cuda", save: Callable[[dict[str, list[Row]]], Any] = lambda tables: None
-) -> dict[str, list[Row]]:
-    """All tables: heading -> rows. ``save`` is given those at hand after each."""
+def rows(quick: bool = False, device: str = "cuda", save: Callable[[Tables], Any] = lambda tables: None) -> Tables:
+    """All tables: heading -> rows, the targets of the project first. ``save`` is given those at hand after each row."""
     warnings.simplefilter("ignore", mbot.ConvergenceWarning)
-    bench = Bench(device, quick)
-    tables = {}
-    for heading, make in {
+    bench = Bench(device, quick, save, BUDGET)
+    for heading, fill in {
+        "The card": card,
         "Batched assignment, costs given": batched,
         "Grid losses, forward and backward": grid_losses,
         "One assignment problem, costs given": one_problem,
+        "C²OT, points given": classes,
         "Streaming Sinkhorn, iterations at a fixed regularisation": streaming,
         "Streaming Sinkhorn, whole calls": whole_sinkhorn,
+        "Streaming Sinkhorn, the other package's best": searched,
     }.items():
-        tables[heading] = uniform(make(bench))
-        save(tables)
-    return tables
+        fill(bench, heading)
+    return {heading: uniform(found) for heading, found in bench.tables.items()}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,20 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "numpy", "scipy", "POT", "geomloss", "lapx", "numba", "torchcfm")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "POT",
+    "geomloss",
+    "lapx",
+    "numba",
+    "torchcfm",
+    "triton",
+    "flash-sinkhorn",
+    "pykeops",
+    "torch-linear-assignment",
+)
 
 
 SLOW = 10.0  # a candidate that takes more seconds than this is run twice in all, not repeats + warmup times

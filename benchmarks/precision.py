@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -233,16 +235,23 @@ def _encoded(enc: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return out.detach(), torch.cat([p.grad.flatten() for p in enc.parameters() if p.grad is not None])
 
 
-def rows(device: str | torch.device = "cpu", quick: bool = False) -> dict[str, list[dict]]:
-    """All tables."""
-    where = torch.device(device)
-    return {
-        "Ground costs (largest error over largest cost)": costs(where, quick),
-        "Transports": transports(where, quick),
-        "Losses": losses(where, quick),
-        "Couplings": couplings(where, quick),
-        "Set encoders": encoders(where, quick),
-    }
+def rows(
+    device: str | torch.device = "cpu",
+    quick: bool = False,
+    save: Callable[[dict[str, list[dict]]], Any] = lambda tables: None,
+) -> dict[str, list[dict]]:
+    """All tables; ``save`` gets those at hand after each."""
+    tables = {}
+    for heading, make in {
+        "Ground costs (largest error over largest cost)": costs,
+        "Losses": losses,
+        "Set encoders": encoders,
+        "Transports": transports,
+        "Couplings": couplings,
+    }.items():
+        tables[heading] = make(torch.device(device), quick)
+        save(tables)
+    return tables
 
 
 if __name__ == "__main__":

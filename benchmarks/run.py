@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-HELPERS = {"run", "harness", "gpu_mbot", "compare"}  # compare needs another checkout
+HELPERS = {"run", "harness", "compare"}  # compare needs another checkout
 
 
 def scripts() -> list[str]:

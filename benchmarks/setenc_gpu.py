@@ -1,6 +1,6 @@
 """setenc on a device: a long stream, an exact-gradient step against full backprop, and errors in half precision.
 
-Runs on any device; `rows` hands the figures to whoever writes a result file.
+Runs on any device; `rows` hands the figures to whoever writes a result file, each when it is taken.
 """
 
 import argparse
@@ -9,10 +9,12 @@ import statistics
 import time
 
 import torch
+from gpu_bench import Bench, against, uniform
 from setenc_time import D, K, encoder
 
 import setenc
 
+BUDGET = 120.0  # seconds after which no further row is begun
 POOLINGS = {
     **{
         f"SlotPooling {activation}": (lambda a=activation: setenc.SlotPooling(D, D, K, activation=a))
@@ -24,13 +26,32 @@ POOLINGS = {
 }
 
 
-def rows(device, quick=False):
-    """All figures, one dict a measurement; ``quick`` takes sets that a processor handles in seconds."""
-    device = torch.device(device)
-    stream = [streaming(device, n, 4096 if quick else 65_536) for n in ((2**14, 2**16) if quick else (10**6, 10**8))]
-    fits = 1_000_000 if device.type == "cuda" else 100_000  # elements that full backprop has the memory for
-    step = gradient_step(device, *((20_000, 5_000, 2048) if quick else (1_000_000, fits, 65_536)))
-    return [*stream, step, *half_precision(device, 512 if quick else 4096)]
+def rows(device, quick=False, save=lambda tables: None):
+    """Tables of all figures, which ``save`` gets row by row; ``quick``: sets that a processor handles in seconds."""
+    bench = Bench(device, quick, save, BUDGET)
+    device = bench.device
+    fits = 1_000_000 if bench.cuda else 100_000  # elements that full backprop has the memory for
+    sizes = (20_000, 5_000, 2048) if quick else (1_000_000, fits, 65_536)
+    bench.row("Gradient step", {}, lambda row: row.update(gradient_step(device, *sizes)))
+    for n in (2**14, 2**16) if quick else (10**6, 10**8):
+
+        def stream(row, n=n):
+            row |= streaming(device, n, 4096 if quick else 65_536)
+            # An element: products with 2 (d, d) and a (d, 2 d) matrix, scores and what they weigh; read once.
+            operations = 2 * n * (D * D * 4 + 2 * K * D)
+            against(row, row["seconds"], bench.floor(moved=4 * n * D, operations=operations, exponentials=4 * n * K))
+
+        bench.row("Streams", {}, stream)
+    for name in POOLINGS:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            bench.row(
+                "Errors in half precision",
+                {"pooling": name, "dtype": str(dtype).removeprefix("torch.")},
+                lambda row, name=name, dtype=dtype: row.update(
+                    half_precision(device, name, dtype, 512 if quick else 4096)
+                ),
+            )
+    return {heading: uniform(found) for heading, found in bench.tables.items()}
 
 
 def streaming(device, n, chunk):
@@ -49,7 +70,6 @@ def streaming(device, n, chunk):
         run(2 * chunk)
         _, seconds, peak = timed(device, lambda: run(n))
     return {
-        "what": "stream",
         "N": n,
         "chunk": chunk,
         "seconds": seconds,
@@ -75,7 +95,6 @@ def gradient_step(device, n, fits, chunk):
     full, full_peak = middle(timed(device, lambda: run(fits, False)) for _ in range(turns))
     full *= n / fits
     return {
-        "what": "gradient step",
         "N": n,
         "chunk": chunk,
         "exact, seconds": exact,
@@ -92,34 +111,28 @@ def middle(runs):
     return statistics.median(seconds), max(peaks)
 
 
-def half_precision(device, n):
+def half_precision(device, name, dtype, n):
     """Error relative to the largest output against float64: half inputs and half modules, whole and in chunks."""
-    found = []
-    for name, make in POOLINGS.items():
-        torch.manual_seed(0)
-        exact = make().double().to(device).eval()
-        single = make().to(device).eval()
-        single.load_state_dict(exact.state_dict())
-        x = torch.randn(2, n, D, device=device, generator=torch.Generator(device).manual_seed(1), dtype=torch.float64)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            half = make().to(device, dtype).eval()
-            half.load_state_dict(exact.state_dict())
-            rounded = x.to(dtype)
-            with torch.no_grad():
-                target, own = exact(rounded.double()), exact(x)
-                outputs = {
-                    "input, chunks": stream(single, rounded),
-                    "input, whole": single(rounded),
-                    "input and module, chunks": stream(half, rounded),
-                    "input and module, whole": half(rounded),
-                }
-            row = {"what": "error", "pooling": name, "dtype": str(dtype).removeprefix("torch."), "N": n}
-            row["rounding of the input alone"] = error(target, own)
-            found.append(row | {what: error(out, target) for what, out in outputs.items()})
-    return found
+    torch.manual_seed(0)
+    exact = POOLINGS[name]().double().to(device).eval()
+    single, half = POOLINGS[name]().to(device).eval(), POOLINGS[name]().to(device, dtype).eval()
+    single.load_state_dict(exact.state_dict())
+    half.load_state_dict(exact.state_dict())
+    x = torch.randn(2, n, D, device=device, generator=torch.Generator(device).manual_seed(1), dtype=torch.float64)
+    rounded = x.to(dtype)
+    with torch.no_grad():
+        target, own = exact(rounded.double()), exact(x)
+        outputs = {
+            "input, chunks": in_chunks(single, rounded),
+            "input, whole": single(rounded),
+            "input and module, chunks": in_chunks(half, rounded),
+            "input and module, whole": half(rounded),
+        }
+    found = {"N": n, "rounding of the input alone": error(target, own)}
+    return found | {what: error(out, target) for what, out in outputs.items()}
 
 
-def stream(pooling, x):
+def in_chunks(pooling, x):
     """Pooled slots, in chunks of 64."""
     state = pooling.init_state(len(x))
     for chunk in x.split(64, 1):
@@ -157,5 +170,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small sets")
     args = parser.parse_args()
-    for row in rows(args.device, args.quick):
-        print({key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()})
+    for heading, found in rows(args.device, args.quick).items():
+        print(heading)
+        for row in found:
+            print({key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()})

@@ -78,14 +78,8 @@ class CoupledBatch:
         """The batch on a device (None: where it is)."""
         if device is None or self.x1.device == torch.device(device):
             return self
-        return replace(
-            self,
-            x0=self.x0.to(device, non_blocking=True),
-            x1=self.x1.to(device, non_blocking=True),
-            y=to_device(self.y, device),
-            y0=to_device(self.y0, device),
-            weight=None if self.weight is None else self.weight.to(device, non_blocking=True),
-        )
+        moved = {name: to_device(getattr(self, name), device) for name in ("x0", "x1", "y", "y0", "weight")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, eq=False)

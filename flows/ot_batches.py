@@ -221,7 +221,7 @@ class OTBatches:
         number, samples, y, index, _ = fetched
         if samples is None:
             return self._couple_whole(fetched, device)
-        x1, y = samples.to(device, non_blocking=True), to_device(y, device)
+        x1, y = to_device(samples, device), to_device(y, device)
         x0, y0 = self._source(fetched, x1)
         labels0 = None if self.coupling.ignores_conditions else y0
         together = self.scope == "global"

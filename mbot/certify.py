@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mbot import checks
+from mbot.numerics import kth_smallest
 from mbot.problem import TOLERANCE, Problems, Solution
 
 _ROUNDING = 1e-13  # gap, relative to the smaller costs, that rounding may leave where the plan costs next to nothing
@@ -118,7 +119,7 @@ def _near(problems: Problems, found: Solution, error: np.ndarray) -> np.ndarray:
         floors = []
         for cost in some.parts():
             size = cost.flatten(1).abs().double()
-            among = size.kthvalue(min(pairs + 1, size.shape[1]), 1).values.nan_to_num(posinf=0)
+            among = kth_smallest(size, min(pairs + 1, size.shape[1])).nan_to_num(posinf=0)
             least = torch.where(size > 0, size, torch.inf).amin(1).nan_to_num(posinf=1)
             floors.append(_ROUNDING / TOLERANCE * (2 + min(cost.shape[1:])) * among.maximum(least))
         error[which] = _errors(some, found.take(which, some.size), torch.cat(floors).cpu().numpy())
@@ -160,7 +161,7 @@ class _Levels:
         if mass is None:
             needed = needed.maximum(cost.amin(1).amax(1)).maximum(cost.amin(2).amax(1))
         else:
-            needed = needed.maximum(cost.flatten(1).kthvalue(1 + int(mass), 1).values)
+            needed = needed.maximum(kth_smallest(cost.flatten(1), 1 + int(mass)))
         low, high, needed = low.double(), high.double(), needed.minimum(high).double()
         return low, high - low, needed - low, torch.full_like(low, 1 + min(cost.shape[1:])), infinite.flatten(1).any(1)
 

@@ -89,10 +89,13 @@ def concatenate(parts: Sequence[Any]) -> Any:
 
 
 def to_device(y: Labels | None, device: torch.device | str) -> Any:
-    """The conditions with their tensors on a device."""
+    """The conditions (or samples) with their tensors on a device.
+
+    Copies to a device do not wait for it; one to the CPU could be read before it has arrived, so it does.
+    """
     if isinstance(y, Mapping):
         return {key: to_device(value, device) for key, value in y.items()}
-    return y.to(device, non_blocking=True) if isinstance(y, Tensor) else y
+    return y.to(device, non_blocking=torch.device(device).type != "cpu") if isinstance(y, Tensor) else y
 
 
 def detached(y: Labels | None) -> Any:

@@ -147,8 +147,6 @@ def _doubling(x: Tensor, dim: int) -> Tensor:
     return x
 
 
-def kth_largest(x: Tensor, k: int) -> Tensor:
-    """The ``k``-th largest entry of ``(n,)``, k from 1; ``kthvalue`` is refused on CUDA where runs must repeat."""
-    if _must_repeat(x):
-        return x.sort(descending=True).values[k - 1]
-    return x.kthvalue(x.numel() - k + 1).values
+def kth_smallest(x: Tensor, k: int) -> Tensor:
+    """The ``k``-th smallest entries of ``(…, n)``, k from 1; ``kthvalue`` is refused on CUDA where runs must repeat."""
+    return x.sort().values[..., k - 1] if _must_repeat(x) else x.kthvalue(k).values

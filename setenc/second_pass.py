@@ -329,4 +329,5 @@ def _check_no_other_leaf(outputs: list[Tensor], inputs: list[Tensor]) -> None:
 def _to(x: Any, device: torch.device, non_blocking: bool) -> Any:
     if isinstance(x, Ragged):
         return x if x.values.device == device else Ragged(x.values.to(device), x.offsets.to(device))
-    return None if x is None else x.to(device, non_blocking=non_blocking)
+    # A copy to the CPU that nobody waits for may be read before it has arrived.
+    return None if x is None else x.to(device, non_blocking=non_blocking and device.type != "cpu")

@@ -1,10 +1,10 @@
 """A CUDA device that is not there, for tests on a machine without one: ``pytest -p tests.pretended_cuda -m gpu``.
 
 Tensors on it say that they are on ``cuda:0`` and keep their numbers on the CPU. What a card would refuse is refused:
-operations that mix devices, ``numpy()``, and, in torch's mode that forbids it, waiting for the device. Code that forgot
-a ``.to(device)`` is found, and so are tests that could never have passed. Triton kernels run in Triton's interpreter
-(``TRITON_INTERPRET=1``), or count as not installed. Times, memory, races and rounding are those of a CPU: a card is
-still needed for these.
+operations that mix devices, generators of the other device, ``numpy()``, copies to the CPU that do not wait, and, in
+torch's mode that forbids it, waiting for the device. Code that forgot a ``.to(device)`` is found, and so are tests that
+could never have passed. Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), or count as not installed.
+Times, memory, races and rounding are those of a CPU: a card is still needed for these.
 
 It replaces parts of torch for the whole process, hence a process of its own (`tests/gpu/test_rehearsal.py`).
 """
@@ -27,6 +27,7 @@ _COPYING = (aten._to_copy.default, aten.copy_.default)
 _to = torch.Tensor.to
 _Generator = torch.Generator
 _sync = {"mode": "default"}
+_generators: set[int] = set()  # those of the card, by their address: operations get them as generators of torch's own
 
 
 def _there(device: Any) -> bool:
@@ -64,6 +65,8 @@ class Pretended(torch.Tensor):
             elif argument is not None:
                 rest.append(argument)
         if device is not None and not _there(device):
+            if kwargs.pop("non_blocking", False):
+                raise RuntimeError("a copy to the CPU that nobody waits for may be read before it has arrived")
             return self.cpu().to(*rest, **kwargs)
         return _to(self, *rest, **kwargs) if rest or kwargs else self
 
@@ -111,12 +114,14 @@ def _waits(what):
 def _run(function, args, kwargs):
     """One operation, on the numbers."""
     tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
-    target = kwargs.get("device")
+    target, generator = kwargs.get("device"), kwargs.get("generator")
     given = any(isinstance(t, Pretended) for t in tensors)
     # To C++ a copy between types is one on the CPU; copies between devices go through the methods above.
     ends_there = given if target is None or (given and function is aten._to_copy.default) else _there(target)
     if given:
         _check(function, args, tensors)
+    if generator is not None and (generator._cdata in _generators) != ends_there:
+        raise RuntimeError(f"Expected a generator of the device of the numbers, and found the other's in {function}")
     numbers = {id(t.data_): t for t in tensors if isinstance(t, Pretended)}
     bare = tree_map(lambda t: t.data_ if isinstance(t, Pretended) else t, (args, kwargs))
     if _there(bare[1].get("device")):
@@ -181,6 +186,7 @@ class Generator(_Generator, metaclass=_EitherGenerator):
     def __new__(cls, device="cpu"):
         made = _Generator.__new__(cls, "cpu")
         made.there = CUDA if _there(device) else torch.device("cpu")
+        (_generators.add if _there(device) else _generators.discard)(made._cdata)
         return made
 
     def __init__(self, device="cpu"):

@@ -20,7 +20,7 @@ from mbot.cost import pairwise
 from mbot.couplings.base import Coupling, Labels, Pairs
 from mbot.couplings.mismatch import COSTS, Condition, Sides, named_conditions, sides
 from mbot.diagnostics import ratio_counts
-from mbot.numerics import kth_largest
+from mbot.numerics import kth_smallest
 from mbot.problem import Problems
 from mbot.solvers.matching import match
 
@@ -267,7 +267,7 @@ def _weight_for_ratio(costs: list[Tensor], mismatches: list[Tensor], target: flo
         )
         wanted = 1
     # Midway between the wanted-th largest threshold and the next smaller one: robust to rounding when r is evaluated.
-    upper = kth_largest(thresholds, wanted)
+    upper = kth_smallest(thresholds, len(thresholds) - wanted + 1)
     lower = thresholds.masked_fill_(thresholds >= upper, -torch.inf).amax().clamp_min(0)
     return float(upper.double() + lower.double()) / 2
 

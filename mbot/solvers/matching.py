@@ -114,8 +114,6 @@ def _blocks_on_device(problems: Problems) -> tuple[_Columns, Tensor, Tensor]:
     flat, device = problems.flat, problems.flat.device
     column = torch.zeros(count, n, dtype=torch.int64, device=device)
     f, g = torch.zeros(2, count, n, dtype=torch.float64, device=device)
-    low = flat.amin().double()
-    big_m = low + (flat.amax().double() - low).clamp_min(1) * (1 + n)
     left = np.argsort(problems.rows)[::-1]
     while len(left):
         top = int(problems.rows[left[0]])
@@ -127,8 +125,13 @@ def _blocks_on_device(problems: Problems) -> tuple[_Columns, Tensor, Tensor]:
         real = at < sizes[:, None]
         inside = real[:, :, None] & real[:, None, :]
         index = start[:, None, None] + at[:, None] * sizes[:, None, None] + at
-        cost = flat.double()[torch.where(inside, index, 0)]
-        cost = torch.where(inside, cost, torch.where(real[:, :, None] | real[:, None, :], big_m, low))
+        cost = flat[torch.where(inside, index, index[:, :1, :1])].double()  # a cost of the problem for the dummies
+        low, high = cost.flatten(1).aminmax(dim=1)
+        # A dummy has one partner, so that no two want the same. Any other pair with a dummy costs more than what could
+        # replace it; still more would set the unit of the start, which then leaves more rows.
+        outside = high + torch.where(high > low, high - low, high.abs().clamp_min(1))
+        own = torch.eye(top, dtype=torch.bool, device=device)
+        cost = torch.where(inside, cost, torch.where(own, low[:, None, None], outside[:, None, None]))
         (found,), f_some, g_some = device_matching.match(cost, capped=problems.capped)
         column[which, :top] = torch.where(real, found, 0)
         f[which, :top], g[which, :top] = torch.where(real, f_some, 0), torch.where(real, g_some, 0)

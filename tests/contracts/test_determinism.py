@@ -90,6 +90,21 @@ def test_transports(transport, device):
     twice(run)
 
 
+@pytest.mark.parametrize("transport", [mbot.ExactOT(), mbot.PartialOT(0.7)], ids=repr)
+def test_exact_plans_that_take_more_than_one_attempt(transport, device):
+    """Around forbidden pairs and huge costs, and where plans cost next to nothing."""
+
+    def run():
+        cost = torch.rand(3, 8, 8, device=device)
+        cost[0].fill_diagonal_(torch.inf)
+        cost[1] *= torch.where(torch.eye(8, device=device) > 0, 1e-18, 1)
+        cost[2, 2:] *= 1e25
+        plan = transport.plan(cost)
+        return [plan.col, plan.mass, *plan.potentials]
+
+    twice(run)
+
+
 @pytest.mark.parametrize("transport", flat(VALUES_ONLY), ids=repr)
 def test_values_only(transport, device):
     def run():

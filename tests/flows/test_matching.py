@@ -254,3 +254,21 @@ def test_batches_are_cut_into_parts_of_at_least_one_sample():
     for size in (0, -2):
         with pytest.raises(ValueError, match="size must be at least 1"):
             list(batch.split(size))
+
+
+@pytest.mark.gpu
+def test_a_batch_goes_to_a_device_and_back():
+    """A copy to the CPU is complete when it is there: one that nobody waits for holds what the memory held before."""
+    x0, x1 = pair(4096, (64,))
+    y = {"class": torch.arange(4096), "text": [str(i) for i in range(4096)]}
+    pairs = mbot.WeightedCoupling(5.0)(x0[:64], x1[:64])
+    for batch in (
+        flows.matching.CoupledBatch.of(mbot.IndependentCoupling()(x0, x1), x0, x1, y),
+        flows.matching.CoupledBatch.of(pairs, x0[:64], x1[:64]),
+    ):
+        there = batch.to("cuda")
+        assert there.x0.is_cuda
+        assert there.x1.is_cuda
+        back = there.to("cpu")
+        torch.testing.assert_close((back.x0, back.x1, back.weight), (batch.x0, batch.x1, batch.weight))
+        assert batch.y is None or (torch.equal(back.y["class"], batch.y["class"]) and back.y["text"] == batch.y["text"])

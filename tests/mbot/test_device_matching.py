@@ -16,6 +16,8 @@ import mbot
 from mbot import ExactOT, PartialOT
 from mbot.kernels import device, device_matching
 from mbot.kernels.device_matching import Reference, match
+from mbot.problem import Problems
+from mbot.solvers.matching import match as match_problems
 
 
 def costs(kind, *shape, seed=0, dtype=torch.float64):
@@ -220,3 +222,42 @@ def test_grid_losses_and_their_gradients(on_device, monkeypatch):
             value = loss.from_batches(x, y)
             values.append((value, *torch.autograd.grad(value, (x, y))))
         torch.testing.assert_close(*values)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e20])
+@pytest.mark.parametrize("offset", [0.0, -50.0])
+def test_problems_of_different_sizes_leave_few_rows_each(scale, offset, monkeypatch):
+    """The points that fill them up all match at once, and their costs are in the units of the others."""
+    left = []
+
+    class Counted(Reference):
+        @classmethod
+        def finish(cls, problems, price, row_of, col_of):
+            left.append((problems.size, (col_of < 0).sum(1).tolist()))
+            super().finish(problems, price, row_of, col_of)
+
+    monkeypatch.setattr(device_matching, "applies", lambda cost, size: True)
+    monkeypatch.setattr(device_matching, "Reference", Counted)
+    g = torch.Generator().manual_seed(0)
+    clouds = [(torch.randn(n, 8, generator=g), torch.randn(n, 8, generator=g) + 1) for n in (58, 64, 40, 61)]
+    costs = [(mbot.pairwise_cost(x, y).double() + offset) * scale for x, y in clouds]
+    found = match_problems(Problems.blocks(costs))
+    assert float(found.error.max()) < 1e-12
+    ((size, rows),) = left  # in one batch, at the first attempt
+    assert size == 64
+    assert max(rows) <= 6
+    for cost, column in zip(costs, found.col, strict=True):
+        n = len(cost)
+        assert column[:n].sort().values.tolist() == list(range(n))
+        expected = cost.numpy()[linear_sum_assignment(cost.numpy())].sum()
+        assert float(cost[torch.arange(n), column[:n]].sum()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_costs_in_problems_of_different_sizes(monkeypatch):
+    monkeypatch.setattr(device_matching, "applies", lambda cost, size: True)
+    for value in (0.0, 1e-30, -3.0, 1e25):
+        found = match_problems(Problems.blocks([torch.full((n, n), value, dtype=torch.float64) for n in (1, 4, 3)]))
+        assert [sorted(column[:n].tolist()) for n, column in zip((1, 4, 3), found.col, strict=True)] == [
+            [0], [0, 1, 2, 3], [0, 1, 2],
+        ]  # fmt: skip
+        assert float(found.error.max()) < 1e-12

@@ -71,6 +71,25 @@ def test_a_stream_never_waits_for_the_device(pooling):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "sampled", "none"])
+def test_chunks_of_a_card_reach_an_encoder_on_the_processor(mode):
+    x, mask, weights = sets()
+    found = []
+    for there in (False, True):
+        enc = encoder(POOLINGS["softmax"])
+        chunks = [
+            tuple(t.cuda() if there else t for t in part)
+            for part in zip(*(t.split(4, 1) for t in (x, mask, weights)), strict=True)
+        ]
+        out = setenc.encode(
+            enc, lambda chunks=chunks: iter(chunks), chunk_size=4, gradient=mode,
+            generator=torch.Generator().manual_seed(7),
+        )  # fmt: skip
+        found.append(out.detach())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
 @torch.no_grad()
 def test_memory_of_a_stream_on_the_device_is_flat():
     enc = encoder(POOLINGS["softmax"]).float().cuda()
