@@ -78,6 +78,13 @@ def test_couplings_on_digits_keeps_finished_runs(tmp_path):
     assert "MLP of 3 blocks and 128 features on 8 principal components, 4 steps" in done.stdout
 
 
+def test_couplings_on_digits_train_for_as_long_each(tmp_path):
+    done = run(EXAMPLES / "couplings_on_digits.py", "--quick", "--seconds", 0, "--out", tmp_path, "--couplings", "c2ot")
+    (found,) = json.loads((tmp_path / "couplings_on_digits.json").read_text())["runs"]
+    assert found["steps"] == 21  # the clock starts at the tenth step and is looked at every ten
+    assert "0 seconds each, 21 to 21 steps" in done.stdout
+
+
 def test_single_cell_leaves_each_inner_time_out(tmp_path):
     rng = np.random.default_rng(0)
     t = np.repeat(np.arange(4), 30)
