@@ -346,6 +346,8 @@ def found(peak: Tensor, offset: Tensor | None) -> Tensor:
 
     -inf says that there is no element, and must not come from an overflow below all numbers.
     """
+    if checks.may_look(peak) and bool(peak.numel() == 0 or peak.detach().amin() > -torch.inf):
+        return peak
     nothing = peak == -torch.inf
     return torch.where(nothing if offset is None else nothing & (offset.amax(-1) != -torch.inf), torch.nan, peak)
 

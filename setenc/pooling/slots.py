@@ -32,7 +32,8 @@ _FOLD = 1.0
 # Elements whose weights are in memory at a time where attention is not fused.
 _BLOCK = 4096
 
-# Multiplications up to which numba's one call takes less time than torch's several, on one thread.
+# Multiplications up to which numba's one call takes less time than torch's several, on one thread. More threads gain
+# little with so few, and torch's products wait for each of them, long where other programs run.
 _FEW = 2**22
 
 
@@ -225,7 +226,7 @@ class SlotPooling(Pooling):
         """Whether these are few elements that only numbers are wanted of, by the attention of this very class."""
         each = self.num_heads * self.num_slots * self.value_dim + (0 if self.folded else self.out_dim * self.in_dim)
         return (
-            2 * each * features.shape[0] * features.shape[1] * min(torch.get_num_threads(), 4) <= _FEW
+            2 * each * features.shape[0] * features.shape[1] <= (_FEW if torch.get_num_threads() == 1 else 0.75 * _FEW)
             and self.activation == "softmax"
             and checks.may_look(features)
             and type(self) is SlotPooling
@@ -351,6 +352,8 @@ def _overflowed(means: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 
     ``keys`` ``(B, H, 1, d)`` are those of one of the elements.
     """
+    if checks.may_look(means) and bool(means.detach().all()):
+        return means
     with torch.no_grad():
         lost = (means == 0).all(-1, keepdim=True) & ~(queries @ keys.mT).isfinite()
     return means.masked_fill(lost, torch.nan)

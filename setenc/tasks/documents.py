@@ -78,6 +78,9 @@ def micro_f1(logits: Tensor, labels: Tensor) -> Tensor:
     >>> micro_f1(torch.tensor([[3.0, -1.0], [2.0, 1.0]]), torch.tensor([[1, 1], [1, 0]]))
     tensor(0.6667)
     """
+    labels = checks.binary_labels(labels, logits)
+    if checks.may_look(logits) and bool(logits.isnan().any()):
+        raise ValueError("logits must not be NaN, which is neither above nor below 0")
     found, true = logits > 0, labels > 0
     hits, total = (found & true).sum(), found.sum() + true.sum()
     return 2 * hits / total if total else hits + 1.0

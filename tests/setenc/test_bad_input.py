@@ -154,6 +154,19 @@ def test_labels_of_bags_are_one_each_in_the_unit_interval(labels, x):
         torch.testing.assert_close(model.loss(x, same), expected)
 
 
+@pytest.mark.parametrize(
+    ("logits", "labels", "says"),
+    [
+        (torch.randn(3, 5), torch.ones(5), "shape of the logits"),
+        (torch.randn(3, 5), torch.full((3, 5), 2), r"lie in \[0, 1\]"),
+        (torch.full((3, 5), torch.nan), torch.ones(3, 5), "must not be NaN"),
+    ],
+)
+def test_scores_of_labels_are_of_labels_one_each(logits, labels, says):
+    with pytest.raises(ValueError, match=says):
+        setenc.tasks.micro_f1(logits, labels)
+
+
 def test_labels_and_colours_of_other_tasks_have_the_shape_of_the_predictions():
     documents = tasks.TokenBagClassifier(50, 3, width=8, num_slots=4).eval()
     with pytest.raises(ValueError, match="labels must"):

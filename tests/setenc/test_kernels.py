@@ -105,6 +105,18 @@ def test_it_is_called_and_leaves_the_given_state(kind, calls):
     assert calls == [True, True]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_is_called_whatever_the_threads(threads, calls):
+    """Of few elements torch's products gain less from threads than they wait for them."""
+    pooling, before = setenc.SlotPooling(128, 128, 64).eval(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        stream(pooling, [torch.randn(1, 64, 128)])
+    finally:
+        torch.set_num_threads(before)
+    assert calls == [True]
+
+
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("change", ["in place", "data", "replaced", "parametrised"])
 def test_weights_that_change_within_a_stream(kind, change, calls):
