@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flows.pairs import eval_mode
 from mbot import checks
 
 
@@ -69,8 +70,6 @@ def _has_average(values: torch.Tensor) -> bool:
 
 @contextmanager
 def at_rest(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """The model in eval mode, without gradients; afterwards its mode and torch's default generators are as before."""
-    mode = model.training
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield model.eval()
-        model.train(mode)
+    """The model in eval mode, without gradients; afterwards its modes and torch's default generators are as before."""
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), eval_mode(model):
+        yield model

@@ -184,6 +184,8 @@ def latest(folder: str | Path) -> Path | None:
 
 def plain_values(config: dict[str, Any]) -> dict[str, Any]:
     """Values that a checkpoint can hold beside its tensors, or a TypeError."""
+    if not isinstance(config, dict):
+        raise TypeError(f"config must be a dict of plain values; got {type(config).__name__}")
     try:
         json.dumps(config)
     except TypeError as error:

@@ -63,7 +63,7 @@ def train_classifier(
     x, y = task.draw(largest, generator)
     if y is None:
         raise ValueError("a classifier needs labels")
-    tested = len(x) // 10
+    tested = max(1, len(x) // 10)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "classifier"))
         model = SmallClassifier(task.shape[0], task.num_classes)
@@ -113,6 +113,7 @@ def evaluate(
     Returns:
         ``{"rows": {solver: {measure: value}}, "facts": {...}}``, plain values.
     """
+    check_size(task)
     generator = generator_at(seed, "evaluate")
     real, labels = task.draw(2 * num, generator)
     num = len(real) // 2
@@ -163,6 +164,16 @@ def evaluate(
     if hook is not None:
         hook.remove()
     return {"rows": rows, "facts": facts}
+
+
+def check_size(task: Task) -> None:
+    """Refuse data that are too few to be halved and measured."""
+    least = 4 if task.images and task.num_classes else 2  # a covariance on either side
+    if len(task.dataset) < least:
+        raise ValueError(
+            f"samples are measured against one half of the data, and the other half too: {len(task.dataset)} samples "
+            f"are fewer than {least}. Train with --evaluate 0"
+        )
 
 
 def _calls_on(bar: Any, model: nn.Module) -> Any:

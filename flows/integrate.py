@@ -140,8 +140,11 @@ def time_grid(method: str, steps: int | None, times: Tensor | None, x: Tensor, *
 
 
 def evaluate(model: VelocityModel, t: Tensor, x: Tensor, y: Any) -> Tensor:
-    """The model's velocity at one time, or one a sample, ``(B, d…)``, with its shape checked."""
-    return check_velocity(model(t.expand(len(x)).to(x.dtype), x, y), x)
+    """The model's velocity at one time, or one a sample, ``(B, d…)``, with its shape checked.
+
+    The model gets copies, which it may change, and so does the caller: the model may use its output's memory again.
+    """
+    return check_velocity(model(t.expand(len(x)).to(x.dtype, copy=True), x.clone(), y), x).clone()
 
 
 def solve(

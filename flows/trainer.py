@@ -79,7 +79,8 @@ class Trainer:
 
     Raises:
         TypeError: wrong kinds of arguments.
-        ValueError: settings out of range, or a coupling of the loader that contradicts the path.
+        ValueError: settings out of range, an optimiser or scheduler that does not belong to the model, or a coupling of
+            the loader that contradicts the path.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Trainer:
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.optimizer = torch.optim.Adam(model.parameters(), lr=2e-4) if optimizer is None else optimizer
         self.scheduler = scheduler
+        self._check_optimizer()
         self.out = None if out is None else FilePath(out)
         self.lock = FolderLock(self.out)  # held by fit and save; hold it to write to the folder yourself
         self.seed = checks.count(seed, "seed", at_least=0)
@@ -151,7 +153,7 @@ class Trainer:
         if on_log is not None and not callable(on_log):
             raise TypeError(f"on_log must be called with a dict of each row; got {type(on_log).__name__}")
         self.tensorboard, self.progress, self.preview, self.on_log = tensorboard, progress, preview, on_log
-        self.config = checkpoint.plain_values(config or {})
+        self.config = checkpoint.plain_values({} if config is None else config)
 
         distributed = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -323,6 +325,18 @@ class Trainer:
         if self.out is None:
             raise ValueError("this trainer has no folder: give out")
         return self.out / "checkpoints"
+
+    def _check_optimizer(self) -> None:
+        """Refuse an optimiser that would not train the model, and a scheduler of another one."""
+        checks.instance(self.optimizer, "optimizer", Optimizer, "a torch.optim.Optimizer over the model's parameters")
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in trained for p in self.model.parameters()):
+            raise ValueError("the optimizer holds no parameter of the model: build it over model.parameters()")
+        if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:
+            raise ValueError(
+                "the scheduler belongs to another optimizer, whose rates would change and not those of the training: "
+                "give that one as optimizer, too"
+            )
 
     def _check_folder(self) -> None:
         """Refuse to begin a run that could not be resumed: among the checkpoints of another, or of unreadable parts."""

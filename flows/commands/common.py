@@ -98,7 +98,8 @@ def run_training(config: TrainConfig, task: Task, make: Callable[[Any], Trainer]
         first: whether this process writes.
     """
     one_step = config.objective == "distillation"
-    checks.count(config.evaluate, "--evaluate", at_least=0)
+    if checks.count(config.evaluate, "--evaluate", at_least=0):
+        evaluation.check_size(task)
 
     def preview(model: nn.Module, step: int) -> None:
         generator = torch.Generator().manual_seed(config.seed)

@@ -557,3 +557,19 @@ def test_a_download_that_fails_is_told_in_one_line(tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
     assert main(["train", "--data", "mnist", "--data-root", str(tmp_path), "--download"]) == 3
     assert "MNIST could not be downloaded" in capsys.readouterr().err
+
+
+def test_data_too_few_to_be_measured_are_told_before_training(tmp_path, capsys):
+    for n, pixels, code in ((1, False, 2), (2, False, 0), (3, True, 2), (4, True, 0)):
+        rng = np.random.default_rng(0)
+        x = rng.integers(0, 255, (n, 8, 8), dtype=np.uint8) if pixels else rng.normal(size=(n, 2)).astype(np.float32)
+        np.savez(tmp_path / f"{n}.npz", x=x, y=np.arange(n) % 2)
+        run = ["train", "--data", "arrays", "--data-root", str(tmp_path / f"{n}.npz"), "--model", "mlp", "--mlp-width",
+               "8", "--steps", "2", "--no-progress", "--device", "cpu", "--out", str(tmp_path / f"run{n}")]  # fmt: skip
+        assert main(run) == code
+        if code:
+            assert f"{n} samples are fewer than {n + 1}. Train with --evaluate 0" in capsys.readouterr().err
+            assert not (tmp_path / f"run{n}" / "checkpoints").exists()
+            assert main([*run, "--evaluate", "0"]) == 0
+        else:
+            assert "nan" not in (tmp_path / f"run{n}" / "evaluation.json").read_text().lower()

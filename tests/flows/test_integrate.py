@@ -8,6 +8,7 @@ import torch
 
 import flows
 from flows import integrate, step_times
+from flows.integrate import METHODS
 
 
 def rotate(t, x, y):
@@ -212,3 +213,34 @@ def test_inference_mode_changes_nothing():
         want = integrate(model, x0, **how).final
         with torch.inference_mode():
             assert torch.equal(integrate(model, x0 + 0, **how).final, want)
+
+
+class Hasty:
+    """The field ``x``, by a model that changes its inputs and writes every output to the same memory."""
+
+    def __init__(self):
+        self.memory = None
+
+    def __call__(self, t, x, y=None, until=None):
+        t *= 1000
+        self.memory = torch.empty_like(x) if self.memory is None else self.memory
+        self.memory.copy_(x)
+        x.zero_()
+        return self.memory
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_models_may_change_their_inputs_and_use_their_outputs_memory_again(rows):
+    """As in-place activations and captured graphs do."""
+    plain = lambda t, x, y=None, until=None: x
+    start = torch.randn(rows, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for solve in (
+        *(lambda m, x, name=name: flows.integrate(m, x, method=name, steps=4).final for name in METHODS),
+        lambda m, x: flows.MeanFlow.sample(m, x, steps=3),
+        lambda m, x: flows.integrate_sde(m, m, x, sigma=1.0, steps=3, generator=torch.Generator().manual_seed(1)).final,
+        lambda m, x: flows.generate_pairs(m, rows, x0=x, method="rk4", steps=3).x1,
+        lambda m, x: flows.Distillation(teacher=m).target(x, x, x[:, 0].sigmoid()),
+    ):
+        x = start.clone()
+        torch.testing.assert_close(solve(Hasty(), x), solve(plain, x), rtol=0, atol=0)
+        assert torch.equal(x, start)

@@ -522,3 +522,36 @@ def test_a_copy_trains_as_the_original(done, straight):
         torch.set_rng_state(state)
         one.fit()
         assert torch.equal(weights(one), straight)
+
+
+def test_an_optimizer_and_a_scheduler_that_train_nothing():
+    """Both would run to the end: the one over another model, the other of an optimiser that was not given."""
+    model, data = Net(), flows.CoupledLoader(TensorDataset(torch.randn(20, 2)), batch_size=5)
+    others, own = (torch.optim.Adam(m.parameters()) for m in (Net(), model))
+    for settings, error, says in (
+        ({"optimizer": others}, ValueError, "the optimizer holds no parameter of the model"),
+        ({"scheduler": flows.warmup_schedule(own)}, ValueError, "the scheduler belongs to another optimizer"),
+        ({"optimizer": own, "scheduler": flows.warmup_schedule(others)}, ValueError, "belongs to another optimizer"),
+        ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer"),
+        ({"config": [1]}, TypeError, "config must be a dict of plain values; got list"),
+    ):
+        with pytest.raises(error, match=says):
+            flows.Trainer(model, data, steps=3, progress=False, **settings)
+    part = torch.optim.Adam(model.body[0].parameters())
+    flows.Trainer(model, data, steps=3, progress=False, optimizer=part, scheduler=flows.warmup_schedule(part))
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_preview_that_fails_leaves_the_modes_as_they_were(ema):
+    def broken(model, step):
+        assert not any(module.training for module in model.modules())
+        raise KeyError("preview")
+
+    run = trainer(preview=broken, preview_every=2, ema=ema)
+    run.sampling_model.body[2].eval()
+    modes = [module.training for module in run.sampling_model.modules()]
+    run.model.train()
+    with pytest.raises(KeyError):
+        run.fit()
+    left = [module.training for module in run.sampling_model.modules()]
+    assert left == ([True] * len(modes) if ema is None else modes)
