@@ -346,7 +346,7 @@ class Trainer:
                 f"{self.out} holds a run already, up to {newest.name}: fit(resume=True) goes on with it, and another "
                 "out begins a new one"
             )
-        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "loader": self.loader}
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("model", "optimizer", "scheduler", "loader")}
         checkpoint.plain_state({name: part.state_dict() for name, part in parts.items() if part is not None})
 
     @property

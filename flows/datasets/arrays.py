@@ -56,7 +56,7 @@ def load_arrays(path: str | Path, *, x: str = "auto", y: str | None = "auto") ->
                 f"{tuple(given.shape)}. Save vectors as floating point"
             )
         given = given.float() if given.is_floating_point() else given.long()
-    if samples.dtype == np.uint8 and samples.ndim in (3, 4):
+    if samples.dtype == np.uint8 and (samples.ndim == 3 or (samples.ndim == 4 and {1, 3} & {*samples.shape[1::2]})):
         return ImageData(_channels_first(samples), given)
     tensor = torch.from_numpy(np.ascontiguousarray(samples)).float()
     if not bool(tensor.isfinite().all()):

@@ -209,6 +209,8 @@ def test_arrays(tmp_path):
     assert len(load_arrays(tmp_path / "b.npz", y=None)[0]) == 1
     np.savez(tmp_path / "c.npz", x=RNG.integers(0, 256, (6, 5, 5, 3), np.uint8), y=np.arange(6))
     assert load_arrays(tmp_path / "c.npz")[0][0].shape == (3, 5, 5)
+    np.savez(tmp_path / "d.npz", x=RNG.integers(0, 256, (10, 5, 6, 4), np.uint8))
+    assert load_arrays(tmp_path / "d.npz")[0][0].shape == (5, 6, 4)  # four channels: no image of five
     np.savez(tmp_path / "v.npz", x=RNG.integers(0, 256, (6, 5, 5), np.uint8), y=points)
     torch.testing.assert_close(load_arrays(tmp_path / "v.npz")[2][1], torch.from_numpy(points[2]).float())
     np.savez(tmp_path / "h.npz", x=points, y=np.ones((6, 2), np.int64))
