@@ -110,10 +110,9 @@ def _laid_out(mass: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     """Weighted masses ``(k, k', n, m)`` where the costs of their pairs are, ``(k n, k' m)``, if not there already."""
     if mass.ndim == len(shape):
         return mass * weight[..., None, None]
-    mass, weight = mass.transpose(1, 2), weight[:, None, :, None]
-    if torch.is_grad_enabled():
-        return (mass * weight).reshape(shape)
-    return torch.mul(mass, weight, out=mass.new_empty(mass.shape)).view(shape)  # in one pass
+    # Weights of all rows, and first: an elementwise product is laid out as its first operand, here in one pass.
+    weight = weight[:, None, :, None].expand(-1, mass.shape[2], -1, -1).contiguous()
+    return (weight * mass.transpose(1, 2)).reshape(shape)
 
 
 class _PlanTotal(torch.autograd.Function):
@@ -121,15 +120,16 @@ class _PlanTotal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, costs: Tensor, weight: Tensor, mass: Tensor, values: Tensor) -> Tensor:
-        ctx.save_for_backward(costs, weight, mass, values)
+        ctx.save_for_backward(weight, mass, values)
+        ctx.shape = costs.shape
         return (weight * values).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        costs, weight, mass, values = ctx.saved_tensors
+        weight, mass, values = ctx.saved_tensors
         of_costs, of_weight = ctx.needs_input_grad[:2]
         return (
-            _laid_out(mass, grad * weight, costs.shape) if of_costs else None,
+            _laid_out(mass, grad * weight, ctx.shape) if of_costs else None,
             grad * values if of_weight else None,
             None,
             None,

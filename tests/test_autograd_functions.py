@@ -56,7 +56,8 @@ def grid():
 
 def planned():
     mass, costs = torch.rand(2, 3, 4, 5, dtype=torch.float64), points(2, 3, 4, 5)
-    return [costs, torch.rand(2, 3, dtype=torch.float64), mass, (mass * costs).sum((-2, -1))]
+    values = (mass * costs).sum((-2, -1))
+    return [costs.transpose(1, 2).reshape(2 * 4, 3 * 5), torch.rand(2, 3, dtype=torch.float64), mass, values]
 
 
 def squared():
@@ -130,6 +131,29 @@ def test_gradients_are_linear_in_the_one_that_comes_in(name):
     for factor in (-1.0, 0.0, 2.5):
         for one, other, both in zip(back(left), back(right), back(factor * left + right), strict=True):
             torch.testing.assert_close(both, factor * one + other)
+
+
+# Sums in place and compiled kernels, which torch cannot do for many incoming gradients at once: it says so.
+SINGLY = (
+    "mbot.blocks:_MatchedTotal",
+    "mbot.envelope:_MatchedValues",
+)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_many_incoming_gradients_at_once(name):
+    """As `torch.autograd.functional.jacobian` asks for with ``vectorize=True``."""
+    value, real = applied(name)
+    wanted = [part for i, part in real.items() if i not in KNOWN[name][1]]
+    many = torch.randn(3, *value.shape, dtype=value.dtype)
+    if name in SINGLY:
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(value, wanted, many, is_grads_batched=True)
+        return
+    together = torch.autograd.grad(value, wanted, many, is_grads_batched=True, retain_graph=True)
+    singly = zip(*(torch.autograd.grad(value, wanted, one, retain_graph=True) for one in many), strict=True)
+    for found, expected in zip(together, singly, strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
 
 
 @pytest.mark.parametrize("fast", [True, False])

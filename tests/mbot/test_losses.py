@@ -483,6 +483,17 @@ def test_gradients_of_other_costs(cost):
         )
 
 
+@pytest.mark.parametrize(
+    "inner", [mbot.EntropicOT(1.0), mbot.UnbalancedOT(1.0, 2.0), mbot.PartialOT(0.6, reg=1.0)], ids=str
+)
+def test_a_dense_grid_keeps_its_plans_alone_for_backward(inner):
+    kept = {}
+    xs, ys = torch.randn(3, 5, 6, requires_grad=True), torch.randn(2, 7, 6)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        mbot.MiniBatchOT(inner, num_batches=(3, 2), batch_size=(5, 7)).from_batches(xs, ys)
+    assert [part.shape for part in kept.values() if part.numel() >= 3 * 5 * 2 * 7] == [(3, 2, 5, 7)]
+
+
 @pytest.mark.parametrize("inner", [ExactOT(), EntropicOT(0.3, tol=1e-12)], ids=["exact", "entropic"])
 @pytest.mark.parametrize("kind", ["m-OT", "aligned", "BoMb", "e-BoMb"])
 @pytest.mark.parametrize("norm", ["batch norm", "dropout", "plain"])
