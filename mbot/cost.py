@@ -74,7 +74,7 @@ def _displaced(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     if x.shape[-1] > DIRECT_FEATURES:
         return weight.sum(-1, keepdim=True) * x - product(weight, y)
     y = torch.cat((torch.ones_like(y[..., :1]), y), -1)  # sums and products in one pass over the weights
-    total, moved = product(y.mT, weight.mT).mT.split((1, x.shape[-1]), -1)
+    total, moved = product(weight, y).split((1, x.shape[-1]), -1)
     return total * x - moved
 
 
