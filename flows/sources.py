@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from flows.items import Collate, all_conditions, floating, has_conditions, read
 from flows.seeds import derive_seed
-from mbot import checks
+from mbot import Coupling, checks
 from mbot.conditions import Labels, check, class_codes, detached, to_device
 
 Source = Callable[[int, torch.Generator], Any] | Tensor | Dataset[Any] | None
@@ -35,7 +36,11 @@ class Sources:
         self, source: Source, dataset: Any, sampling: str, groups: tuple[Labels, Labels] | None, seed: int,
         collate: Collate | None,
     ) -> None:  # fmt: skip
-        if not (source is None or callable(source) or hasattr(source, "__getitem__")):
+        if isinstance(source, Coupling):
+            raise TypeError(f"source must say where paths start; got {source!r}: give it as coupling={source!r}")
+        if isinstance(source, (str, PathLike)) or not (
+            source is None or callable(source) or hasattr(source, "__getitem__")
+        ):
             raise TypeError(
                 "source must be None (standard normal), a callable (n, generator) -> samples or (samples, conditions), "
                 f"a tensor of samples or a map-style data set; got {type(source).__name__}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from os import PathLike
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from flows.seeds import derive_seed, seeded
 from mbot import checks
@@ -22,8 +23,15 @@ def as_stream(dataset: Any, buffer: int, multiple: int, seed: int) -> Stream | N
         seed: see `Stream`.
 
     Raises:
-        TypeError: neither, or an iterator, which can be read once.
+        TypeError: neither, an iterator, which can be read once, a DataLoader of batches, or a path.
     """
+    if isinstance(dataset, DataLoader) and dataset.batch_sampler is not None:
+        raise TypeError("dataset must hold single samples; got a DataLoader, which serves batches: give its .dataset")
+    if isinstance(dataset, (str, PathLike)):
+        raise TypeError(
+            f"dataset must hold samples; got the path {str(dataset)!r}: read it by flows.datasets.load_arrays or "
+            "flows.datasets.ImageFolder"
+        )
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset):
         return None
     if isinstance(dataset, Iterator) or not hasattr(dataset, "__iter__"):

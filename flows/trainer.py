@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from flows import checkpoint, sharded
 from flows.averaging import Averaged, at_rest, check_decay
@@ -332,6 +332,16 @@ class Trainer:
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         if not any(id(p) in trained for p in self.model.parameters()):
             raise ValueError("the optimizer holds no parameter of the model: build it over model.parameters()")
+        if not any(p.requires_grad and id(p) in trained for p in self.model.parameters()):
+            raise ValueError(
+                "the optimizer holds no parameter of the model that takes gradients: all are frozen "
+                "(requires_grad=False)"
+            )
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "scheduler must step without a metric, once a training step, such as flows.warmup_schedule(optimizer); "
+                "got ReduceLROnPlateau"
+            )
         if getattr(self.scheduler, "optimizer", self.optimizer) is not self.optimizer:
             raise ValueError(
                 "the scheduler belongs to another optimizer, whose rates would change and not those of the training: "

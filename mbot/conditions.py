@@ -124,6 +124,8 @@ def as_tensor(y: Labels, name: str, *, integers: bool = True) -> Tensor:
         return torch.from_numpy(np.array(values, values.dtype.newbyteorder("=")))
     if isinstance(values, (Mapping, str)):
         raise TypeError(f"{name} must be numeric; got a {type(y).__name__}")
+    if not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must hold one condition a sample; got {y!r}. For one class: torch.full((n,), {y!r})")
     plain = [_plain(value) for value in values]
     gone = [_missing(value) for value in plain]
     known = [value for value, out in zip(plain, gone, strict=True) if not out]

@@ -55,9 +55,10 @@ class MiniBatchLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not callable(transport):
+        if not callable(transport) or isinstance(transport, type):
+            got = f"the class {transport.__name__}" if isinstance(transport, type) else type(transport).__name__
             raise TypeError(
-                f"transport must be an mbot transport or a callable (x, y) -> value; got {type(transport).__name__}"
+                f"transport must be an mbot transport such as ExactOT(), or a callable (x, y) -> value; got {got}"
             )
         self.transport = transport
         self.num_batches = checks.both_sides(num_batches, "num_batches")

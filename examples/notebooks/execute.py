@@ -5,10 +5,14 @@ import io
 import sys
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
 from PIL import Image
 from tqdm import tqdm
+
+try:
+    import nbformat
+    from nbclient import NotebookClient
+except ImportError as error:
+    raise SystemExit('notebooks are executed by nbclient: pip install -c constraints.txt -e ".[notebooks]"') from error
 
 HERE = Path(__file__).parent
 

@@ -468,3 +468,19 @@ def test_batches_have_no_history(workers):
         parts = batch.x0, batch.x1, batch.y0, *(batch.y.values() if isinstance(batch.y, dict) else [batch.y])
         assert not any(part.requires_grad for part in parts if part is not None)
     assert encoder.weight.grad is None
+
+
+def test_what_a_newcomer_gives_for_a_data_set_or_a_source(tmp_path):
+    """A string has a length and items; a DataLoader iterates, over batches; a coupling is callable, as sources are."""
+    data = labelled()
+    for dataset in ("data.csv", tmp_path / "images"):
+        with pytest.raises(TypeError, match=r"dataset must hold samples; got the path .*load_arrays or .*ImageFolder"):
+            CoupledLoader(dataset, batch_size=4)
+    with pytest.raises(TypeError, match=r"got a DataLoader, which serves batches: give its \.dataset"):
+        CoupledLoader(torch.utils.data.DataLoader(data, batch_size=4), batch_size=4)
+    singles = torch.utils.data.DataLoader(data, batch_size=None)
+    assert CoupledLoader(singles, batch_size=4, shuffle_buffer=20).next_batch().x1.shape == (4, 2)
+    with pytest.raises(TypeError, match=r"where paths start; got OTCoupling.*: give it as coupling=OTCoupling"):
+        CoupledLoader(data, mbot.OTCoupling(), batch_size=4)
+    with pytest.raises(TypeError, match=r"source must be None .*; got str"):
+        CoupledLoader(data, "noise.npy", batch_size=4)

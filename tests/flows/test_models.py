@@ -261,6 +261,8 @@ def test_bad_models_and_conditions():
         labels(torch.rand(2), torch.randn(2, 1, 8, 8), torch.rand(2))
     with pytest.raises(TypeError, match="y must be numeric; it holds 'a'"):
         labels(torch.rand(2), torch.randn(2, 1, 8, 8), ["a", "b"])
+    with pytest.raises(TypeError, match=r"y must hold one condition a sample; got 1\. For one class: torch.full"):
+        labels(torch.rand(2), torch.randn(2, 1, 8, 8), 1)
     with pytest.raises(ValueError, match="condition_dim=2"):
         ResidualMLP(2, condition_dim=2)(torch.rand(2), torch.randn(2, 2), torch.rand(2, 3))
 

@@ -528,17 +528,21 @@ def test_an_optimizer_and_a_scheduler_that_train_nothing():
     """Both would run to the end: the one over another model, the other of an optimiser that was not given."""
     model, data = Net(), flows.CoupledLoader(TensorDataset(torch.randn(20, 2)), batch_size=5)
     others, own = (torch.optim.Adam(m.parameters()) for m in (Net(), model))
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(own)
     for settings, error, says in (
         ({"optimizer": others}, ValueError, "the optimizer holds no parameter of the model"),
         ({"scheduler": flows.warmup_schedule(own)}, ValueError, "the scheduler belongs to another optimizer"),
         ({"optimizer": own, "scheduler": flows.warmup_schedule(others)}, ValueError, "belongs to another optimizer"),
         ({"optimizer": 3}, TypeError, "optimizer must be a torch.optim.Optimizer"),
+        ({"optimizer": own, "scheduler": plateau}, TypeError, "a metric, .* flows.warmup_schedule.*ReduceLROnPlateau"),
         ({"config": [1]}, TypeError, "config must be a dict of plain values; got list"),
     ):
         with pytest.raises(error, match=says):
             flows.Trainer(model, data, steps=3, progress=False, **settings)
     part = torch.optim.Adam(model.body[0].parameters())
     flows.Trainer(model, data, steps=3, progress=False, optimizer=part, scheduler=flows.warmup_schedule(part))
+    with pytest.raises(ValueError, match=r"all are frozen \(requires_grad=False\)"):
+        flows.Trainer(model.requires_grad_(False), data, steps=3, progress=False)
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])

@@ -611,3 +611,10 @@ def given(xs, ys, kind="m-OT"):
 def test_bad_input(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize("loss", [mbot.MiniBatchOT, mbot.BoMbOT])
+def test_a_transport_is_an_object_not_its_class(loss):
+    """A class is callable, and failed at the first batch inside its own ``__init__``."""
+    with pytest.raises(TypeError, match=r"transport such as ExactOT\(\), .*; got the class ExactOT"):
+        loss(mbot.ExactOT, num_batches=2, batch_size=4)
