@@ -117,8 +117,8 @@ def _table(path: Path, x: str, y: str | None) -> tuple[np.ndarray, np.ndarray | 
         if None in found:
             row = found.index(None)
             raise ValueError(
-                f"column {name!r} of {path} holds {columns[name][row]!r}, which is no number: --labels-key {name} "
-                "takes it as labels, --samples-key names the columns to learn"
+                f"column {name!r} of {path} holds {columns[name][row]!r}, which is no number, in row {row + 1} of the "
+                f"samples: --labels-key {name} takes it as labels, --samples-key names the columns to learn"
             )
     samples = np.array(list(values.values()), np.float64).T
     if y is None:

@@ -256,7 +256,7 @@ def test_tables_of_text(tmp_path):
         ("a,a\n1,2\n", {}, "must differ"),
         ("a,b\n", {}, "rows below its names"),
         ("", {}, "empty"),
-        ("a,b\n1,\n", {}, "holds '', which is no number"),
+        ("a,b\n1,\n", {}, "holds '', which is no number, in row 1 of the samples"),
         ("a,b\n1,nan\n", {}, "finite"),
     ):
         with pytest.raises(ValueError, match=says):
