@@ -143,7 +143,8 @@ def batch(x: Any, batch_size: int) -> None:
         raise TypeError(f"a chunk must be a torch.Tensor (B, n, …) or a ragged batch; got {type(x).__name__}")
     sets = x.shape[0] if isinstance(x, Tensor) and x.ndim else len(x)
     if sets != batch_size:
-        raise ValueError(f"a chunk must hold one part of each of the state's {batch_size} sets; got {sets}")
+        given = f", of shape {tuple(x.shape)}. The first axis counts sets: (B, n, …)" if isinstance(x, Tensor) else ""
+        raise ValueError(f"a chunk must hold one part of each of the state's {batch_size} sets; got {sets}{given}")
 
 
 def element_weights(weights: Any, x: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:

@@ -300,3 +300,9 @@ def test_instances_whose_features_have_a_sum_that_overflows():
     x = torch.tensor([3e38, 3e38, -3e38]).expand(1, 2, 3)
     expected = pooling.double()(x.double())
     torch.testing.assert_close(pooling.float()(x).double(), expected, rtol=1e-3, atol=0)
+
+
+def test_a_chunk_without_an_axis_of_sets_is_told_so():
+    pool = setenc.SlotPooling(8, 8, num_slots=2)
+    with pytest.raises(ValueError, match=r"got 10, of shape \(10, 8\). The first axis counts sets"):
+        pool.update(pool.init_state(1), torch.randn(10, 8))
