@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mbot import checks
 from mbot.blocks import Block, MatchedBlock, PlanBlock, ValueBlock
-from mbot.cost import DIRECT_FEATURES, Cost, pairwise
+from mbot.cost import Cost, pairwise
 from mbot.plan import Plan
 from mbot.problem import tell
 from mbot.solvers.grid import match_grid
@@ -157,7 +157,7 @@ class Scheme:
     def _planned(self, part: _Part, transport: Transport, cost: str) -> Iterator[Block]:
         """The problems of a transport that has plans, a bounded number of costs at a time."""
         (i, j), x, y, a, b = part
-        (k, n, d), (k2, m, _) = x.shape, y.shape
+        (k, n, _), (k2, m, _) = x.shape, y.shape
         pairs = transport.matched_pairs(n, m)
         if pairs and cost == "sqeuclidean" and a is None and b is None and not self.aligned:
             found = match_grid(x.detach(), y.detach(), pairs)
@@ -169,18 +169,12 @@ class Scheme:
         for start in range(0, k, step):
             some = slice(start, start + step)
             left, weights = x[some], (None if a is None else a[some], b)
-            if self.aligned:
-                costs = pairwise(left, y, cost)
-            elif d <= DIRECT_FEATURES:
-                costs = pairwise(left[:, None], y[None], cost)
-            else:  # one product instead of many small ones
-                costs = pairwise(left.flatten(0, 1), y.flatten(0, 1), cost)
+            costs = pairwise(left, y, cost) if self.aligned else pairwise(left.flatten(0, 1), y.flatten(0, 1), cost)
             with torch.no_grad():
                 matrices = costs.detach()
                 if not self.aligned:
-                    weights = _all_pairs(*weights)
-                if matrices.ndim == 2:
                     matrices = matrices.reshape(-1, n, k2, m).transpose(1, 2).contiguous()
+                    weights = _all_pairs(*weights)
                 plan = transport.plan(matrices, *weights)
             where = slice(i.start + start, i.start + start + len(left)), j
             yield PlanBlock.of(where, plan, matrices, costs, left, y, cost, self.aligned)
