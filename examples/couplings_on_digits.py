@@ -43,25 +43,16 @@ WHY = (
     "of the data, with its doubtful digits. Only where consistency falls below that of the data, as with OT, do "
     "samples end in the wrong class."
 )
-KEPT = (
-    "data",
-    "model",
-    "steps",
-    "seconds",
-    "precision",
-    "reg",
-    "width",
-    "depth",
-    "components",
-)  # options that figures hang on
+# Options that figures hang on.
+KEPT = ("data", "model", "steps", "seconds", "precision", "reg", "width", "depth", "components")
 
 
 def settings(args: argparse.Namespace, coupling: str, seed: int) -> TrainConfig:
     """One run; by default a small MLP, so that two cores can train dozens of them."""
     return TrainConfig(
-        data=args.data, data_root=args.data_root, coupling=coupling, model=args.model, steps=args.steps, seed=seed,
-        batch_size=128, ot_batch_size=640, condition_dropout=0.0, progress=False, device=args.device, reg=args.reg,
-        lr=1e-3, warmup=50, ema=0.999, out=args.out / "run", mlp_width=args.width, mlp_depth=args.depth,
+        data=args.data, data_root=args.data_root, coupling=coupling, model=args.model, steps=args.steps or 1_000_000,
+        seed=seed, batch_size=128, ot_batch_size=640, condition_dropout=0.0, progress=False, device=args.device,
+        reg=args.reg, lr=1e-3, warmup=50, ema=0.999, out=args.out / "run", mlp_width=args.width, mlp_depth=args.depth,
         precision=args.precision, decay="linear" if args.seconds is None else "constant",
     )  # fmt: skip
 
@@ -196,15 +187,16 @@ def main() -> None:
     quick_flag(parser)
     args = parser.parse_args()
     args.out = args.out or Path("runs") / f"couplings_on_digits{'_quick' if args.quick else ''}"
-    args.steps = args.steps or (2000 if args.seconds is None else 1_000_000)
+    if args.seconds is None:
+        args.steps = 4 if args.quick else args.steps or 2000
     if args.quick:
-        args.steps = min(args.steps, 4 if args.seconds is None else 1000)
         args.samples, args.components, args.seeds = 40, 8, args.seeds[:1]
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / f"couplings_on_{args.data}.json"
     saved = json.loads(results.read_text()) if results.exists() else {"runs": []}
     facts = {key: getattr(args, key) for key in KEPT}
-    if any(saved.get("facts", facts).get(key, facts[key]) != facts[key] for key in facts):
+    # What an older file does not hold was not to be chosen yet.
+    if any(saved.get("facts", facts).get(key, parser.get_default(key)) != facts[key] for key in facts):
         raise SystemExit(f"{results} holds runs of other settings: give another --out")
     runs = saved["runs"]
     classifier, facts["accuracy"] = evaluation.train_classifier(build.load_task(settings(args, "fm", 0)), 0)
